@@ -1,0 +1,5 @@
+"""Looking at networks that carry a layer attention: what they cost, what they attend to."""
+
+from mmrla.analysis.complexity import Complexity, complexity
+
+__all__ = ["Complexity", "complexity"]

@@ -1,0 +1,72 @@
+"""Answers ``import mmcv._ext`` where mmcv was installed without its compiled operations.
+
+The package index carries mmcv as source only, and mmdet's models do not import without
+``mmcv._ext``. A finder at the *end* of ``sys.meta_path`` is asked only when nobody else has the
+module, so a compiled extension is always preferred.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_NAME = "mmcv._ext"
+
+
+class _FallbackLoader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Late, because torchvision is not needed before this point.
+        from mmrla.compat import torchvision_ops
+
+        torchvision_ops.populate(module)
+
+
+class _FallbackFinder(MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:  # type: ignore[no-untyped-def]
+        if fullname != _NAME:
+            return None
+        return ModuleSpec(_NAME, _FallbackLoader(), origin="mmrla.compat.torchvision_ops")
+
+
+def install_mmcv_fallback() -> None:
+    """Make ``mmcv._ext`` importable where it is not compiled. Calling it again does nothing."""
+    if not any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_FallbackFinder())
+
+
+def ops_in_use() -> str:
+    """Tell what stands behind ``mmcv.ops``.
+
+    Returns:
+        ``'compiled'``, ``'fallback'`` (torchvision's kernels), or ``'none'`` where mmcv is not
+        installed or neither is available.
+    """
+    if importlib.util.find_spec("mmcv") is None:
+        return "none"
+    spec = importlib.util.find_spec(_NAME)
+    if spec is None:
+        return "none"
+    return "fallback" if isinstance(spec.loader, _FallbackLoader) else "compiled"
+
+
+def log_ops_in_use() -> None:
+    """Log in one line what stands behind ``mmcv.ops``."""
+    messages = {
+        "compiled": "mmcv ops: compiled extension",
+        "fallback": "mmcv ops: mmrla's fallback over torchvision's kernels (mmcv has no compiled "
+        "extension); box and mask detectors work, other ops raise NotImplementedError",
+        "none": "mmcv ops: not available",
+    }
+    try:
+        from mmengine.logging import print_log
+    except ImportError:
+        logging.getLogger(__name__).info(messages[ops_in_use()])
+        return
+    print_log(messages[ops_in_use()], logger="current", level=logging.INFO)

@@ -1,0 +1,38 @@
+"""The contract between a host network and a layer attention."""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LayerAttention(nn.Module, metaclass=ABCMeta):
+    """A module that lets a layer retrieve from the layers before it.
+
+    The layer attention owns query, key, value and the state that travels along a group of layers.
+    The host owns the group's boundaries (it passes ``state=None`` to a group's first layer), the
+    norms around the attention, drop path and the addition to the layer's output. State is passed,
+    never kept on a module, so checkpointing, DDP and ``torch.compile`` keep working.
+
+    Args:
+        channels: C of the layer it sits after.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    @abstractmethod
+    def forward(self, x: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Retrieve for one layer.
+
+        Args:
+            x: The layer's output, ``[B, C, H, W]``.
+            shortcut: The layer's identity branch, shaped like ``x``.
+            state: What the previous layer of the group returned, None for the first.
+
+        Returns:
+            ``(o, state)``: what was retrieved, shaped like ``x``, and the state for the next layer.
+        """

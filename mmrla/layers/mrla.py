@@ -1,0 +1,125 @@
+"""Multi-head recurrent layer attention.
+
+Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql. Where the paper and its released code differ, the
+released behaviour is the default here; see each class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmrla.layers.layer_attention import LayerAttention
+from mmrla.ops import eca_kernel_size, mrla_base, mrla_light, query_key
+from mmrla.ops.query_key import check_head_channels
+
+MRLABaseState = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+class _MRLA(LayerAttention):
+    """Query, key and value of a layer (section 4), common to MRLA-light and MRLA-base."""
+
+    def __init__(self, channels: int, head_channels: int, kernel_size: int | None = None) -> None:
+        super().__init__(channels)
+        check_head_channels(channels, head_channels)
+        if kernel_size is None:
+            kernel_size = eca_kernel_size(channels)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size=}")
+        self.head_channels = head_channels
+        self.query = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.key = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        nn.init.kaiming_normal_(self.value.weight, mode="fan_out", nonlinearity="relu")
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, head_channels={self.head_channels}"
+
+
+class MRLALight(_MRLA):
+    """MRLA-light (Eq. 8 and 10): linear in depth.
+
+    ``o_t = lambda_t * o_{t-1} + sigmoid(<q_t, k_t>_head / sqrt(d_k)) * DWConv3x3(x_t)``
+
+    Args:
+        channels: C of the layer it sits after.
+        head_channels: d_k, channels of one head; divides C.
+        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+        recurrence: What stands for ``o_{t-1}``. ``'shortcut'`` (the released code): the layer's
+            identity branch, which a group's first layer has too. ``'output'`` (Eq. 8 to the
+            letter): the previous layer's o, zero in a group's first layer.
+
+    Raises:
+        ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, or an unknown
+            ``recurrence``.
+    """
+
+    RECURRENCES = ("shortcut", "output")
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int = 32,
+        kernel_size: int | None = None,
+        recurrence: str = "shortcut",
+    ) -> None:
+        super().__init__(channels, head_channels, kernel_size)
+        if recurrence not in self.RECURRENCES:
+            raise ValueError(f"recurrence must be one of {self.RECURRENCES}, got {recurrence!r}")
+        self.recurrence = recurrence
+        self.lambda_t = nn.Parameter(torch.randn(channels))
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`LayerAttention`; the state is ``o_t`` with ``'output'``, else None."""
+        previous = shortcut if self.recurrence == "shortcut" else state
+        if previous is None:
+            # Nothing to add yet. A zero that takes no memory keeps lambda_t in the graph, so that
+            # DDP sees every parameter used.
+            previous = x.new_zeros(1).expand_as(x)
+        o = mrla_light(
+            x,
+            previous,
+            self.query.weight,
+            self.key.weight,
+            self.value.weight,
+            self.lambda_t,
+            self.head_channels,
+        )
+        return o, (o if self.recurrence == "output" else None)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recurrence={self.recurrence!r}"
+
+
+class MRLABase(_MRLA):
+    """MRLA-base (Eq. 6 and 9): attention over all layers of the group so far.
+
+    ``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s``; keys and values of earlier
+    layers are reused as they were computed.
+
+    Args:
+        channels: C of the layer it sits after; the same in a whole group.
+        head_channels: d_k, channels of one head; divides C. 16 in the released code, 32 in the
+            paper.
+        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+
+    Raises:
+        ValueError: ``head_channels`` does not divide C, or an even ``kernel_size``.
+    """
+
+    def __init__(
+        self, channels: int, head_channels: int = 16, kernel_size: int | None = None
+    ) -> None:
+        super().__init__(channels, head_channels, kernel_size)
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None
+    ) -> tuple[Tensor, MRLABaseState]:
+        """See :class:`LayerAttention`; the state holds the keys and values of the group."""
+        query, key = query_key(x, self.query.weight, self.key.weight)
+        keys, values = ((), ()) if state is None else state
+        keys, values = (*keys, key), (*values, self.value(x))
+        return mrla_base(query, keys, values, self.head_channels), (keys, values)

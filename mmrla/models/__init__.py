@@ -1,0 +1,9 @@
+"""Networks: hosts of layer attention, built on mmpretrain's and mmdet's."""
+
+from mmrla.compat import log_ops_in_use
+from mmrla.models.backbones import MRLAResNeXt, MRLAResNet
+from mmrla.models.builder import build_layer_attention
+
+__all__ = ["MRLAResNeXt", "MRLAResNet", "build_layer_attention"]
+
+log_ops_in_use()

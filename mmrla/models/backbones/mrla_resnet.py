@@ -1,0 +1,176 @@
+"""ResNet with a layer attention after every residual layer.
+
+Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmpretrain.models.backbones import ResNet
+from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
+from torch import Tensor, nn
+
+from mmrla.models.builder import build_layer_attention
+from mmrla.registry import MODELS
+
+
+class LayerAttentionBlock:
+    """Puts a layer attention behind a residual block of mmpretrain; mixed in before that block.
+
+    ``y = ReLU(residual(x) + shortcut)``, then ``out = y + drop_path(norm(o_t))`` with
+    ``(o_t, state) = layer_attention(y, shortcut, state)``.
+
+    Args:
+        layer_attention: Config of the layer attention, or None for the plain block.
+        mrla_drop_path_rate: Stochastic depth of the attention branch; None: the block's own rate.
+        mrla_act_cfg: Activation between the norm and drop path, None for none.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_attention: Mapping[str, Any] | None = None,
+        mrla_drop_path_rate: float | None = None,
+        mrla_act_cfg: dict | None = None,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, drop_path_rate=drop_path_rate, **kwargs)
+        self.mrla = None
+        if layer_attention is None:
+            return
+        self.mrla = build_layer_attention(layer_attention, self.out_channels)
+        self.mrla_norm_name, norm = build_norm_layer(
+            self.norm_cfg, self.out_channels, postfix="_mrla"
+        )
+        self.add_module(self.mrla_norm_name, norm)
+        self.mrla_act = build_activation_layer(mrla_act_cfg) if mrla_act_cfg else nn.Identity()
+        rate = drop_path_rate if mrla_drop_path_rate is None else mrla_drop_path_rate
+        self.mrla_drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+
+    @property
+    def mrla_norm(self) -> nn.Module:
+        """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
+        return getattr(self, self.mrla_norm_name)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Map the layer's input and the group's state to the layer's output and the new state."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, state, use_reentrant=False)
+        return self._forward(x, state)
+
+    def _forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.drop_path(self.residual(x))
+        out += shortcut
+        out = self.relu(out)
+        if self.mrla is None:
+            return out, state
+        retrieved, state = self.mrla(out, shortcut, state)
+        retrieved = self.mrla_act(self.mrla_norm(retrieved))
+        return out + self.mrla_drop_path(retrieved), state
+
+
+class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
+    """mmpretrain's basic block with a layer attention behind it."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch before the residual addition."""
+        out = self.relu(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(out))
+
+
+class MRLABottleneck(LayerAttentionBlock, Bottleneck):
+    """mmpretrain's bottleneck with a layer attention behind it."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch before the residual addition."""
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.relu(self.norm2(self.conv2(out)))
+        return self.norm3(self.conv3(out))
+
+
+class LayerAttentionStage(ResLayer):
+    """A stage of blocks: the group of layers along which the state of a layer attention travels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the output of the stage's last block."""
+        state = None
+        for block in self:
+            x, state = block(x, state)
+        return x
+
+
+@MODELS.register_module()
+class MRLAResNet(ResNet):
+    """mmpretrain's ResNet with a layer attention after every residual layer.
+
+    Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and holds for the parts
+    of the layer attention too: ``frozen_stages`` and ``norm_eval`` freeze them, ``norm_cfg`` makes
+    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them, ``drop_path_rate`` drops
+    them. The plain network's state-dict keys are unchanged; the added keys all contain ``mrla``.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        layer_attention: Config of the layer attention, which is built for each residual layer;
+            None for the plain network. A stage is one group of layers.
+            Default: ``dict(type='MRLALight', head_channels=32)``.
+        mrla_drop_path_rate: Stochastic depth of the attention branch alone, the same in all
+            layers (0.2 in the paper's ImageNet recipe). Default None: the rate that
+            ``drop_path_rate`` gives the layer.
+        mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
+            output. Default None: no activation, as in the released network with a 7x7 stem.
+        **kwargs: Arguments of :class:`mmpretrain.models.ResNet`.
+
+    Raises:
+        ValueError: A depth that is not allowed, an unknown layer attention, or one that refuses
+            its arguments, such as ``head_channels`` that does not divide a stage's channels.
+
+    Example:
+        >>> import torch
+        >>> from mmrla.models import MRLAResNet
+        >>> backbone = MRLAResNet(50, out_indices=(0, 1, 2, 3)).eval()
+        >>> [tuple(y.shape) for y in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 256, 16, 24), (1, 512, 8, 12), (1, 1024, 4, 6), (1, 2048, 2, 3)]
+    """
+
+    arch_settings = {
+        18: (MRLABasicBlock, (2, 2, 2, 2)),
+        34: (MRLABasicBlock, (3, 4, 6, 3)),
+        50: (MRLABottleneck, (3, 4, 6, 3)),
+        101: (MRLABottleneck, (3, 4, 23, 3)),
+        152: (MRLABottleneck, (3, 8, 36, 3)),
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=32),
+        mrla_drop_path_rate: float | None = None,
+        mrla_act_cfg: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if depth not in self.arch_settings:
+            raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
+        if mrla_drop_path_rate is not None and not 0 <= mrla_drop_path_rate < 1:
+            raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {mrla_drop_path_rate!r}")
+        # Plain values, so they may be set before nn.Module's constructor; make_res_layer, which
+        # the ancestor's constructor calls, needs them.
+        self.layer_attention = layer_attention
+        self._block_kwargs = dict(
+            layer_attention=layer_attention,
+            mrla_drop_path_rate=mrla_drop_path_rate,
+            mrla_act_cfg=mrla_act_cfg,
+        )
+        super().__init__(depth, **kwargs)
+
+    def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
+        """Build one stage; called by the ancestor's constructor."""
+        return LayerAttentionStage(**self._block_kwargs, **kwargs)

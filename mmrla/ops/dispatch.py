@@ -1,0 +1,95 @@
+"""Choosing one of several implementations of the same operation, and saying why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+ENV_VAR = "MMRLA_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
+
+    Args:
+        name: The name users force it by, ``'naive'`` or ``'fused'``.
+        fn: The implementation; all backends of an operation share one signature.
+        why_not: Takes the operation's arguments and returns the reason why this backend cannot
+            run them, or None where it can.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+class Selection(NamedTuple):
+    """The backend that runs, and the reason it was chosen."""
+
+    backend: Backend
+    reason: str
+
+
+class Op:
+    """An operation with a check of its arguments and one or more backends.
+
+    A call takes the first backend, in the order given, that can run its arguments.
+    ``MMRLA_BACKEND`` in the environment, or ``backend=`` in the call (which wins), forces one; a
+    forced backend that cannot run raises, so nothing ever falls back in silence.
+
+    Args:
+        name: The operation's name, for messages.
+        check: Takes the operation's arguments and raises where they are unusable.
+        backends: The implementations, fastest first.
+    """
+
+    def __init__(self, name: str, check: Callable[..., None], backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.__name__ = name
+        self.check = check
+        self.backends = {backend.name: backend for backend in backends}
+
+    def select(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Selection:
+        """Tell which backend would run these arguments, and why.
+
+        Raises:
+            ValueError: No backend has the forced name.
+            RuntimeError: The forced backend cannot run the arguments, or no backend can.
+        """
+        forced_by = "the argument backend" if backend is not None else f"the variable {ENV_VAR}"
+        forced = backend if backend is not None else os.environ.get(ENV_VAR) or None
+        if forced is not None:
+            if forced not in self.backends:
+                raise ValueError(
+                    f"{self.name} has no backend {forced!r} (asked for by {forced_by}); "
+                    f"allowed: {', '.join(map(repr, self.backends))}"
+                )
+            reason = self.backends[forced].why_not(*args, **kwargs)
+            if reason is not None:
+                raise RuntimeError(
+                    f"{self.name}: {forced_by} forces {forced!r}, which cannot run here: {reason}"
+                )
+            return Selection(self.backends[forced], f"forced by {forced_by}")
+        refusals = []
+        for candidate in self.backends.values():
+            reason = candidate.why_not(*args, **kwargs)
+            if reason is None:
+                chosen = "; ".join([*refusals, f"{candidate.name} can run"])
+                return Selection(candidate, chosen)
+            refusals.append(f"{candidate.name} cannot run: {reason}")
+        raise RuntimeError(f"{self.name}: {'; '.join(refusals)}")
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        self.check(*args, **kwargs)
+        return self.select(*args, backend=backend, **kwargs).backend.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name!r}, backends={list(self.backends)})"
+
+
+def always(*args: Any, **kwargs: Any) -> None:
+    """The ``why_not`` of a backend that runs anywhere."""
+    return None

@@ -1,0 +1,86 @@
+"""The query and key of one layer, shared by every layer attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eca_kernel_size(channels: int) -> int:
+    """Kernel size of the query's and key's 1-d convolution, from the number of channels.
+
+    ``t = int(|log2(C) + 1| / 2)``, made odd by adding one (ECA-Net, CVPR 2020, with its
+    gamma = 2 and b = 1).
+
+    Args:
+        channels: C, at least 1.
+
+    Returns:
+        An odd kernel size.
+
+    Raises:
+        ValueError: ``channels`` is below 1.
+    """
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels=}")
+    t = int(abs((math.log2(channels) + 1) / 2))
+    return t if t % 2 else t + 1
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that means, logits and attention weights are computed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key of a layer: ``Q = Conv1D(GAP(x))``, ``K = Conv1D'(GAP(x))`` (section 4).
+
+    Both 1-d convolutions slide along the channel axis. Computed in float32 or wider, also under
+    autocast, because the logits that follow are.
+
+    Args:
+        x: The layer's output, ``[B, C, H, W]``.
+        query_weight: ``[1, 1, k]`` with odd k.
+        key_weight: Like ``query_weight``.
+
+    Returns:
+        Query and key, each ``[B, C]``.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        summary = x.mean(dim=(2, 3), dtype=dtype).unsqueeze(1)
+        query = F.conv1d(summary, query_weight.to(dtype), padding=query_weight.shape[-1] // 2)
+        key = F.conv1d(summary, key_weight.to(dtype), padding=key_weight.shape[-1] // 2)
+    return query.squeeze(1), key.squeeze(1)
+
+
+def per_channel(weights: Tensor, head_channels: int) -> Tensor:
+    """Spread one weight a head ``[B, C / d_k]`` over its channels: ``[B, C, 1, 1]``."""
+    return weights.repeat_interleave(head_channels, dim=1)[:, :, None, None]
+
+
+def check_head_channels(channels: int, head_channels: int) -> None:
+    """Raise ValueError, naming what is allowed, unless ``head_channels`` divides ``channels``."""
+    if isinstance(head_channels, bool) or not isinstance(head_channels, int):
+        raise TypeError(f"head_channels must be an int, got {head_channels!r}")
+    if head_channels < 1 or channels % head_channels:
+        allowed = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise ValueError(
+            f"head_channels must divide the layer's channels, got {head_channels=} with "
+            f"{channels=}; allowed: {', '.join(map(str, allowed))}"
+        )
+
+
+def check_feature_map(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating point tensor of four dimensions with at least one pixel."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [B, C, H, W], got {name}.shape={tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name} has no pixels, got {name}.shape={tuple(x.shape)}")

@@ -1,0 +1,47 @@
+"""mmrla's registries: children of mmengine's, scope ``mmrla``.
+
+mmengine imports this module when it meets the prefix ``mmrla.`` in a config, so nobody needs
+``custom_imports`` to reach what is registered here. ``locations`` keep that import cheap: the
+modules themselves load on first use.
+"""
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
+from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
+from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
+from mmengine.registry import Registry
+
+import mmrla  # noqa: F401  (installs the mmcv fallback before any model module loads)
+
+__all__ = [
+    "DATASETS",
+    "HOOKS",
+    "LAYER_ATTENTIONS",
+    "METRICS",
+    "MODELS",
+    "TRANSFORMS",
+    "VISBACKENDS",
+    "VISUALIZERS",
+    "WEIGHT_INITIALIZERS",
+]
+
+
+def _child(name: str, parent: Registry, location: str) -> Registry:
+    return Registry(name, parent=parent, scope="mmrla", locations=[location])
+
+
+MODELS = _child("model", MMENGINE_MODELS, "mmrla.models")
+# What ``layer_attention=dict(type=...)`` of a host may name. It has no parent, so that an unknown
+# name can be answered with exactly the names that are allowed.
+LAYER_ATTENTIONS = Registry("layer attention", scope="mmrla", locations=["mmrla.models"])
+WEIGHT_INITIALIZERS = _child("weight initializer", MMENGINE_WEIGHT_INITIALIZERS, "mmrla.models")
+DATASETS = _child("dataset", MMENGINE_DATASETS, "mmrla.datasets")
+TRANSFORMS = _child("transform", MMENGINE_TRANSFORMS, "mmrla.datasets")
+HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
+METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
+VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")
+VISBACKENDS = _child("vis_backend", MMENGINE_VISBACKENDS, "mmrla.engine")
