@@ -66,8 +66,10 @@ class LayerAttentionBlock:
         return self._forward(x, state)
 
     def _forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
+        out = self.residual(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.drop_path(self.residual(x))
+        out = self.drop_path(out)
         out += shortcut
         out = self.relu(out)
         if self.mrla is None:
@@ -126,7 +128,8 @@ class MRLAResNet(ResNet):
             ``drop_path_rate`` gives the layer.
         mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
             output. Default None: no activation, as in the released network with a 7x7 stem.
-        **kwargs: Arguments of :class:`mmpretrain.models.ResNet`.
+        **kwargs: Arguments of :class:`mmpretrain.models.ResNet`. ``init_cfg=None`` means its
+            default, Kaiming normal and zero gamma in the last norm of each residual branch.
 
     Raises:
         ValueError: A depth that is not allowed, an unknown layer attention, or one that refuses
@@ -169,8 +172,16 @@ class MRLAResNet(ResNet):
             mrla_drop_path_rate=mrla_drop_path_rate,
             mrla_act_cfg=mrla_act_cfg,
         )
+        if kwargs.get("init_cfg", ...) is None:
+            # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
+            kwargs.pop("init_cfg", None)
         super().__init__(depth, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
         return LayerAttentionStage(**self._block_kwargs, **kwargs)
+
+    def train(self, mode: bool = True) -> MRLAResNet:
+        """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
+        super().train(mode)
+        return self

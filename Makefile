@@ -1,0 +1,53 @@
+# Two commands do everything, environment included:
+#   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
+#   make test    the test suite
+#
+# PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.12)
+# VENV=path           another virtual environment; VENV= (empty) takes the active one. One that
+#                     already has torch and the mm packages keeps them as they are.
+
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(strip $(VENV)),)
+  override VENV := $(VIRTUAL_ENV)
+  ifeq ($(strip $(VENV)),)
+    $(error VENV is empty and no virtual environment is active)
+  endif
+endif
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.mmrla-installed
+DEMO_DIR ?= work_dirs/demo
+PYTEST_ARGS ?=
+
+.PHONY: help env demo test test-slow lint format clean
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+	@echo "  make test-slow, make lint, make format, make clean"
+
+env: $(STAMP)
+
+$(STAMP): requirements.txt requirements/dev.txt pyproject.toml requirements/install.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash requirements/install.sh
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) tools/demo.py --work-dir $(DEMO_DIR)
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf work_dirs data/shapes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,12 @@
+# Mask R-CNN, ResNet-101 + MRLA-light, COCO, 1x schedule.
+_base_ = "mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py"
+
+# Makes mmcv's operations available where mmcv was installed without its compiled extension.
+custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        type="mmrla.MRLAResNet",
+        layer_attention=dict(type="MRLALight", head_channels=32),
+    )
+)

@@ -1,0 +1,4 @@
+# RetinaNet, plain ResNet-101, COCO, 1x schedule: the baseline on the same code.
+_base_ = "./retinanet_r101_mrla_1x.py"
+
+model = dict(backbone=dict(layer_attention=None))

@@ -1,0 +1,13 @@
+"""What tools/ are made of: from a config file and options to a run, checked before it starts."""
+
+from mmrla.engine.data_check import check_data, set_data_root
+from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config, reporting_errors
+
+__all__ = [
+    "build_runner",
+    "check_data",
+    "init_cpu_distributed",
+    "load_config",
+    "reporting_errors",
+    "set_data_root",
+]

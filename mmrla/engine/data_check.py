@@ -1,0 +1,134 @@
+"""Pointing a config at another data folder, and checking that what it names is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+SPLITS = ("train", "val", "test")
+
+
+def _datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """The innermost datasets of a dataloader with their place in the config.
+
+    Wrappers (``RepeatDataset``, ``ConcatDataset``, ...) are looked through.
+    """
+    if isinstance(cfg, Mapping):
+        if "dataset" in cfg:
+            yield from _datasets(cfg["dataset"], f"{where}.dataset")
+        elif "datasets" in cfg:
+            for index, dataset in enumerate(cfg["datasets"]):
+                yield from _datasets(dataset, f"{where}.datasets[{index}]")
+        else:
+            yield where, cfg  # type: ignore[misc]
+
+
+def _evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
+    key = f"{split}_evaluator"
+    evaluator = cfg.get(key)
+    if isinstance(evaluator, Mapping):
+        yield key, evaluator  # type: ignore[misc]
+    else:
+        for index, single in enumerate(evaluator or ()):
+            yield f"{key}[{index}]", single
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _starts_in(path: str, folder: str) -> bool:
+    return bool(folder) and path.startswith(folder.rstrip("/") + "/")
+
+
+def set_data_root(cfg: Config, root: str | Path) -> None:
+    """Point every dataset and evaluator of a config at ``root``, in place.
+
+    A dataset's ``data_root`` becomes ``root``; paths that began with the old one (an evaluator's
+    ``ann_file``) begin with ``root`` instead. Relative paths of an evaluator whose dataset had no
+    ``data_root`` are taken to lie in ``root``.
+
+    Args:
+        cfg: A config with ``{train,val,test}_dataloader`` and ``_evaluator``.
+        root: The folder that holds ``annotations/`` and the image folders.
+
+    Raises:
+        FileNotFoundError: ``root`` is no folder.
+        ValueError: An evaluator's annotation file lies outside the dataset's old root, so that
+            nobody can tell what it should become.
+    """
+    if not _is_remote(str(root)) and not Path(root).is_dir():
+        raise FileNotFoundError(f"--data-root: no such folder: {Path(root).absolute()}")
+    new = f"{str(root).rstrip('/')}/"
+    for split in SPLITS:
+        old_roots = set()
+        for _, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+            old_roots.add(dataset.get("data_root") or "")
+            dataset["data_root"] = new
+        for where, evaluator in _evaluators(cfg, split):
+            ann_file = evaluator.get("ann_file")
+            if ann_file is None or _starts_in(ann_file, new):
+                continue  # val and test often share one dict
+            old = next((old for old in old_roots if _starts_in(ann_file, old)), None)
+            if old is not None:
+                evaluator["ann_file"] = new + ann_file[len(old.rstrip("/")) + 1 :]
+            elif "" in old_roots and not Path(ann_file).is_absolute():
+                evaluator["ann_file"] = new + ann_file
+            elif not old_roots:
+                continue
+            else:
+                raise ValueError(
+                    f"--data-root: {where}.ann_file={ann_file!r} does not lie in the dataset's "
+                    f"data_root ({', '.join(map(repr, sorted(old_roots)))}); set it with "
+                    f"--cfg-options {where}.ann_file=..."
+                )
+    if "data_root" in cfg:
+        cfg.data_root = new
+
+
+def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
+    """Raise unless every local folder and annotation file that the config names exists.
+
+    Args:
+        cfg: The config, after all options.
+        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
+
+    Raises:
+        FileNotFoundError: Names the place in the config, the absolute path and what to do.
+    """
+    for split in splits:
+        for where, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+            root = dataset.get("data_root") or ""
+            if root:
+                _require(root, f"{where}.data_root", folder=True)
+            if dataset.get("ann_file"):
+                _require(_join(root, dataset["ann_file"]), f"{where}.ann_file", folder=False)
+            prefixes = dataset.get("data_prefix") or {}
+            if isinstance(prefixes, str):
+                prefixes = {"img_path": prefixes}
+            for name, prefix in prefixes.items():
+                if prefix:
+                    place = f"{where}.data_prefix.{name}"
+                    _require(_join(root, prefix), place, folder=True)
+        for where, evaluator in _evaluators(cfg, split):
+            if evaluator.get("ann_file"):
+                _require(evaluator["ann_file"], f"{where}.ann_file", folder=False)
+
+
+def _join(root: str, path: str) -> str:
+    return path if _is_remote(path) or not root else f"{root.rstrip('/')}/{path}"
+
+
+def _require(path: str, where: str, *, folder: bool) -> None:
+    if _is_remote(path):
+        return
+    local = Path(path)
+    if not (local.is_dir() if folder else local.is_file()):
+        kind = "folder" if folder else "annotation file"
+        raise FileNotFoundError(
+            f"{where}: no such {kind}: {local.absolute()} (point every dataset and evaluator at "
+            "your copy with --data-root DIR)"
+        )

@@ -1,0 +1,167 @@
+"""Configs, options and processes of tools/train.py and tools/test.py."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from mmrla.engine.data_check import check_data, set_data_root
+
+TRACEBACK_ENV_VAR = "MMRLA_TRACEBACK"
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that tools/train.py and tools/test.py share."""
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints")
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="point every dataset and evaluator of the config at DIR, which holds annotations/ "
+        "and the image folders",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config, such as train_dataloader.batch_size=4; lists as "
+        'key="[a,b]"',
+    )
+    parser.add_argument(
+        "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="who starts"
+        " the processes; dist_train.sh and slurm_train.sh set it",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config, data, processes and model, then stop without writing anything",
+    )
+    # torchrun's predecessors pass this.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn what is wrong with the input into one line on stderr and exit status 2.
+
+    Wraps all that happens before a run starts. ``MMRLA_TRACEBACK=1`` shows the traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_ENV_VAR):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message = str(text) or type(error).__name__
+        print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2)
+
+
+def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
+    """Read the config and apply the options; check files and processes.
+
+    Args:
+        args: With ``config`` and the attributes of :func:`add_common_arguments`.
+        splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
+
+    Returns:
+        The config, ready for :func:`build_runner`.
+
+    Raises:
+        FileNotFoundError: The config, a data folder or an annotation file is not there.
+        ValueError: More processes than GPUs, or a launcher that needs GPUs without one.
+    """
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(_no_such_config(args.config))
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
+    check_processes(args.launcher)
+    check_data(cfg, splits)
+    return cfg
+
+
+def _no_such_config(path: str) -> str:
+    message = f"no such config: {Path(path).absolute()}"
+    known = [
+        candidate
+        for folder in (Path(path).parent, Path(__file__).parents[2] / "configs")
+        for candidate in sorted(folder.glob("*.py"))
+    ]
+    names = {candidate.name: candidate for candidate in reversed(known)}
+    similar = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
+    if similar:
+        message += f"; did you mean {', '.join(str(names[name]) for name in similar)}?"
+    return message
+
+
+def check_processes(launcher: str) -> None:
+    """Raise ValueError where the launcher starts more processes than this node has GPUs.
+
+    Without any GPU the processes run on the CPU, as many as wanted, with the ``pytorch`` launcher.
+    """
+    gpus = torch.cuda.device_count()
+    if launcher in ("slurm", "mpi") and gpus == 0:
+        raise ValueError(
+            f"--launcher {launcher} needs GPUs and this node shows none; on CPU use "
+            "tools/dist_train.sh (launcher pytorch)"
+        )
+    variable = {"slurm": "SLURM_NTASKS_PER_NODE", "mpi": "OMPI_COMM_WORLD_LOCAL_SIZE"}.get(
+        launcher, "LOCAL_WORLD_SIZE"
+    )
+    processes = int(os.environ.get(variable, 1))
+    if processes < 1:
+        raise ValueError(f"the number of processes must be at least 1, got {processes}")
+    if gpus and processes > gpus:
+        raise ValueError(
+            f"{processes} processes asked for on a node that shows {gpus} GPU(s); allowed: 1 to "
+            f"{gpus} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
+        )
+
+
+def init_cpu_distributed(cfg: Config) -> None:
+    """Start gloo where processes were launched and there is no GPU.
+
+    mmengine's own start-up selects a CUDA device, which fails there; it skips itself when a
+    process group exists. With GPUs nothing happens here and mmengine starts nccl.
+    """
+    if cfg.launcher == "none" or torch.cuda.is_available() or dist.is_initialized():
+        return
+    cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", {})["backend"] = "gloo"
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config asks for, the model included."""
+    if "runner_type" in cfg:
+        from mmengine.registry import RUNNERS
+
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def build_model_only(cfg: Config) -> None:
+    """Build the model in the config's default scope and drop it: a check that writes nothing."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    MODELS.build(cfg.model)

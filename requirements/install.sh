@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Make or complete the environment in $VENV; called by the Makefile.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:?} python=${PYTHON:-python3}
+own=0
+[[ $venv == .venv ]] || own=1
+
+if [[ ! -x $venv/bin/python ]]; then
+    if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
+        echo "error: Python 3.10 to 3.12 is needed, and $python is $("$python" --version 2>&1);" \
+            "name another with PYTHON=" >&2
+        exit 2
+    fi
+    echo "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+fi
+py=$venv/bin/python
+
+# Somebody's own environment may hold the other family of mm packages: leave a complete one alone.
+if [[ $own == 1 ]] && "$py" - <<'CHECK'
+import sys
+from importlib.util import find_spec
+needed = "torch torchvision mmengine mmcv mmdet mmpretrain pycocotools".split()
+sys.exit(any(find_spec(name) is None for name in needed))
+CHECK
+then
+    echo "using the torch and mm packages of $venv as they are"
+else
+    echo "installing requirements.txt into $venv (minutes on the first call)"
+    "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+fi
+"$py" -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
+"$py" -m pip install --disable-pip-version-check --quiet --no-deps -e .
+
+# mm packages require OpenCV's desktop build, which needs libGL; machines without a screen often
+# have none. The headless build is the same module without windows.
+if ! "$py" -c 'import cv2' 2>/dev/null; then
+    version=$("$py" -c 'from importlib.metadata import version; print(version("opencv-python"))')
+    echo "this machine cannot load OpenCV's desktop build; installing the headless one"
+    "$py" -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps \
+        "opencv-python-headless==$version"
+    "$py" -c 'import cv2'
+fi

@@ -1,0 +1,60 @@
+"""Evaluate a checkpoint. `python tools/test.py --help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmrla.engine.launch import (
+    add_common_arguments,
+    build_model_only,
+    build_runner,
+    init_cpu_distributed,
+    load_config,
+    reporting_errors,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint.")
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--out", metavar="FILE.pkl", help="write all predictions to FILE.pkl")
+    parser.add_argument("--show", action="store_true", help="show predictions in a window")
+    parser.add_argument(
+        "--show-dir",
+        metavar="DIR",
+        help="write pictures of predictions beside ground truth to WORK_DIR/TIMESTAMP/DIR",
+    )
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays")
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with reporting_errors():
+        if not Path(args.checkpoint).is_file() and "://" not in args.checkpoint:
+            raise FileNotFoundError(f"no such checkpoint: {Path(args.checkpoint).absolute()}")
+        if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
+            raise ValueError(f"--out must name a .pkl file, got {args.out!r}")
+        cfg = load_config(args, ("test",))
+        cfg.load_from = args.checkpoint
+        if args.show or args.show_dir:
+            from mmdet.engine.hooks.utils import trigger_visualization_hook
+
+            cfg = trigger_visualization_hook(cfg, args)
+        if args.dry_run:
+            build_model_only(cfg)
+            return
+        init_cpu_distributed(cfg)
+        runner = build_runner(cfg)
+        if args.out is not None:
+            from mmdet.evaluation import DumpDetResults
+
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Train the network of a config. `python tools/train.py --help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from mmrla.engine.launch import (
+    add_common_arguments,
+    build_model_only,
+    build_runner,
+    init_cpu_distributed,
+    load_config,
+    reporting_errors,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the network of a config.")
+    parser.add_argument("config", help="config file")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from CHECKPOINT, or from the newest one in the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (GPU)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by the real batch size over auto_scale_lr.base_batch_size",
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with reporting_errors():
+        cfg = load_config(args, ("train", "val"))
+        if args.amp:
+            if not torch.cuda.is_available():
+                raise ValueError("--amp needs a GPU and none is visible; leave it out on the CPU")
+            cfg.optim_wrapper.type = "AmpOptimWrapper"
+            cfg.optim_wrapper.loss_scale = "dynamic"
+        if args.auto_scale_lr:
+            if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+                raise ValueError("--auto-scale-lr: the config sets no auto_scale_lr.base_batch_size")
+            cfg.auto_scale_lr.enable = True
+        if args.resume is not None:
+            cfg.resume = True
+            cfg.load_from = None if args.resume == "auto" else args.resume
+        if args.dry_run:
+            build_model_only(cfg)
+            return
+        init_cpu_distributed(cfg)
+        runner = build_runner(cfg)
+    runner.train()
+
+
+if __name__ == "__main__":
+    main()
