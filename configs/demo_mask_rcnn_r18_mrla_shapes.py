@@ -30,13 +30,18 @@ model = dict(
         anchor_generator=dict(scales=[4]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=48, finest_scale=28),
+        # One sample a bin, for speed on the CPU.
+        bbox_roi_extractor=dict(
+            out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)
+        ),
         bbox_head=dict(
             in_channels=48,
             fc_out_channels=128,
             num_classes=num_classes,
         ),
-        mask_roi_extractor=dict(out_channels=48, finest_scale=28),
+        mask_roi_extractor=dict(
+            out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)
+        ),
         mask_head=dict(
             num_convs=2, in_channels=48, conv_out_channels=48, num_classes=num_classes
         ),
@@ -67,7 +72,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -88,11 +93,11 @@ test_evaluator = val_evaluator
 max_epochs = 7
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.002, weight_decay=0.01),
+    optimizer=dict(_delete_=True, type="AdamW", lr=0.0015, weight_decay=0.01),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
     dict(
         type="CosineAnnealingLR",
         eta_min=2e-5,
@@ -103,7 +108,7 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(base_batch_size=8)
+auto_scale_lr = dict(base_batch_size=4)
 default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=2, save_best=None)
 )

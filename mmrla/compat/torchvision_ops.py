@@ -55,8 +55,6 @@ def softnms(
     while len(remaining):
         best = int(scores[remaining].argmax())
         index = int(remaining[best])
-        if scores[index] < min_score:
-            break
         dets[len(kept), :4] = boxes[index]
         dets[len(kept), 4] = scores[index]
         kept.append(index)

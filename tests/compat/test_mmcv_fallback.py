@@ -1,0 +1,381 @@
+"""The fallback behind mmcv.ops against plain references, through mmcv's own functions."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmrla  # noqa: F401
+from mmrla.compat import ops_in_use
+
+pytestmark = pytest.mark.skipif(
+    ops_in_use() != "fallback", reason="mmcv's compiled extension is installed and in use"
+)
+
+
+def boxes(n: int, size: float = 60) -> torch.Tensor:
+    corners = torch.rand(n, 2) * size
+    return torch.cat([corners, corners + 1 + torch.rand(n, 2) * size / 2], dim=1)
+
+
+def iou(a, b, offset: int) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0]) + offset
+    height = min(a[3], b[3]) - max(a[1], b[1]) + offset
+    inter = max(width, 0) * max(height, 0)
+    areas = [(c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)]
+    return inter / (sum(areas) - inter)
+
+
+# --- nms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 57])
+def test_nms(n, offset):
+    from mmcv.ops import nms
+
+    b, scores = boxes(n), torch.rand(n)
+    dets, kept = nms(b, scores, iou_threshold=0.3, offset=offset)
+    expected: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou(b[i].tolist(), b[j].tolist(), offset) <= 0.3 for j in expected):
+            expected.append(i)
+    assert kept.tolist() == expected
+    assert torch.equal(dets, torch.cat([b, scores[:, None]], dim=1)[expected])
+
+
+def test_nms_offset_decides():
+    """Two boxes whose overlap is 0.333 without the pixel of the offset and 0.375 with it."""
+    from mmcv.ops import nms
+
+    b = torch.tensor([[0.0, 0, 10, 9], [5, 0, 15, 9]])
+    scores = torch.tensor([0.9, 0.8])
+    assert len(nms(b, scores, iou_threshold=0.35, offset=0)[1]) == 2
+    assert len(nms(b, scores, iou_threshold=0.35, offset=1)[1]) == 1
+
+
+def test_batched_nms_keeps_classes_apart():
+    from mmcv.ops import batched_nms
+
+    b = boxes(1).repeat(4, 1)
+    scores, labels = torch.tensor([0.1, 0.9, 0.5, 0.7]), torch.tensor([0, 0, 1, 1])
+    _, kept = batched_nms(b, scores, labels, dict(type="nms", iou_threshold=0.5))
+    assert kept.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+@pytest.mark.parametrize("n", [1, 40])
+def test_soft_nms(n, method):
+    from mmcv.ops import soft_nms
+
+    b, scores = boxes(n, 30), torch.rand(n)
+    dets, kept = soft_nms(b, scores, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method)
+    left, expected = dict(enumerate(scores.tolist())), []
+    while left:
+        best = max(left, key=left.__getitem__)
+        expected.append((best, left.pop(best)))
+        for i in list(left):
+            overlap = iou(b[best].tolist(), b[i].tolist(), 0)
+            if method == "gaussian":
+                left[i] *= math.exp(-(overlap**2) / 0.5)
+            elif overlap >= 0.3:
+                left[i] *= 1 - overlap if method == "linear" else 0
+            if left[i] < 0.05:
+                del left[i]
+    assert kept.tolist() == [i for i, _ in expected]
+    torch.testing.assert_close(dets[:, 4], torch.tensor([s for _, s in expected]))
+    assert torch.equal(dets[:, :4], b[kept])
+
+
+# --- region pooling --------------------------------------------------------------------------------
+
+
+def bilinear(plane: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Value of ``[C, H, W]`` at one point; 0 further than one pixel outside, else clamped."""
+    height, width = plane.shape[1:]
+    if y < -1 or y > height or x < -1 or x > width:
+        return plane.new_zeros(plane.shape[0])
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    y0, x0 = int(y), int(x)
+    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    fy, fx = y - y0, x - x0
+    top = plane[:, y0, x0] * (1 - fx) + plane[:, y0, x1] * fx
+    bottom = plane[:, y1, x0] * (1 - fx) + plane[:, y1, x1] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def roi_align_reference(features, rois, size, scale, sampling_ratio, aligned):
+    """Mask R-CNN (ICCV 2017), section 3: the mean of samples in each bin."""
+    out = features.new_zeros(len(rois), features.shape[1], *size)
+    shift = 0.5 if aligned else 0.0
+    for r, roi in enumerate(rois):
+        x1, y1, x2, y2 = roi[1:] * scale - shift
+        w, h = x2 - x1, y2 - y1
+        if not aligned:
+            w, h = w.clamp(min=1), h.clamp(min=1)
+        bin_h, bin_w = h / size[0], w / size[1]
+        ny = sampling_ratio or max(math.ceil(bin_h), 0)
+        nx = sampling_ratio or max(math.ceil(bin_w), 0)
+        for i in range(size[0]):
+            for j in range(size[1]):
+                samples = [
+                    bilinear(
+                        features[int(roi[0])],
+                        y1 + (i + (p + 0.5) / ny) * bin_h,
+                        x1 + (j + (q + 0.5) / nx) * bin_w,
+                    )
+                    for p in range(ny)
+                    for q in range(nx)
+                ]
+                out[r, :, i, j] = sum(samples) / max(len(samples), 1)
+    return out
+
+
+ROIS = torch.tensor(
+    [[0, 4.0, 2.0, 30.0, 21.0], [1, -6, -3, 50, 40], [1, 10, 10, 10.4, 10.2], [0, 0, 7, 3, 31]],
+    dtype=torch.float64,
+)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("size", [(7, 7), (3, 1)])
+def test_roi_align(size, sampling_ratio, aligned):
+    from mmcv.ops import roi_align
+
+    features = torch.randn(2, 3, 11, 13, dtype=torch.float64)
+    mine, theirs = (features.clone().requires_grad_() for _ in range(2))
+    got = roi_align(mine, ROIS, size, 0.25, sampling_ratio, "avg", aligned)
+    expected = roi_align_reference(theirs, ROIS, size, 0.25, sampling_ratio, aligned)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_roi_align_without_regions_and_in_low_precision():
+    from mmcv.ops import RoIAlign
+
+    features = torch.randn(2, 3, 8, 8, requires_grad=True)
+    out = RoIAlign((7, 7), 0.5)(features, torch.zeros(0, 5))
+    assert out.shape == (0, 3, 7, 7)
+    out.sum().backward()
+    assert torch.equal(features.grad, torch.zeros_like(features))
+    rois = ROIS.float()
+    expected = RoIAlign((7, 7), 0.25)(features, rois)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = features.detach().to(dtype).requires_grad_()
+        got = RoIAlign((7, 7), 0.25)(low, rois.to(dtype))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), expected, atol=0.1, rtol=0.1)
+        got.sum().backward()
+        assert low.grad.dtype == dtype
+
+
+def test_roi_pool():
+    from mmcv.ops import roi_pool
+
+    features = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    rois = torch.tensor([[0, 0, 0, 12.0, 12.0], [1, 4, 2, 19, 15]], dtype=torch.float64)
+    mine, theirs = (features.clone().requires_grad_() for _ in range(2))
+    got = roi_pool(mine, rois, (3, 2), 0.5)
+    expected = []
+    for roi in rois:  # Fast R-CNN (ICCV 2015), section 2.1
+        x1, y1, x2, y2 = (round(float(v) * 0.5) for v in roi[1:])
+        bin_h, bin_w = max(y2 - y1 + 1, 1) / 3, max(x2 - x1 + 1, 1) / 2
+        for i in range(3):
+            for j in range(2):
+                rows = slice(max(y1 + math.floor(i * bin_h), 0), y1 + math.ceil((i + 1) * bin_h))
+                cols = slice(max(x1 + math.floor(j * bin_w), 0), x1 + math.ceil((j + 1) * bin_w))
+                expected.append(theirs[int(roi[0]), :, rows, cols].amax(dim=(1, 2)))
+    expected = torch.stack(expected).view(2, 3, 2, 3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    assert roi_pool(features, rois[:0], (3, 2), 0.5).shape == (0, 3, 3, 2)
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [0, 9])
+def test_sigmoid_focal_loss(n, weighted):
+    from mmcv.ops import sigmoid_focal_loss
+
+    logits = (3 * torch.randn(n, 4, dtype=torch.float64)).requires_grad_()
+    target = torch.randint(0, 5, (n,))  # 4 is background
+    weight = torch.rand(4, dtype=torch.float64) if weighted else None
+    got = sigmoid_focal_loss(logits, target, 2.0, 0.25, weight, "none")
+    loss = torch.zeros(n, 4, dtype=torch.float64)
+    for i in range(n):
+        for c in range(4):
+            p = torch.sigmoid(logits[i, c])
+            own = 1.0 if weight is None or target[i] == 4 else weight[target[i]]
+            if target[i] == c:
+                loss[i, c] = -0.25 * (1 - p) ** 2 * torch.log(p) * own
+            else:
+                loss[i, c] = -0.75 * p**2 * torch.log(1 - p) * own
+    torch.testing.assert_close(got, loss.detach())
+    if n:
+        (by_mine,) = torch.autograd.grad(got.sum(), logits)
+        (by_theirs,) = torch.autograd.grad(loss.sum(), logits)
+        torch.testing.assert_close(by_mine, by_theirs)
+
+
+def test_sigmoid_focal_loss_far_out():
+    from mmcv.ops import sigmoid_focal_loss
+
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.tensor([1]), 2.0, 0.25, None, "sum")
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+    assert loss.item() == pytest.approx(0.75 * 200 + 0.25 * 200)
+
+
+# --- deformable convolution ------------------------------------------------------------------------
+
+
+def deform_reference(x, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups):
+    """Sum over taps of weight * mask * x(p + p_k + offset), point by point."""
+
+    def sample(plane, y, x_):
+        height, width = plane.shape
+        value = 0.0
+        y0, x0 = math.floor(y), math.floor(x_)
+        for yy in (y0, y0 + 1):
+            for xx in (x0, x0 + 1):
+                if 0 <= yy < height and 0 <= xx < width:
+                    value = value + plane[yy, xx] * (1 - abs(y - yy)) * (1 - abs(x_ - xx))
+        return value
+
+    b, c, h, w = x.shape
+    c_out, per_group, kh, kw = weight.shape
+    oh = (h + 2 * padding - dilation * (kh - 1) - 1) // stride + 1
+    ow = (w + 2 * padding - dilation * (kw - 1) - 1) // stride + 1
+    rows = []
+    for n in range(b):
+        for co in range(c_out):
+            for i in range(oh):
+                for j in range(ow):
+                    total = bias[co] if bias is not None else 0.0
+                    for ci in range(per_group):
+                        channel = co // (c_out // groups) * per_group + ci
+                        dg = channel // (c // deform_groups)
+                        for k in range(kh * kw):
+                            base = 2 * (dg * kh * kw + k)
+                            y = i * stride - padding + k // kw * dilation + offset[n, base, i, j]
+                            xx = j * stride - padding + k % kw * dilation + offset[n, base + 1, i, j]
+                            value = sample(x[n, channel], y, xx)
+                            if mask is not None:
+                                value = value * mask[n, dg * kh * kw + k, i, j]
+                            total = total + weight[co, ci, k // kw, k % kw] * value
+                    rows.append(torch.as_tensor(total))
+    return torch.stack(rows).view(b, c_out, oh, ow)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deform_conv(modulated):
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, weight, bias = leaf(2, 4, 5, 6), leaf(4, 2, 3, 3), leaf(4)
+    offset, mask = leaf(2, 2 * 2 * 9, 3, 3), leaf(2, 2 * 9, 3, 3)
+    geometry = (2, 1, 1, 2, 2)  # stride, padding, dilation, groups, deform groups
+    if modulated:
+        got = modulated_deform_conv2d(x, offset, mask, weight, bias, *geometry)
+        leaves = [x, offset, mask, weight, bias]
+        expected = deform_reference(x, offset, mask, weight, bias, *geometry)
+    else:
+        got = deform_conv2d(x, offset, weight, *geometry)
+        leaves = [x, offset, weight]
+        expected = deform_reference(x, offset, None, weight, None, *geometry)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    mine = torch.autograd.grad(got, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_deform_conv_without_offset_is_a_convolution():
+    from mmcv.ops import modulated_deform_conv2d
+
+    x, weight = torch.randn(1, 3, 7, 5), torch.randn(2, 3, 3, 3)
+    got = modulated_deform_conv2d(
+        x, torch.zeros(1, 18, 7, 5), torch.ones(1, 9, 7, 5), weight, None, 1, 1
+    )
+    torch.testing.assert_close(got, F.conv2d(x, weight, padding=1), atol=1e-5, rtol=1e-4)
+
+
+# --- which is in use -------------------------------------------------------------------------------
+
+
+def test_other_ops_say_what_to_do():
+    from mmcv.ops import box_iou_rotated, roi_align
+
+    with pytest.raises(NotImplementedError, match="mmcv op box_iou_rotated needs .*install mmcv wi"):
+        box_iou_rotated(torch.rand(1, 5), torch.rand(1, 5))
+    with pytest.raises(NotImplementedError, match="roi_align with pool_mode='max'"):
+        roi_align(torch.rand(1, 1, 4, 4), ROIS[:1].float(), 2, 1.0, 0, "max", True)
+
+
+def test_the_module_has_a_real_spec_and_probes_find_it():
+    import importlib.util
+
+    import mmcv._ext as ext
+
+    assert ext.__spec__.name == "mmcv._ext"
+    assert importlib.util.find_spec("mmcv._ext") is not None
+    assert not hasattr(ext, "__path__")
+    from mmengine.utils.dl_utils import collect_env
+
+    assert "fallback" in collect_env()["MMCV Compiler"] if "MMCV Compiler" in collect_env() else True
+    from mmcv.ops import get_compiler_version
+
+    assert "fallback" in get_compiler_version()
+
+
+def test_a_compiled_extension_is_preferred(tmp_path):
+    """With an `_ext` in mmcv's folders the finder is never asked, whoever was imported first."""
+    (tmp_path / "_ext.py").write_text("marker = 1\n")
+    code = (
+        f"import mmrla, mmcv; mmcv.__path__.append({str(tmp_path)!r}); "
+        "from mmrla.compat import ops_in_use; import mmcv._ext as e; print(ops_in_use(), e.marker)"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert out.split() == ["compiled", "1"]
+
+
+def test_importing_twice_installs_one_finder():
+    from mmrla.compat import install_mmcv_fallback
+
+    before = list(sys.meta_path)
+    install_mmcv_fallback()
+    assert sys.meta_path == before
+
+
+def test_models_import_logs_one_line():
+    code = "import mmrla.models, mmrla.registry; mmrla.registry.MODELS.get('MRLAResNet')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("mmcv ops: mmrla's fallback") == 1
+
+
+def test_numpy_in_numpy_out():
+    from mmcv.ops import nms
+
+    dets, kept = nms(boxes(5).numpy(), np.random.rand(5).astype(np.float32), 0.5)
+    assert isinstance(dets, np.ndarray)
+    assert isinstance(kept, np.ndarray)

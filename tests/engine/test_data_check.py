@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+
+from mmrla.engine import check_data, set_data_root
+
+
+def config(**changes):
+    dataset = dict(
+        type="CocoDataset",
+        data_root="data/coco/",
+        ann_file="annotations/a.json",
+        data_prefix=dict(img="images/"),
+    )
+    loader = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dataset))
+    both = dict(
+        dataset=dict(type="ConcatDataset", datasets=[dict(dataset), dict(dataset, data_root=None)])
+    )
+    evaluator = dict(type="CocoMetric", ann_file="data/coco/annotations/a.json")
+    cfg = dict(
+        data_root="data/coco/",
+        train_dataloader=loader,
+        val_dataloader=both,
+        val_evaluator=evaluator,
+        test_dataloader=both,
+        test_evaluator=[evaluator, dict(type="DumpResults", out_file_path="x.pkl")],
+    )
+    return Config({**cfg, **changes})
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/a.json").write_text("{}")
+    (tmp_path / "images").mkdir()
+    return tmp_path
+
+
+def test_points_everything_at_the_root(root):
+    cfg = config()
+    set_data_root(cfg, root)
+    new = f"{root}/"
+    assert cfg.data_root == cfg.train_dataloader.dataset.dataset.data_root == new
+    assert [d.data_root for d in cfg.val_dataloader.dataset.datasets] == [new, new]
+    assert cfg.val_evaluator.ann_file == f"{new}annotations/a.json"
+    assert cfg.test_evaluator[0].ann_file == f"{new}annotations/a.json"
+    assert cfg.test_evaluator[1].out_file_path == "x.pkl"
+    check_data(cfg)
+    set_data_root(cfg, str(root))  # again: nothing to do
+    assert cfg.test_evaluator[0].ann_file == f"{new}annotations/a.json"
+
+
+def test_what_is_missing_is_named(root, monkeypatch, tmp_path_factory):
+    cfg = config()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"train_dataloader.dataset.dataset.data_root: no such folder: /.*data/coco .*--data-r",
+    ):
+        check_data(cfg)
+    set_data_root(cfg, root)
+    (root / "images").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"data_prefix.img: no such folder: .*/images"):
+        check_data(cfg, ["val"])
+    (root / "annotations/a.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ann_file: no such annotation file: .*a.json"):
+        check_data(cfg, ["test"])
+    with pytest.raises(FileNotFoundError, match="--data-root: no such folder: /.*/nowhere"):
+        set_data_root(cfg, "nowhere")
+
+
+def test_an_evaluator_nobody_can_place_is_an_error(root):
+    cfg = config(val_evaluator=dict(type="CocoMetric", ann_file="/elsewhere/b.json"))
+    with pytest.raises(ValueError, match=r"val_evaluator.ann_file='/elsewhere/b.json' does not li"):
+        set_data_root(cfg, root)
+
+
+def test_remote_data_is_left_to_its_backend():
+    cfg = config()
+    set_data_root(cfg, "s3://bucket/coco")
+    assert cfg.val_evaluator.ann_file == "s3://bucket/coco/annotations/a.json"
+    check_data(cfg)
