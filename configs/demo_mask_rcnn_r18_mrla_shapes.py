@@ -31,24 +31,18 @@ model = dict(
     ),
     roi_head=dict(
         # One sample a bin, for speed on the CPU.
-        bbox_roi_extractor=dict(
-            out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)
-        ),
+        bbox_roi_extractor=dict(out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(
             in_channels=48,
             fc_out_channels=128,
             num_classes=num_classes,
         ),
-        mask_roi_extractor=dict(
-            out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)
-        ),
-        mask_head=dict(
-            num_convs=2, in_channels=48, conv_out_channels=48, num_classes=num_classes
-        ),
+        mask_roi_extractor=dict(out_channels=48, finest_scale=28, roi_layer=dict(sampling_ratio=1)),
+        mask_head=dict(num_convs=2, in_channels=48, conv_out_channels=48, num_classes=num_classes),
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=48)),
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=300, max_per_img=100),
@@ -91,9 +85,9 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
 max_epochs = 7
-train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.0015, weight_decay=0.01),
+    optimizer=dict(_delete_=True, type="AdamW", lr=0.003, weight_decay=0.01),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [

@@ -73,7 +73,11 @@ class Golden(dict):
     def __init__(self, path: Path) -> None:
         with np.load(path) as arrays:
             super().__init__(
-                {k: torch.from_numpy(arrays[k]) for k in arrays.files if arrays[k].dtype.kind != "U"}
+                {
+                    k: torch.from_numpy(arrays[k])
+                    for k in arrays.files
+                    if arrays[k].dtype.kind != "U"
+                }
             )
             self.names = {k: arrays[k] for k in arrays.files if arrays[k].dtype.kind == "U"}
 

@@ -47,7 +47,9 @@ def main() -> None:
             cfg.optim_wrapper.loss_scale = "dynamic"
         if args.auto_scale_lr:
             if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
-                raise ValueError("--auto-scale-lr: the config sets no auto_scale_lr.base_batch_size")
+                raise ValueError(
+                    "--auto-scale-lr: the config sets no auto_scale_lr.base_batch_size"
+                )
             cfg.auto_scale_lr.enable = True
         if args.resume is not None:
             cfg.resume = True

@@ -397,7 +397,7 @@ def _not_implemented(name: str) -> NotImplementedError:
 
 
 def _missing_op(name: str) -> Callable[..., Any]:
-    """mmcv's wrappers check at import that a function is there, so it fails only when called."""
+    """Mmcv's wrappers check at import that a function is there, so it fails only when called."""
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise _not_implemented(name)

@@ -178,7 +178,8 @@ def generate_shapes(
 def _write_split(root: Path, split: str, count: int, image_size: int, seed: int) -> None:
     folder = root / f"{split}2017"
     folder.mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([seed, {"train": 0, "val": 1}[split], index])
         image, instances = _scene(rng, image_size)

@@ -23,14 +23,14 @@ def _datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
             for index, dataset in enumerate(cfg["datasets"]):
                 yield from _datasets(dataset, f"{where}.datasets[{index}]")
         else:
-            yield where, cfg  # type: ignore[misc]
+            yield where, cfg
 
 
 def _evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
     key = f"{split}_evaluator"
     evaluator = cfg.get(key)
     if isinstance(evaluator, Mapping):
-        yield key, evaluator  # type: ignore[misc]
+        yield key, evaluator
     else:
         for index, single in enumerate(evaluator or ()):
             yield f"{key}[{index}]", single

@@ -39,8 +39,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         'key="[a,b]"',
     )
     parser.add_argument(
-        "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="who starts"
-        " the processes; dist_train.sh and slurm_train.sh set it",
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="who starts the processes; dist_train.sh and slurm_train.sh set it",
     )
     parser.add_argument(
         "--dry-run",

@@ -34,6 +34,7 @@ class _MRLA(LayerAttention):
         nn.init.kaiming_normal_(self.value.weight, mode="fan_out", nonlinearity="relu")
 
     def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
         return f"channels={self.channels}, head_channels={self.head_channels}"
 
 
@@ -91,6 +92,7 @@ class MRLALight(_MRLA):
         return o, (o if self.recurrence == "output" else None)
 
     def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
         return f"{super().extra_repr()}, recurrence={self.recurrence!r}"
 
 

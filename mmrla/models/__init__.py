@@ -1,7 +1,7 @@
 """Networks: hosts of layer attention, built on mmpretrain's and mmdet's."""
 
 from mmrla.compat import log_ops_in_use
-from mmrla.models.backbones import MRLAResNeXt, MRLAResNet
+from mmrla.models.backbones import MRLAResNet, MRLAResNeXt
 from mmrla.models.builder import build_layer_attention
 
 __all__ = ["MRLAResNeXt", "MRLAResNet", "build_layer_attention"]

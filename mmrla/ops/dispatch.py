@@ -73,7 +73,7 @@ class Op:
                     f"{self.name}: {forced_by} forces {forced!r}, which cannot run here: {reason}"
                 )
             return Selection(self.backends[forced], f"forced by {forced_by}")
-        refusals = []
+        refusals: list[str] = []
         for candidate in self.backends.values():
             reason = candidate.why_not(*args, **kwargs)
             if reason is None:
@@ -83,6 +83,7 @@ class Op:
         raise RuntimeError(f"{self.name}: {'; '.join(refusals)}")
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        """Check the arguments and run the selected backend."""
         self.check(*args, **kwargs)
         return self.select(*args, backend=backend, **kwargs).backend.fn(*args, **kwargs)
 

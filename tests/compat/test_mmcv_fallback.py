@@ -32,7 +32,7 @@ def iou(a, b, offset: int) -> float:
     return inter / (sum(areas) - inter)
 
 
-# --- nms -----------------------------------------------------------------------------------------
+# --- nms ---
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -93,7 +93,7 @@ def test_soft_nms(n, method):
     assert torch.equal(dets[:, :4], b[kept])
 
 
-# --- region pooling --------------------------------------------------------------------------------
+# --- region pooling ---
 
 
 def bilinear(plane: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ def test_roi_pool():
     assert roi_pool(features, rois[:0], (3, 2), 0.5).shape == (0, 3, 3, 2)
 
 
-# --- losses --------------------------------------------------------------------------------------
+# --- losses ---
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -243,10 +243,12 @@ def test_sigmoid_focal_loss_far_out():
     assert loss.item() == pytest.approx(0.75 * 200 + 0.25 * 200)
 
 
-# --- deformable convolution ------------------------------------------------------------------------
+# --- deformable convolution ---
 
 
-def deform_reference(x, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups):
+def deform_reference(
+    x, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups
+):
     """Sum over taps of weight * mask * x(p + p_k + offset), point by point."""
 
     def sample(plane, y, x_):
@@ -275,7 +277,9 @@ def deform_reference(x, offset, mask, weight, bias, stride, padding, dilation, g
                         for k in range(kh * kw):
                             base = 2 * (dg * kh * kw + k)
                             y = i * stride - padding + k // kw * dilation + offset[n, base, i, j]
-                            xx = j * stride - padding + k % kw * dilation + offset[n, base + 1, i, j]
+                            xx = (
+                                j * stride - padding + k % kw * dilation + offset[n, base + 1, i, j]
+                            )
                             value = sample(x[n, channel], y, xx)
                             if mask is not None:
                                 value = value * mask[n, dg * kh * kw + k, i, j]
@@ -320,13 +324,15 @@ def test_deform_conv_without_offset_is_a_convolution():
     torch.testing.assert_close(got, F.conv2d(x, weight, padding=1), atol=1e-5, rtol=1e-4)
 
 
-# --- which is in use -------------------------------------------------------------------------------
+# --- which is in use ---
 
 
 def test_other_ops_say_what_to_do():
     from mmcv.ops import box_iou_rotated, roi_align
 
-    with pytest.raises(NotImplementedError, match="mmcv op box_iou_rotated needs .*install mmcv wi"):
+    with pytest.raises(
+        NotImplementedError, match="mmcv op box_iou_rotated needs .*install mmcv wi"
+    ):
         box_iou_rotated(torch.rand(1, 5), torch.rand(1, 5))
     with pytest.raises(NotImplementedError, match="roi_align with pool_mode='max'"):
         roi_align(torch.rand(1, 1, 4, 4), ROIS[:1].float(), 2, 1.0, 0, "max", True)
@@ -342,7 +348,9 @@ def test_the_module_has_a_real_spec_and_probes_find_it():
     assert not hasattr(ext, "__path__")
     from mmengine.utils.dl_utils import collect_env
 
-    assert "fallback" in collect_env()["MMCV Compiler"] if "MMCV Compiler" in collect_env() else True
+    assert (
+        "fallback" in collect_env()["MMCV Compiler"] if "MMCV Compiler" in collect_env() else True
+    )
     from mmcv.ops import get_compiler_version
 
     assert "fallback" in get_compiler_version()

@@ -56,7 +56,7 @@ def test_what_is_missing_is_named(root, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     with pytest.raises(
         FileNotFoundError,
-        match=r"train_dataloader.dataset.dataset.data_root: no such folder: /.*data/coco .*--data-r",
+        match=r"train_dataloader.dataset.dataset.data_root: no such folder: /.*data/coco .*--data",
     ):
         check_data(cfg)
     set_data_root(cfg, root)

@@ -9,7 +9,7 @@ from tests.conftest import relative_error
 
 
 def test_initialisation():
-    """Value: Kaiming normal, fan_out; lambda: N(0, 1); Conv1D: torch's default, within 1/sqrt(k)."""
+    """Value: Kaiming normal, fan_out; lambda: N(0, 1); Conv1D: torch's default."""
     layer = MRLALight(1024, head_channels=32)
     fan_out = 1024 * 9
     assert layer.value.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)

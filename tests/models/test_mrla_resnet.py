@@ -36,7 +36,7 @@ def image(*size: int) -> torch.Tensor:
     return torch.randn(2, 3, *(size or (64, 96)))
 
 
-# --- parity with the released implementation ---------------------------------------------------
+# --- parity with the released implementation ---
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -123,7 +123,7 @@ def test_golden_network(name, layer_attention, source):
             assert relative_error(stage.mean((2, 3)), g[f"stage{i + 1}_mean_hw"]) < 1e-4
 
 
-# --- the plain network -------------------------------------------------------------------------
+# --- the plain network ---
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,9 @@ def test_drop_path_of_the_attention_branch():
     assert last.mrla_drop_path.drop_prob == last.drop_path.drop_prob == pytest.approx(0.4)
     assert isinstance(shared.layer1[0].mrla_drop_path, nn.Identity)
     alone = MRLAResNet(18, **SMALL, layer_attention=LIGHT, mrla_drop_path_rate=0.2)
-    assert {b.mrla_drop_path.drop_prob for s in alone.res_layers for b in getattr(alone, s)} == {0.2}
+    assert {b.mrla_drop_path.drop_prob for s in alone.res_layers for b in getattr(alone, s)} == {
+        0.2
+    }
     assert isinstance(alone.layer4[-1].drop_path, nn.Identity)
     # Survivors are scaled, so that a sample either gets 0 or 1 / 0.8 of the branch.
     branch = alone.layer4[-1].mrla_drop_path.train()(torch.ones(1000, 1, 1, 1))
@@ -293,7 +295,7 @@ def test_initialisation():
     assert depthwise.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.1)
 
 
-# --- composing -----------------------------------------------------------------------------------
+# --- composing ---
 
 
 def test_default_is_light_and_types_take_prefix_and_class():
@@ -327,7 +329,7 @@ def test_real_image(coco_mini):
             assert torch.isfinite(out).all()
 
 
-# --- bad input ---------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(

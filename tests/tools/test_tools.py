@@ -131,7 +131,7 @@ def test_resume_goes_on(trained, coco_mini, tmp_path):
 )
 def test_the_other_detectors(config, coco_mini, tmp_path):
     done = run(
-        ROOT / f"tools/train.py", ROOT / f"configs/{config}.py", "--data-root", coco_mini,
+        ROOT / "tools/train.py", ROOT / f"configs/{config}.py", "--data-root", coco_mini,
         "--work-dir", tmp_path, "--auto-scale-lr", "--cfg-options", *TINY,
     )  # fmt: skip
     log = done.stdout + done.stderr
@@ -188,7 +188,7 @@ def test_dist_test(trained, coco_mini, tmp_path):
     assert found[0] == found[1]
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ---
 
 TRAIN = ROOT / "tools/train.py"
 CONFIG = ROOT / "configs/retinanet_r50_mrla_1x.py"

@@ -1,0 +1,16 @@
+"""Weights: reading files safely, saying what was loaded, converting, and starting warm."""
+
+from mmrla.checkpoints.convert import Conversion, convert_state_dict, detect, to_released
+from mmrla.checkpoints.files import load_file, state_dict_of
+from mmrla.checkpoints.report import LoadReport, load_into
+
+__all__ = [
+    "Conversion",
+    "LoadReport",
+    "convert_state_dict",
+    "detect",
+    "load_file",
+    "load_into",
+    "state_dict_of",
+    "to_released",
+]

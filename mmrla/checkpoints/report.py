@@ -1,0 +1,139 @@
+"""Loading a state dict and saying exactly what was loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from torch import Tensor, nn
+
+from mmrla.checkpoints.files import CheckpointError
+
+
+def is_mrla_key(key: str) -> bool:
+    """Whether a state-dict key belongs to a layer attention: one of its name's parts has mrla."""
+    return "mrla" in key
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a load."""
+
+    matched: list[str] = field(default_factory=list)
+    """Keys of the model that were filled."""
+    missing: list[str] = field(default_factory=list)
+    """Keys of the model that the checkpoint lacks."""
+    unexpected: list[str] = field(default_factory=list)
+    """Keys of the checkpoint that the model lacks."""
+    mismatched: list[str] = field(default_factory=list)
+    """``key: checkpoint shape -> model shape`` of those that were left out for it."""
+    prefix: str = ""
+    """What was taken off the checkpoint's keys (``backbone.``) or, with ``+``, put before them."""
+
+    def summary(self, limit: int = 8) -> str:
+        """One line of counts, and a line for each kind of key that was not loaded."""
+        lines = [
+            f"{len(self.matched)} tensors loaded, {len(self.missing)} missing, "
+            f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of the wrong shape"
+            + (f" (prefix {self.prefix!r})" if self.prefix else "")
+        ]
+        for title in ("missing", "unexpected", "mismatched"):
+            keys = getattr(self, title)
+            if keys:
+                more = f", ... ({len(keys) - limit} more)" if len(keys) > limit else ""
+                lines.append(f"  {title}: {', '.join(keys[:limit])}{more}")
+        return "\n".join(lines)
+
+
+def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], str]:
+    """The checkpoint's keys with or without ``backbone.``, whichever fits the model better."""
+    keys = set(own)
+    candidates: dict[str, dict[str, Tensor]] = {
+        "": dict(state),
+        "backbone.": {
+            k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")
+        },
+        "+backbone.": {f"backbone.{k}": v for k, v in state.items()},
+    }
+    best = max(candidates, key=lambda name: sum(k in keys for k in candidates[name]))
+    return candidates[best], best
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    source: str = "checkpoint",
+) -> LoadReport:
+    """Load what fits and report the rest; raise where a part that is not MRLA's stays random.
+
+    Works with and without a ``backbone.`` prefix on either side, from a detector's or classifier's
+    checkpoint into a backbone, and across classifier heads of another size (which are left as they
+    are).
+
+    Args:
+        model: The module to fill.
+        state: Tensors by key.
+        allow_missing: Patterns (as in :mod:`fnmatch`) of keys that may be missing. Keys of layer
+            attentions, counters of batch norms, and heads (``head.*``, ``fc.*``, ...) may always.
+        source: What the messages call the checkpoint.
+
+    Returns:
+        What became of each tensor; also logged.
+
+    Raises:
+        CheckpointError: Nothing matches, or keys that may not be missing are.
+    """
+    own = model.state_dict()
+    aligned, prefix = _align(state, own)
+    report = LoadReport(prefix=prefix)
+    fitting = {}
+    for key, value in aligned.items():
+        if key not in own:
+            report.unexpected.append(key)
+        elif own[key].shape != value.shape:
+            shapes = f"{tuple(value.shape)} -> {tuple(own[key].shape)}"
+            report.mismatched.append(f"{key}: {shapes}")
+        else:
+            fitting[key] = value
+    if prefix == "backbone.":
+        report.unexpected += [k for k in state if not k.startswith("backbone.")]
+    report.matched = list(fitting)
+    wrong_shape = {entry.split(":")[0] for entry in report.mismatched}
+    report.missing = [k for k in own if k not in fitting and k not in wrong_shape]
+    if not fitting:
+        raise CheckpointError(
+            f"{source}: no key matches the model. The checkpoint's begin with "
+            f"{', '.join(list(state)[:3])}; the model's with {', '.join(list(own)[:3])}"
+        )
+    allowed = ["*num_batches_tracked", *HEADS, *allow_missing]
+    bad = [
+        key
+        for key in [*report.missing, *wrong_shape]
+        if not is_mrla_key(key) and not any(fnmatch(key, pattern) for pattern in allowed)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{source}: {len(bad)} tensors of the model would stay random: {', '.join(bad[:8])}"
+            f"{', ...' if len(bad) > 8 else ''}. If that is meant, name them in allow_missing=[...]"
+            f"\n{report.summary()}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    _log(f"{source}: {report.summary()}")
+    return report
+
+
+# Parts that one rightly trains anew on other classes.
+HEADS = ("head.*", "fc.*", "classifier.*", "*_head.*", "neck.*")
+
+
+def _log(message: str) -> None:
+    try:
+        from mmengine.logging import print_log
+    except ImportError:
+        logging.getLogger(__name__).info(message)
+        return
+    print_log(message, logger="current", level=logging.INFO)
