@@ -28,11 +28,9 @@ def _harmless_globals() -> list[Any]:
     """What mmengine's training checkpoints hold besides tensors: log histories as numpy arrays."""
     import numpy as np
 
-    try:
-        from numpy._core.multiarray import _reconstruct, scalar
-    except ImportError:  # NumPy 1
-        from numpy.core.multiarray import _reconstruct, scalar
-    allowed: list[Any] = [_reconstruct, scalar, np.ndarray, np.dtype]
+    core = getattr(np, "_core", None) or np.core  # _core from NumPy 2 on
+    rebuild = (core.multiarray._reconstruct, core.multiarray.scalar)
+    allowed: list[Any] = [*rebuild, np.ndarray, np.dtype]
     allowed += [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1", "u1")]
     with contextlib.suppress(ImportError):
         from mmengine.logging.history_buffer import HistoryBuffer

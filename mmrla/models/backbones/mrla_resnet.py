@@ -41,7 +41,7 @@ class LayerAttentionBlock:
         drop_path_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, drop_path_rate=drop_path_rate, **kwargs)
+        super().__init__(*args, drop_path_rate=drop_path_rate, **kwargs)  # type: ignore[call-arg]
         self.mrla = None
         if layer_attention is None:
             return
