@@ -37,10 +37,7 @@ def _harmless_globals() -> list[Any]:
 
         allowed.append(HistoryBuffer)
     # The names that older NumPy pickled them by.
-    return [
-        *allowed,
-        *(((f, f"numpy.core.multiarray.{f.__name__}")) for f in (_reconstruct, scalar)),
-    ]
+    return [*allowed, *((f, f"numpy.core.multiarray.{f.__name__}") for f in rebuild)]
 
 
 def _local_path(path: str) -> Path:

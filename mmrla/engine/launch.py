@@ -148,7 +148,14 @@ def init_cpu_distributed(cfg: Config) -> None:
     """
     if cfg.launcher == "none" or torch.cuda.is_available() or dist.is_initialized():
         return
-    cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", {})["backend"] = "gloo"
+    # mmengine names a CUDA device to DDP, unless the config says something else.
+    default = dict(
+        type="MMDistributedDataParallel",
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get("find_unused_parameters", False),
+        device_ids=None,
+    )
+    cfg.model_wrapper_cfg = {**default, **(cfg.get("model_wrapper_cfg") or {})}
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import mmcv
 import numpy as np
+import torch
 from mmengine.structures import InstanceData
 
 _COLUMNS = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm",
@@ -88,10 +89,14 @@ def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
                 label = f"{title} AP"
                 handles += right.plot(*zip(*points, strict=True), "o-", color=color, label=label)
                 right.annotate(
-                    f"{points[-1][1]:.2f}", points[-1], xytext=(-4, 6), textcoords="offset points",
-                    color=color, ha="right",
-                )  # fmt: skip
-    left.legend(handles=handles, loc="center right")
+                    f"{title} {points[-1][1]:.3f}",
+                    points[-1],
+                    xytext=(0, 8 if key == "segm" else -16),
+                    textcoords="offset points",
+                    color=color,
+                    ha="right",
+                )
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     figure.savefig(out, dpi=120)
 
 
@@ -141,7 +146,8 @@ def draw_predictions(
     for index in indices:
         item = dataset[index]
         batch = dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]])
-        (sample,) = model.test_step(batch)
+        with torch.no_grad():
+            (sample,) = model.test_step(batch)
         image = mmcv.imconvert(mmcv.imread(sample.img_path), "bgr", "rgb")
         factor = max(1, -(-min_side // min(image.shape[:2])))
         size = (image.shape[0] * factor, image.shape[1] * factor)

@@ -20,6 +20,9 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         channels: C of the layer it sits after.
     """
 
+    uses_shortcut: bool = False
+    """Whether ``forward`` looks at its ``shortcut``; hosts skip what only prepares it otherwise."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention
 from mmrla.ops import eca_kernel_size, mrla_base, mrla_light, query_key
+from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.query_key import check_head_channels
 
 MRLABaseState = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -50,10 +51,12 @@ class MRLALight(_MRLA):
         recurrence: What stands for ``o_{t-1}``. ``'shortcut'`` (the released code): the layer's
             identity branch, which a group's first layer has too. ``'output'`` (Eq. 8 to the
             letter): the previous layer's o, zero in a group's first layer.
+        value_act: ``'gelu'`` applies it to the value, as vision transformers do (Algorithm 4);
+            None, nothing.
 
     Raises:
-        ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, or an unknown
-            ``recurrence``.
+        ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, an unknown
+            ``recurrence`` or ``value_act``.
     """
 
     RECURRENCES = ("shortcut", "output")
@@ -64,18 +67,23 @@ class MRLALight(_MRLA):
         head_channels: int = 32,
         kernel_size: int | None = None,
         recurrence: str = "shortcut",
+        value_act: str | None = None,
     ) -> None:
         super().__init__(channels, head_channels, kernel_size)
         if recurrence not in self.RECURRENCES:
             raise ValueError(f"recurrence must be one of {self.RECURRENCES}, got {recurrence!r}")
+        if value_act not in VALUE_ACTS:
+            raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
         self.recurrence = recurrence
+        self.uses_shortcut = recurrence == "shortcut"
+        self.value_act = value_act
         self.lambda_t = nn.Parameter(torch.randn(channels))
 
     def forward(
         self, x: Tensor, shortcut: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`LayerAttention`; the state is ``o_t`` with ``'output'``, else None."""
-        previous = shortcut if self.recurrence == "shortcut" else state
+        previous = shortcut if self.uses_shortcut else state
         if previous is None:
             # Nothing to add yet. A zero that takes no memory keeps lambda_t in the graph, so that
             # DDP sees every parameter used.
@@ -88,6 +96,7 @@ class MRLALight(_MRLA):
             self.value.weight,
             self.lambda_t,
             self.head_channels,
+            self.value_act,
         )
         return o, (o if self.recurrence == "output" else None)
 

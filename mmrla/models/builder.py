@@ -13,13 +13,18 @@ for _layer_attention in (MRLALight, MRLABase):
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
 
-def build_layer_attention(cfg: Mapping[str, Any], channels: int) -> LayerAttention:
+def build_layer_attention(
+    cfg: Mapping[str, Any],
+    channels: int,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> LayerAttention:
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
     Args:
         cfg: ``type``, a name in :data:`mmrla.registry.LAYER_ATTENTIONS` or a class, and the
             arguments of its constructor except ``channels``.
         channels: C of the layer.
+        defaults: What a host prefers where ``cfg`` is silent: arguments by name of the class.
 
     Raises:
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
@@ -38,6 +43,7 @@ def build_layer_attention(cfg: Mapping[str, Any], channels: int) -> LayerAttenti
         if cls is None:
             allowed = ", ".join(sorted(LAYER_ATTENTIONS.module_dict))
             raise ValueError(f"unknown layer attention {name!r}; allowed: {allowed}")
+    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
     try:
         return cls(channels=channels, **kwargs)
     except TypeError as error:

@@ -14,7 +14,7 @@ def classifier(depth, layer_attention):
     return MODELS.build(
         dict(
             type="mmpretrain.ImageClassifier",
-            backbone=dict(type="MRLAResNet", depth=depth, layer_attention=layer_attention),
+            backbone=dict(type="mmrla.MRLAResNet", depth=depth, layer_attention=layer_attention),
             neck=dict(type="mmpretrain.GlobalAveragePooling"),
             head=dict(type="mmpretrain.LinearClsHead", num_classes=1000, in_channels=2048),
         )

@@ -8,6 +8,8 @@ from mmrla.ops.dispatch import Backend, Op, always
 from mmrla.ops.mrla_light.naive import mrla_light_naive
 from mmrla.ops.query_key import check_feature_map, check_head_channels
 
+VALUE_ACTS = (None, "gelu")
+
 
 def _check(
     x: Tensor,
@@ -17,9 +19,12 @@ def _check(
     value_weight: Tensor,
     lambda_t: Tensor | None,
     head_channels: int,
+    value_act: str | None = None,
 ) -> None:
     check_feature_map("x", x)
     channels = x.shape[1]
+    if value_act not in VALUE_ACTS:
+        raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
     check_head_channels(channels, head_channels)
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
@@ -51,7 +56,8 @@ def _check(
 
 
 mrla_light = Op("mrla_light", _check, [Backend("naive", mrla_light_naive, always)])
-"""``mrla_light(x, previous, query_weight, key_weight, value_weight, lambda_t, head_channels)``.
+"""``mrla_light(x, previous, query_weight, key_weight, value_weight, lambda_t, head_channels,
+value_act=None)``.
 
 ``o = lambda_t * previous + sigmoid(<q, k>_head / sqrt(d_k)) * DWConv3x3(x)``; shapes and errors as
 in :func:`mmrla.ops.mrla_light.naive.mrla_light_naive`; ``backend=`` forces an implementation.

@@ -19,6 +19,7 @@ def mrla_light_naive(
     value_weight: Tensor,
     lambda_t: Tensor | None,
     head_channels: int,
+    value_act: str | None = None,
 ) -> Tensor:
     """``o = lambda_t * previous + sigmoid(<q, k>_head / sqrt(d_k)) * DWConv3x3(x)`` (Eq. 10).
 
@@ -31,6 +32,7 @@ def mrla_light_naive(
         value_weight: The value's depthwise convolution, ``[C, 1, 3, 3]``.
         lambda_t: ``[C]``, the weight of ``previous``; None exactly where ``previous`` is.
         head_channels: d_k; divides C.
+        value_act: ``'gelu'`` applies it to the value (Algorithm 4); None, nothing.
 
     Returns:
         o, ``[B, C, H, W]``, in the dtype that the convolution of ``x`` has (autocast's, under it).
@@ -41,6 +43,8 @@ def mrla_light_naive(
         logits = torch.einsum("bhd,bhd->bh", query.unflatten(1, heads), key.unflatten(1, heads))
     gate = torch.sigmoid(logits / math.sqrt(head_channels))
     value = F.conv2d(x, value_weight, padding=1, groups=x.shape[1])
+    if value_act == "gelu":
+        value = F.gelu(value)
     out = per_channel(gate, head_channels).to(value.dtype) * value
     if previous is not None and lambda_t is not None:
         scale = lambda_t.to(value.dtype)[:, None, None]
