@@ -19,7 +19,7 @@ STAMP := $(VENV)/.mmrla-installed
 DEMO_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-slow lint format clean
+.PHONY: help env demo test test-slow lint format config-table clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -48,6 +48,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+config-table: $(STAMP)
+	$(PY) tools/analysis/config_table.py --write
 
 clean:
 	rm -rf work_dirs data/shapes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

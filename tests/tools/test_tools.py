@@ -167,11 +167,16 @@ def test_two_processes_end_with_identical_weights(coco_mini, tmp_path):
         "        out = Path(__file__).parent / f'rank{os.environ[\"RANK\"]}'\n"
         "        out.write_text(digest.hexdigest())\n"
     )
+    config = tmp_path / "with_digest.py"
+    config.write_text(
+        f"_base_ = {str(ROOT / 'configs/faster_rcnn_r50_mrla_1x.py')!r}\n"
+        "custom_imports = dict(imports=['mmrla', 'digest_hook'], allow_failed_imports=False)\n"
+        "custom_hooks = [dict(type='DigestHook')]\n"
+    )
     done = run(
-        ROOT / "tools/dist_train.sh", ROOT / "configs/faster_rcnn_r50_mrla_1x.py", 2,
+        ROOT / "tools/dist_train.sh", config, 2,
         "--data-root", coco_mini, "--work-dir", tmp_path / "run", "--cfg-options", *TINY,
-        "custom_imports.imports=[mmrla,digest_hook]", "custom_hooks=[dict(type='DigestHook')]",
-        "train_cfg.val_interval=5", cwd=tmp_path, PYTHONPATH=str(tmp_path),
+        cwd=tmp_path, PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     log = done.stdout + done.stderr
     assert re.search(r"Epoch\(train\)\s+\[1\]\[2/2\]", log)  # 6 images over 2 x 2

@@ -1,7 +1,6 @@
 """Print the README's table of configs as Markdown, or write it into the README.
 
-Builds each detector of configs/ and counts parameters and multiply-adds of its convolutional part
-(backbone, neck and dense head) on one image of 1280 x 800, and of the backbone alone.
+Builds each detector of configs/ and counts parameters and multiply-adds on one image.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ATTENTIONS = {None: "", "MRLALight": " + MRLA-light", "MRLABase": " + MRLA-base"
 
 
 class _Forward(nn.Module):
-    """What mmdet counts for two-stage detectors too: `_forward` on dummy proposals."""
+    """One forward without post-processing, which is what mmdet counts."""
 
     def __init__(self, detector: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
