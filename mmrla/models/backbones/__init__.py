@@ -2,5 +2,6 @@
 
 from mmrla.models.backbones.mrla_resnet import MRLAResNet
 from mmrla.models.backbones.mrla_resnext import MRLAResNeXt
+from mmrla.models.backbones.mrla_vit import MRLAVisionTransformer
 
-__all__ = ["MRLAResNeXt", "MRLAResNet"]
+__all__ = ["MRLAResNeXt", "MRLAResNet", "MRLAVisionTransformer"]

@@ -6,7 +6,7 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.utils.checkpoint as cp
@@ -16,6 +16,7 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
+from mmrla.checkpoints.plan import is_warm_start, keeps_mrla_trainable
 from mmrla.models.builder import build_layer_attention
 from mmrla.registry import MODELS
 
@@ -129,7 +130,9 @@ class MRLAResNet(ResNet):
         mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
             output. Default None: no activation, as in the released network with a 7x7 stem.
         **kwargs: Arguments of :class:`mmpretrain.models.ResNet`. ``init_cfg=None`` means its
-            default, Kaiming normal and zero gamma in the last norm of each residual branch.
+            default, Kaiming normal and zero gamma in the last norm of each residual branch;
+            ``init_cfg=dict(type='mmrla.WarmStart', checkpoint=...)`` starts from a plain or an
+            MRLA checkpoint, see :class:`mmrla.models.WarmStart` for what is frozen then.
 
     Raises:
         ValueError: A depth that is not allowed, an unknown layer attention, or one that refuses
@@ -175,6 +178,8 @@ class MRLAResNet(ResNet):
         if kwargs.get("init_cfg", ...) is None:
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
+        # Known from the start: DDP and optimizers look at what is trainable before weights load.
+        self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
         super().__init__(depth, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
@@ -184,4 +189,27 @@ class MRLAResNet(ResNet):
     def train(self, mode: bool = True) -> MRLAResNet:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
         super().train(mode)
+        if mode and self.keep_mrla_trainable:
+            for part in self._mrla_parts():
+                part.train()
         return self
+
+    def init_weights(self) -> None:
+        """As the ancestor's; after a warm start nothing is set to zero."""
+        if is_warm_start(self.init_cfg):
+            super(ResNet, self).init_weights()
+        else:
+            super().init_weights()
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()
+        if self.keep_mrla_trainable:
+            for part in self._mrla_parts():
+                for parameter in part.parameters():
+                    parameter.requires_grad = True
+
+    def _mrla_parts(self) -> Iterator[nn.Module]:
+        """The layer attentions with their norms and drop paths."""
+        for block in self.modules():
+            if isinstance(block, LayerAttentionBlock) and block.mrla is not None:
+                yield from (block.mrla, block.mrla_norm, block.mrla_drop_path)
