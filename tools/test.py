@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
     build_model_only,
     build_runner,
     init_cpu_distributed,
     load_config,
-    reporting_errors,
 )
 
 

@@ -6,13 +6,13 @@ import argparse
 
 import torch
 
+from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
     build_model_only,
     build_runner,
     init_cpu_distributed,
     load_config,
-    reporting_errors,
 )
 
 

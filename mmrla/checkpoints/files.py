@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,51 @@ class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint; the message says why and what to do."""
 
 
-def _harmless_globals() -> list[Any]:
-    """What mmengine's training checkpoints hold besides tensors: log histories as numpy arrays."""
-    import numpy as np
+class _Inert:
+    """Stands for an object of a checkpoint that nobody needs: takes anything, does nothing."""
 
-    core = getattr(np, "_core", None) or np.core  # _core from NumPy 2 on
-    rebuild = (core.multiarray._reconstruct, core.multiarray.scalar)
-    allowed: list[Any] = [*rebuild, np.ndarray, np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1", "u1")]
-    with contextlib.suppress(ImportError):
-        from mmengine.logging.history_buffer import HistoryBuffer
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
-        allowed.append(HistoryBuffer)
-    # The names that older NumPy pickled them by.
-    return [*allowed, *((f, f"numpy.core.multiarray.{f.__name__}") for f in rebuild)]
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _LogFreeUnpickler(pickle.Unpickler):
+    """Reads tensors, and puts inert objects in the place of mmengine's log histories.
+
+    Training checkpoints hold those as numpy arrays in a class that torch's own safe reader refuses.
+    No other name is looked up, so no code of a file can run.
+    """
+
+    _tensors = re.compile(
+        r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device|\w+Storage)"
+        r"|torch\.(b?float|u?int)\d+|torch\.bool|collections\.OrderedDict|torch\.storage\.\w+Storage"
+    )
+    _histories = re.compile(
+        r"mmengine\.logging\.history_buffer\.HistoryBuffer|builtins\.getattr|_codecs\.encode"
+        r"|numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)"
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if self._tensors.fullmatch(full):
+            return super().find_class(module, name)
+        if self._histories.fullmatch(full):
+            return _Inert
+        raise pickle.UnpicklingError(f"Unsupported global: {full}")
+
+
+class _LogFreePickle:
+    """What ``torch.load`` takes as ``pickle_module``."""
+
+    __name__ = "pickle"
+    Unpickler = _LogFreeUnpickler
+    UnpicklingError = pickle.UnpicklingError
+
+    @staticmethod
+    def load(file: Any, **kwargs: Any) -> Any:
+        return _LogFreeUnpickler(file, **kwargs).load()
 
 
 def _local_path(path: str) -> Path:
@@ -101,16 +132,20 @@ def _read(source: Path | bytes, name: str) -> Any:
         raise CheckpointError(
             f"{name}: this is a web page, not a checkpoint; a download probably got an error page"
         )
-    opened = source if isinstance(source, Path) else io.BytesIO(source)
-    unsafe = os.environ.get(UNSAFE_ENV_VAR) == "1"
-    allow = getattr(torch.serialization, "safe_globals", None)
-    context = allow(_harmless_globals()) if allow and not unsafe else contextlib.nullcontext()
     try:
-        with context:
-            return torch.load(opened, map_location="cpu", weights_only=not unsafe)
+        if os.environ.get(UNSAFE_ENV_VAR) == "1":
+            return torch.load(_opened(source), map_location="cpu", weights_only=False)
+        try:
+            return torch.load(_opened(source), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return torch.load(
+                _opened(source),
+                map_location="cpu",
+                weights_only=False,
+                pickle_module=_LogFreePickle(),
+            )
     except pickle.UnpicklingError as error:
-        # torch says so too where the file is no pickle at all.
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        if "Unsupported global" in str(error):
             raise CheckpointError(
                 f"{name}: holds objects besides tensors, and reading them can run code. If you "
                 f"trust where it comes from, set {UNSAFE_ENV_VAR}=1. ({_first_line(error)})"
@@ -119,6 +154,10 @@ def _read(source: Path | bytes, name: str) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         kind = "truncated or damaged" if head.startswith(b"PK") else "not a torch checkpoint"
         raise CheckpointError(f"{name}: {kind} ({_first_line(error)})") from error
+
+
+def _opened(source: Path | bytes) -> Path | io.BytesIO:
+    return source if isinstance(source, Path) else io.BytesIO(source)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """What tools/ are made of: from a config file and options to a run, checked before it starts."""
 
 from mmrla.engine.data_check import check_data, set_data_root
-from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config, reporting_errors
+from mmrla.engine.errors import reporting_errors
+from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 
 __all__ = [
     "build_runner",

@@ -6,9 +6,7 @@ import argparse
 import datetime
 import difflib
 import os
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,8 +15,6 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from mmrla.engine.data_check import check_data, set_data_root
-
-TRACEBACK_ENV_VAR = "MMRLA_TRACEBACK"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,23 +47,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torchrun's predecessors pass this.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-
-
-@contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Turn what is wrong with the input into one line on stderr and exit status 2.
-
-    Wraps all that happens before a run starts. ``MMRLA_TRACEBACK=1`` shows the traceback.
-    """
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK_ENV_VAR):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        message = str(text) or type(error).__name__
-        print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
-        sys.exit(2)
 
 
 def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:

@@ -1,0 +1,27 @@
+"""One clear line for what is wrong with the input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TRACEBACK_ENV_VAR = "MMRLA_TRACEBACK"
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn what is wrong with the input into one line on stderr and exit status 2.
+
+    Wraps all that happens before a run starts. ``MMRLA_TRACEBACK=1`` shows the traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_ENV_VAR):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message = str(text) or type(error).__name__
+        print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2)

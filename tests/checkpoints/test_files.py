@@ -1,0 +1,117 @@
+"""Every bad file, tried: one clear error."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmrla.checkpoints import load_file, state_dict_of
+from mmrla.checkpoints.files import CheckpointError
+from tests.conftest import ROOT
+
+STATE = {"conv1.weight": torch.arange(4096.0), "bn1.bias": torch.zeros(3)}
+
+
+def saved(value, **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **kwargs)
+    return buffer.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+GOOD = saved(STATE)
+BAD = {
+    "empty": (b"", "the file is empty"),
+    "truncated": (GOOD[: len(GOOD) // 2], "truncated or damaged"),
+    "html": (b"\n<!DOCTYPE html><html><body>404 Not Found", "this is a web page"),
+    "xml": (b"<?xml version='1.0'?><Error>NoSuchKey</Error>", "this is a web page"),
+    "text": (b"hello, I am no checkpoint at all, but long enough", "not a torch checkpoint"),
+    "json": (b'{"state_dict": {}}', "not a torch checkpoint"),
+    "pickle": (pickle.dumps({"a": 1}), None),
+    "code": (saved({"state_dict": STATE, "x": Evil()}), "MMRLA_UNSAFE_LOAD=1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MMRLA_UNSAFE_LOAD", raising=False)
+    content, message = BAD[kind]
+    path = tmp_path / f"{kind}.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        state_dict_of(load_file(path))
+    if message:
+        assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no such checkpoint: {tmp_path}/x.pth"):
+        load_file(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="torchvision has no weights of that name"):
+        load_file("torchvision://resnet51")
+
+
+def test_opting_in_runs_what_is_in_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "code.pth"
+    path.write_bytes(BAD["code"][0])
+    monkeypatch.setenv("MMRLA_UNSAFE_LOAD", "1")
+    state = state_dict_of(load_file(path))
+    assert torch.equal(state["conv1.weight"], STATE["conv1.weight"])
+    assert "code ran" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrappers_and_prefixes(legacy, tmp_path):
+    path = tmp_path / "good.pth"
+    ema = {f"module.{k}": v + 1 for k, v in STATE.items()}
+    file = {
+        "epoch": 3,
+        "state_dict": {f"module.{k}": v for k, v in STATE.items()},
+        "ema_state_dict": {**ema, "steps": torch.tensor(7)},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+    }
+    path.write_bytes(saved(file, _use_new_zipfile_serialization=not legacy))
+    state = state_dict_of(load_file(path))
+    assert list(state) == list(STATE)
+    assert torch.equal(state["conv1.weight"], STATE["conv1.weight"])
+    averaged = state_dict_of(load_file(path), prefer_ema=True)
+    assert torch.equal(averaged["conv1.weight"], STATE["conv1.weight"] + 1)
+
+
+def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
+    """Log histories are numpy arrays in a class of mmengine's: harmless, and allowed by name."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"best": np.float64(0.5)}}
+    path = tmp_path / "epoch_1.pth"
+    path.write_bytes(saved({"state_dict": STATE, "message_hub": hub, "meta": {"seed": 1}}))
+    assert list(state_dict_of(load_file(path))) == list(STATE)
+
+
+def test_commands_report_bad_files_in_one_line(tmp_path):
+    path = tmp_path / "page.pth"
+    path.write_bytes(BAD["html"][0])
+    for command in (["convert_checkpoint.py", path, tmp_path / "out.pth"],
+                    ["publish_checkpoint.py", path, tmp_path / "out"]):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / command[0], *command[1:]],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "error: " in done.stderr
+        assert "this is a web page" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(tmp_path.iterdir()) == [path]

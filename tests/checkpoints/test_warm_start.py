@@ -1,0 +1,187 @@
+"""An MRLA network that starts from plain weights computes the plain network at step 0."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmpretrain.models import ResNet as PlainResNet
+from mmpretrain.models import ResNeXt as PlainResNeXt
+from torch import nn
+
+from mmrla.checkpoints import load_file, state_dict_of
+from mmrla.checkpoints.files import CheckpointError
+from mmrla.models import MRLAResNet, MRLAResNeXt
+from tests.conftest import ROOT, generated, relative_error
+
+LIGHT = dict(type="MRLALight", head_channels=32)
+BASE = dict(type="MRLABase", head_channels=16)
+SMALL = dict(stem_channels=16, base_channels=16, out_indices=(0, 1, 2, 3))
+
+
+def filled(module: nn.Module) -> nn.Module:
+    shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    module.load_state_dict({k: generated(k, shape) for k, shape in shapes.items()})
+    return module
+
+
+def styled(plain: nn.Module, style: str) -> dict:
+    state = plain.state_dict()
+    if style == "torchvision":  # and timm's ResNets
+        return {**state, "fc.weight": torch.zeros(9, 2048), "fc.bias": torch.zeros(9)}
+    if style == "mmpretrain":
+        state = {f"backbone.{k}": v for k, v in state.items()}
+        return {"state_dict": {**state, "head.fc.weight": torch.zeros(9, 2048)}, "meta": {}}
+    assert style == "detector"
+    state = {f"backbone.{k}": v for k, v in state.items()}
+    return {"state_dict": {**state, "neck.fpn_convs.0.conv.bias": torch.zeros(256)}}
+
+
+def warm(checkpoint, cls=MRLAResNet, depth=50, **kwargs):
+    init_cfg = dict(type="mmrla.WarmStart", checkpoint=str(checkpoint))
+    init_cfg.update(kwargs.pop("init", {}))
+    model = cls(depth, init_cfg=init_cfg, **kwargs)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
+@pytest.mark.parametrize("style", ["torchvision", "mmpretrain", "detector"])
+def test_resnet50_starts_as_the_plain_network(style, layer_attention, tmp_path):
+    # Full width once; the styles differ in names alone.
+    width = dict(out_indices=(0, 1, 2, 3)) if style == "torchvision" else SMALL
+    plain = filled(PlainResNet(50, **width))
+    torch.save(styled(plain, style), tmp_path / "plain.pth")
+    model = warm(tmp_path / "plain.pth", layer_attention=layer_attention, **width)
+    x = torch.randn(2, 3, 64, 96)
+    plain.eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model.eval()(x), plain(x), strict=True))
+        plain.train()
+        for a, b in zip(model.train()(x), plain(x), strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+def test_resnext(tmp_path):
+    plain = filled(PlainResNeXt(50))
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = warm(tmp_path / "plain.pth", MRLAResNeXt, layer_attention=LIGHT)
+    x = torch.randn(1, 3, 64, 64)
+    plain.eval()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
+def test_after_20_steps_every_mrla_parameter_has_moved(layer_attention, tmp_path):
+    """The last norms of the plain branches are not zero here, as in a trained network."""
+    torch.manual_seed(1)
+    torch.save(filled(PlainResNet(50, **SMALL)).state_dict(), tmp_path / "plain.pth")
+    model = warm(tmp_path / "plain.pth", layer_attention=layer_attention, **SMALL).train()
+    before = {k: p.detach().clone() for k, p in model.named_parameters() if "mrla" in k}
+    assert len(before) > 70
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(4, 3, 64, 64)
+    for _ in range(20):
+        optimizer.zero_grad()
+        sum(o.square().mean() for o in model(x)).backward()
+        optimizer.step()
+    still = {k for k, p in model.named_parameters() if k in before and torch.equal(p, before[k])}
+    if layer_attention is BASE:
+        # A stage's first layer attends to itself with weight 1, whatever its query and its key
+        # are; the key still serves later layers.
+        assert still <= {f"layer{i}.0.mrla.query.weight" for i in range(1, 5)}
+    else:
+        assert not still
+
+
+def test_freezing_leaves_fresh_parts_out(tmp_path):
+    torch.save(filled(PlainResNet(18, **SMALL)).state_dict(), tmp_path / "plain.pth")
+    recipe = dict(SMALL, depth=18, layer_attention=LIGHT | dict(head_channels=8),
+                  frozen_stages=1, norm_eval=True)  # fmt: skip
+    model = warm(tmp_path / "plain.pth", **recipe)
+    for _ in range(2):  # train() again changes nothing
+        model.train()
+        for key, parameter in model.named_parameters():
+            plain_frozen = key.startswith(("conv1", "bn1", "layer1")) and "mrla" not in key
+            assert parameter.requires_grad is not plain_frozen, key
+        for key, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.training is ("mrla" in key), key
+    before = model.layer1[0].bn_mrla.running_mean.clone()
+    out = model(torch.randn(2, 3, 32, 32))
+    assert not torch.equal(model.layer1[0].bn_mrla.running_mean, before)
+    sum(o.sum() for o in out).backward()
+    assert model.layer1[0].bn_mrla.weight.grad is not None
+    # unless the user says otherwise
+    model = warm(tmp_path / "plain.pth", init=dict(freeze_mrla=True), **recipe).train()
+    assert not any(p.requires_grad for p in model.layer1.parameters())
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_checkpoint_with_mrla_weights_is_taken_as_it_is_and_frozen_as_in_the_paper(tmp_path):
+    source = filled(MRLAResNet(18, layer_attention=LIGHT | dict(head_channels=8), **SMALL))
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "mrla.pth")
+    recipe = dict(SMALL, depth=18, layer_attention=LIGHT | dict(head_channels=8),
+                  frozen_stages=1, norm_eval=True)  # fmt: skip
+    model = warm(tmp_path / "mrla.pth", **recipe).train()
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
+    assert not any(p.requires_grad for p in model.layer1.parameters())
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    model = warm(tmp_path / "mrla.pth", init=dict(freeze_mrla=False), **recipe).train()
+    assert model.layer1[0].bn_mrla.training
+    with pytest.raises(ValueError, match="freeze_mrla must be None, True or False, got 'yes'"):
+        warm(tmp_path / "mrla.pth", init=dict(freeze_mrla="yes"), **recipe)
+
+
+def test_wrong_checkpoints_are_errors(tmp_path):
+    torch.save(PlainResNet(34, **SMALL).state_dict(), tmp_path / "r34.pth")
+    with pytest.raises(CheckpointError, match="would stay random: .*layer"):
+        warm(tmp_path / "r34.pth", depth=50, layer_attention=LIGHT | dict(head_channels=8), **SMALL)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint: .*/nothing.pth"):
+        warm(tmp_path / "nothing.pth")
+
+
+def test_convert_and_publish_commands(tmp_path):
+    model = filled(MRLAResNet(18, layer_attention=LIGHT | dict(head_channels=8), **SMALL))
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    training = {
+        "state_dict": state,
+        "ema_state_dict": {
+            "steps": torch.tensor(3),
+            **{f"module.{k}": v.double().add(1).to(v.dtype) for k, v in state.items()},
+        },
+        "optimizer": {"state": {0: torch.zeros(1000)}},
+        "meta": {"dataset_meta": {"classes": ("a", "b")}, "epoch": 3},
+    }
+    torch.save(training, tmp_path / "epoch_3.pth")
+
+    def tool(name, *arguments):
+        return subprocess.run(
+            [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    released, back = tmp_path / "released.pth", tmp_path / "back.pth"
+    said = tool("convert_checkpoint.py", tmp_path / "epoch_3.pth", released, "--to", "released")
+    assert "found: ResNet-18 + MRLALight, mmrla key names" in said
+    said = tool("convert_checkpoint.py", released, back)
+    assert "found: ResNet-18 + MRLALight, released key names" in said
+    round_trip = torch.load(back, weights_only=True)["state_dict"]
+    assert all(torch.equal(round_trip[k], v) for k, v in state.items())
+
+    tool("publish_checkpoint.py", tmp_path / "epoch_3.pth", tmp_path / "out/r18.pth")
+    (published,) = (tmp_path / "out").iterdir()
+    import hashlib
+    import re
+
+    digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
+    assert re.fullmatch(rf"r18_\d{{8}}-{digest}\.pth", published.name)
+    content = torch.load(published, weights_only=True)
+    assert set(content) == {"state_dict", "meta"}
+    assert content["meta"] == {"dataset_meta": {"classes": ("a", "b")}}
+    averaged = state_dict_of(load_file(tmp_path / "epoch_3.pth"), prefer_ema=True)
+    assert all(torch.equal(content["state_dict"][k], v) for k, v in averaged.items())

@@ -1,0 +1,37 @@
+"""Turn a released MRLA checkpoint, or a plain one, into mmrla's key names, or back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mmrla.checkpoints import convert_state_dict, detect, load_file, state_dict_of, to_released
+from mmrla.engine.errors import reporting_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("src", help="checkpoint to read: a file, torchvision://NAME or an address")
+    parser.add_argument("dst", type=Path, help="file to write, tensors only")
+    parser.add_argument("--to", choices=["mmrla", "released"], default="mmrla", help="key names")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights if there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with reporting_errors():
+        state = state_dict_of(load_file(args.src), prefer_ema=args.ema)
+        print(f"found: {detect(state).description}, {len(state)} tensors")
+        converted = convert_state_dict(state)
+        if args.to == "released":
+            converted = to_released(converted)
+        args.dst.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state_dict": {k: v.clone() for k, v in converted.items()}}, args.dst)
+        print(f"wrote: {args.dst}, {args.to} key names")
+
+
+if __name__ == "__main__":
+    main()
