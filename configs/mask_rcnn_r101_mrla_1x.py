@@ -8,5 +8,7 @@ model = dict(
     backbone=dict(
         type="mmrla.MRLAResNet",
         layer_attention=dict(type="MRLALight", head_channels=32),
+        # From the base's torchvision checkpoint; MRLA grows in.
+        init_cfg=dict(type="mmrla.WarmStart"),
     )
 )

@@ -38,6 +38,8 @@ def test_recipe(name, tmp_path, monkeypatch):
     assert backbone.depth == int(name.split("_r")[-1].split("_")[0])
     assert (backbone.frozen_stages, backbone.norm_eval) == (1, True)
     assert backbone.get("drop_path_rate", 0) == 0
+    checkpoint = f"torchvision://resnet{backbone.depth}"
+    assert backbone.init_cfg == dict(type="mmrla.WarmStart", checkpoint=checkpoint)
     assert backbone.get("mrla_drop_path_rate") is None
     expected = {
         "": None,

@@ -12,6 +12,7 @@ from mmrla.engine.launch import (
     build_runner,
     init_cpu_distributed,
     load_config,
+    verify_checkpoint,
 )
 
 
@@ -49,6 +50,7 @@ def main() -> None:
             return
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
+        verify_checkpoint(runner.model, args.checkpoint, cfg.get("allow_missing", ()))
         if args.out is not None:
             from mmdet.evaluation import DumpDetResults
 

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from mmrla.checkpoints.report import HEADS
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
@@ -13,6 +14,7 @@ from mmrla.engine.launch import (
     build_runner,
     init_cpu_distributed,
     load_config,
+    verify_checkpoint,
 )
 
 
@@ -59,6 +61,11 @@ def main() -> None:
             return
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
+        if cfg.get("load_from"):
+            # Resuming needs every tensor; fine-tuning may bring a head of its own.
+            allowed = () if cfg.get("resume") else ("*mrla*", *HEADS)
+            allowed = (*allowed, *cfg.get("allow_missing", ()))
+            verify_checkpoint(runner.model, cfg.load_from, allowed)
     runner.train()
 
 

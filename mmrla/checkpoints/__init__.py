@@ -2,11 +2,12 @@
 
 from mmrla.checkpoints.convert import Conversion, convert_state_dict, detect, to_released
 from mmrla.checkpoints.files import load_file, state_dict_of
-from mmrla.checkpoints.report import LoadReport, load_into
+from mmrla.checkpoints.report import LoadReport, compare, load_into
 
 __all__ = [
     "Conversion",
     "LoadReport",
+    "compare",
     "convert_state_dict",
     "detect",
     "load_file",

@@ -46,7 +46,7 @@ class _LogFreeUnpickler(pickle.Unpickler):
         r"|torch\.(b?float|u?int)\d+|torch\.bool|collections\.OrderedDict|torch\.storage\.\w+Storage"
     )
     _histories = re.compile(
-        r"mmengine\.logging\.history_buffer\.HistoryBuffer|builtins\.getattr|_codecs\.encode"
+        r"mmengine\.logging\.history_buffer\.HistoryBuffer|(__builtin__|builtins)\.getattr|_codecs\.encode"
         r"|numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)"
     )
 

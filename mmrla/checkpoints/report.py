@@ -46,6 +46,38 @@ class LoadReport:
                 lines.append(f"  {title}: {', '.join(keys[:limit])}{more}")
         return "\n".join(lines)
 
+    def require(
+        self,
+        source: str,
+        allowed: Iterable[str],
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Raise CheckpointError where nothing matches, or keys are missing that are not allowed.
+
+        Args:
+            source: What the message calls the checkpoint.
+            allowed: Patterns (as in :mod:`fnmatch`) of keys that may be missing; counters of batch
+                norms always may.
+            model: The module that the report is about.
+            state: The checkpoint that the report is about.
+        """
+        if not self.matched:
+            raise CheckpointError(
+                f"{source}: no key matches the model. The checkpoint's begin with "
+                f"{', '.join(list(state)[:3])}; the model's with "
+                f"{', '.join(list(model.state_dict())[:3])}"
+            )
+        patterns = ["*num_batches_tracked", *allowed]
+        unfilled = [*self.missing, *(entry.split(":")[0] for entry in self.mismatched)]
+        bad = [key for key in unfilled if not any(fnmatch(key, pattern) for pattern in patterns)]
+        if bad:
+            raise CheckpointError(
+                f"{source}: {len(bad)} tensors of the model would stay random: "
+                f"{', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''}. If that is meant, name "
+                f"them in allow_missing\n{self.summary()}"
+            )
+
 
 def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], str]:
     """The checkpoint's keys with or without ``backbone.``, whichever fits the model better."""
@@ -87,6 +119,23 @@ def load_into(
     Raises:
         CheckpointError: Nothing matches, or keys that may not be missing are.
     """
+    report, fitting = compare(model, state)
+    report.require(source, ["*mrla*", *HEADS, *allow_missing], model, state)
+    model.load_state_dict(fitting, strict=False)
+    _log(f"{source}: {report.summary()}")
+    return report
+
+
+def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Tell what a load would do, without doing it.
+
+    Args:
+        model: The module that would be filled.
+        state: Tensors by key.
+
+    Returns:
+        The report, and the tensors that fit under the model's keys.
+    """
     own = model.state_dict()
     aligned, prefix = _align(state, own)
     report = LoadReport(prefix=prefix)
@@ -104,26 +153,7 @@ def load_into(
     report.matched = list(fitting)
     wrong_shape = {entry.split(":")[0] for entry in report.mismatched}
     report.missing = [k for k in own if k not in fitting and k not in wrong_shape]
-    if not fitting:
-        raise CheckpointError(
-            f"{source}: no key matches the model. The checkpoint's begin with "
-            f"{', '.join(list(state)[:3])}; the model's with {', '.join(list(own)[:3])}"
-        )
-    allowed = ["*num_batches_tracked", *HEADS, *allow_missing]
-    bad = [
-        key
-        for key in [*report.missing, *wrong_shape]
-        if not is_mrla_key(key) and not any(fnmatch(key, pattern) for pattern in allowed)
-    ]
-    if bad:
-        raise CheckpointError(
-            f"{source}: {len(bad)} tensors of the model would stay random: {', '.join(bad[:8])}"
-            f"{', ...' if len(bad) > 8 else ''}. If that is meant, name them in allow_missing=[...]"
-            f"\n{report.summary()}"
-        )
-    model.load_state_dict(fitting, strict=False)
-    _log(f"{source}: {report.summary()}")
-    return report
+    return report, fitting
 
 
 # Parts that one rightly trains anew on other classes.

@@ -7,6 +7,7 @@ module, so a compiled extension is always preferred.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -36,9 +37,40 @@ class _FallbackFinder(MetaPathFinder):
 
 
 def install_mmcv_fallback() -> None:
-    """Make ``mmcv._ext`` importable where it is not compiled. Calling it again does nothing."""
-    if not any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_FallbackFinder())
+    """Make ``mmcv._ext`` importable where it is not compiled. Calling it again does nothing.
+
+    Modules of mmdet and mmpretrain that were imported before have replaced operations by functions
+    that raise; those are put right.
+    """
+    if any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.append(_FallbackFinder())
+    _repair_earlier_imports()
+
+
+def _raises_for_want_of_ops(value: object) -> bool:
+    """Whether a function or class is what the maintained forks put where mmcv.ops is missing."""
+    function = value.__dict__.get("__init__") if isinstance(value, type) else value
+    code = getattr(function, "__code__", None)
+    return code is not None and any(
+        isinstance(text, str) and "requires mmcv to be compiled" in text for text in code.co_consts
+    )
+
+
+def _repair_earlier_imports() -> None:
+    stubs = [
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module_name.split(".")[0] in ("mmdet", "mmpretrain")
+        for name, value in list(vars(module).items())
+        if _raises_for_want_of_ops(value)
+    ]
+    if not stubs:
+        return
+    ops = importlib.import_module("mmcv.ops")
+    for module, name in stubs:
+        if hasattr(ops, name):
+            setattr(module, name, getattr(ops, name))
 
 
 def ops_in_use() -> str:

@@ -6,14 +6,17 @@ import argparse
 import datetime
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.runner import Runner
+from torch import nn
 
+from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.engine.data_check import check_data, set_data_root
 
 
@@ -78,7 +81,23 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
     check_processes(args.launcher)
     check_data(cfg, splits)
+    if "train" in splits:
+        _check_initial_weights(cfg.get("model"), "model")
     return cfg
+
+
+def _check_initial_weights(node: object, where: str) -> None:
+    """Raise FileNotFoundError where an ``init_cfg`` names a local checkpoint that is not there."""
+    if not isinstance(node, Mapping):
+        return
+    for key, value in node.items():
+        if key == "init_cfg" and isinstance(value, Mapping):
+            path = value.get("checkpoint")
+            if path and "://" not in path and not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"{where}.init_cfg.checkpoint: no such file: {Path(path).absolute()}"
+                )
+        _check_initial_weights(value, f"{where}.{key}")
 
 
 def _no_such_config(path: str) -> str:
@@ -145,6 +164,31 @@ def build_runner(cfg: Config) -> Runner:
 
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
+
+
+def verify_checkpoint(
+    model: nn.Module, path: str, allow_missing: Sequence[str] = (), prefer_ema: bool = False
+) -> None:
+    """Log what a checkpoint will fill of a model, and raise where the rest would stay random.
+
+    mmengine loads with ``strict=False``; this looks first. Addresses are left to mmengine.
+
+    Args:
+        model: The model, wrapped in DDP or not.
+        path: A local checkpoint.
+        allow_missing: Patterns of keys that it may lack.
+        prefer_ema: Look at the averaged weights where there are any.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit.
+    """
+    if "://" in path:
+        return
+    model = getattr(model, "module", model)
+    state = state_dict_of(load_file(path), prefer_ema=prefer_ema)
+    report, _ = compare(model, state)
+    report.require(path, allow_missing, model, state)
+    print_log(f"{path}: {report.summary()}", logger="current")
 
 
 def build_model_only(cfg: Config) -> None:

@@ -137,6 +137,50 @@ def test_a_checkpoint_with_mrla_weights_is_taken_as_it_is_and_frozen_as_in_the_p
         warm(tmp_path / "mrla.pth", init=dict(freeze_mrla="yes"), **recipe)
 
 
+@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
+def test_detector_starts_at_the_plain_detectors_predictions(layer_attention, coco_mini, tmp_path):
+    """Mask R-CNN on real images: the same boxes, scores and masks, bit for bit."""
+    from mmdet.apis import inference_detector
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet")
+    cfg = Config.fromfile(ROOT / "configs/mask_rcnn_r50_1x.py")
+    cfg.test_dataloader.dataset.pipeline[1].scale = (320, 256)
+    cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=20)
+    cfg.model.backbone.init_cfg = None
+    plain = MODELS.build(cfg.model)
+    filled(plain.backbone)
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
+
+    cfg.model.backbone.layer_attention = layer_attention
+    cfg.model.backbone.init_cfg = dict(
+        type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth")
+    )
+    warm_started = MODELS.build(cfg.model)
+    warm_started.backbone.init_weights()
+    rest = {k: v for k, v in plain.state_dict().items() if not k.startswith("backbone.")}
+    warm_started.load_state_dict(rest, strict=False)
+    images = [str(p) for p in sorted((coco_mini / "val2017").glob("*.jpg"))[:2]]
+    results = []
+    for model in (plain, warm_started):
+        model.cfg = cfg
+        model.eval()
+        results.append([inference_detector(model, image).pred_instances for image in images])
+    for a, b in zip(*results, strict=True):
+        assert len(a) == 20
+        for field in ("bboxes", "scores", "labels", "masks"):
+            assert torch.equal(a[field], b[field]), field
+
+
+def test_torchvisions_names_are_known():
+    from mmengine.runner.checkpoint import get_torchvision_models
+
+    for depth in (18, 34, 50, 101, 152):
+        assert get_torchvision_models()[f"resnet{depth}"].startswith("https://")
+
+
 def test_wrong_checkpoints_are_errors(tmp_path):
     torch.save(PlainResNet(34, **SMALL).state_dict(), tmp_path / "r34.pth")
     with pytest.raises(CheckpointError, match="would stay random: .*layer"):

@@ -375,6 +375,31 @@ def test_importing_twice_installs_one_finder():
     assert sys.meta_path == before
 
 
+def test_mm_packages_may_be_imported_first():
+    """What they put in the place of missing operations is put right: a detector detects."""
+    code = """
+import torch
+import mmpretrain.models
+try:
+    import mmdet.models
+except ModuleNotFoundError:  # mmcv._ext: too early
+    pass
+import mmrla
+from mmdet.models.dense_heads import base_dense_head
+from mmdet.structures.mask import BitmapMasks
+import numpy as np
+
+boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]])
+cfg = dict(type="nms", iou_threshold=0.5)
+print(len(base_dense_head.batched_nms(boxes, torch.rand(2), torch.zeros(2), cfg)[1]))
+masks = BitmapMasks(np.ones((1, 8, 8), np.uint8), 8, 8)
+print(masks.crop_and_resize(boxes[:1], (4, 4), torch.zeros(1, dtype=int), "cpu").masks.sum())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert done.stdout.split()[-2:] == ["1", "16"]
+
+
 def test_models_import_logs_one_line():
     code = "import mmrla.models, mmrla.registry; mmrla.registry.MODELS.get('MRLAResNet')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

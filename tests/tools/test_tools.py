@@ -230,6 +230,15 @@ def test_missing_annotation_file(tmp_path):
     assert f"no such annotation file: {tmp_path}/annotations/instances_train2017.json" in message
 
 
+def test_initial_weights_that_are_not_there(coco_mini, tmp_path):
+    option = "model.backbone.init_cfg.checkpoint=r50.pth"
+    done = run(
+        TRAIN, CONFIG, "--data-root", coco_mini, "--cfg-options", option, cwd=tmp_path, ok=False
+    )
+    message = one_error(done)
+    assert f"model.backbone.init_cfg.checkpoint: no such file: {tmp_path}/r50.pth" in message
+
+
 def test_config_that_is_not_there(tmp_path):
     message = one_error(run(TRAIN, "retinanet_r50_mrla_2x.py", cwd=tmp_path, ok=False))
     assert f"no such config: {tmp_path}/retinanet_r50_mrla_2x.py" in message
@@ -283,6 +292,14 @@ def test_dist_scripts_refuse_once(tmp_path):
     done = run(ROOT / "tools/dist_test.sh", CONFIG, ok=False)
     assert done.returncode == 2
     assert "tools/dist_test.sh CONFIG CHECKPOINT NPROC" in done.stderr
+
+
+def test_a_checkpoint_of_another_network_is_refused(coco_mini, tmp_path):
+    torch.save({"state_dict": {"bakcbone.conv1.weight": torch.zeros(1)}}, tmp_path / "typo.pth")
+    typo = tmp_path / "typo.pth"
+    arguments = [CONFIG, typo, "--data-root", coco_mini, "--work-dir", tmp_path / "run"]
+    message = one_error(run(ROOT / "tools/test.py", *arguments, ok=False))
+    assert "no key matches the model. The checkpoint's begin with bakcbone.conv1.weight" in message
 
 
 def test_test_py_refuses_a_missing_checkpoint(tmp_path):
