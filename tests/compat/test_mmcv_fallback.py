@@ -393,7 +393,7 @@ boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]])
 cfg = dict(type="nms", iou_threshold=0.5)
 print(len(base_dense_head.batched_nms(boxes, torch.rand(2), torch.zeros(2), cfg)[1]))
 masks = BitmapMasks(np.ones((1, 8, 8), np.uint8), 8, 8)
-print(masks.crop_and_resize(boxes[:1], (4, 4), torch.zeros(1, dtype=int), "cpu").masks.sum())
+print(masks.crop_and_resize(0.5 * boxes[:1], (4, 4), torch.zeros(1, dtype=int), "cpu").masks.sum())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-800:]
