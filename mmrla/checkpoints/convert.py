@@ -42,7 +42,7 @@ _RESNET = [
     *_ATTENTION,
     (r"^stages\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}."),
     (r"^fc\.", "head.fc."),
-    (r"^(conv1|bn1|layer\d)\b", r"backbone.\1"),
+    (r"^(conv1|[bg]n1|stem|layer\d)\b", r"backbone.\1"),
 ]
 _VIT = [
     *_ATTENTION,
@@ -87,8 +87,8 @@ _BACK_VIT = [
 # What a converted key may look like; anything else was not understood.
 _KNOWN = {
     "resnet": (
-        r"backbone\.(conv1\.weight|bn1\.\w+|layer[1-4]\.\d+\.("
-        r"(conv[123])\.weight|(bn[123]|bn_mrla)\.\w+|downsample\.[0-2]\.\w+"
+        r"backbone\.(conv1\.weight|[bg]n1\.\w+|stem\.\d\.(conv|[bg]n)\.\w+|layer[1-4]\.\d+\.("
+        r"(conv[123])\.weight|[bg]n(\d|_mrla)\.\w+|downsample\.[0-2]\.\w+"
         r"|mrla\.(lambda_t|(query|key|value)\.weight)))|head\.fc\.(weight|bias)"
     ),
     "vit": (
@@ -143,7 +143,8 @@ def detect(state: Mapping[str, Tensor]) -> Conversion:
     layer_attention = "MRLALight" if light else "MRLABase" if mrla else None
     released = any(".mrla.mrla.W" in key for key in bare)
 
-    if "conv1.weight" in bare and any(re.match(r"(layer1|stages\.0)\.0\.conv1", k) for k in bare):
+    stem = {"conv1.weight", "stem.0.conv.weight"} & set(bare)
+    if stem and any(re.match(r"(layer1|stages\.0)\.0\.conv1", k) for k in bare):
         stages = _layers(bare, r"layer(\d)\.(\d+)\.") or _layers(bare, r"stages\.(\d)\.(\d+)\.")
         bottleneck = any(re.search(r"\.conv3\.weight$", key) for key in bare)
         depth = _RESNET_DEPTHS.get(tuple(stages.values()), {}).get(bottleneck)

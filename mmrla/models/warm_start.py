@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import BaseModule, initialize
 from torch import nn
 
 from mmrla.checkpoints import convert_state_dict, load_file, load_into, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
+from mmrla.checkpoints.plan import is_warm_start
 from mmrla.checkpoints.report import is_mrla_key
 from mmrla.registry import WEIGHT_INITIALIZERS
 
@@ -25,6 +28,9 @@ class WarmStart:
     With ``frozen_stages`` or ``norm_eval`` a freshly initialised layer attention stays trainable
     and its norms keep learning statistics, while one that came from the checkpoint is frozen like
     the rest.
+
+    A host joins in by the method ``start_as_identity`` of its parts, which makes what they add
+    zero, and by calling :func:`init_weights_warm` in its ``init_weights``.
 
     Args:
         checkpoint: A local file, ``torchvision://resnet50``, an http(s) address, ...
@@ -56,7 +62,10 @@ class WarmStart:
         converted = convert_state_dict(state)
         own = module.state_dict()
         if not any(is_mrla_key(key) for key in converted):
-            self._zero_norms(module)
+            for part in module.modules():
+                start_as_identity: Any = getattr(part, "start_as_identity", None)
+                if start_as_identity is not None:
+                    start_as_identity()
         elif self.freeze_mrla is None and getattr(module, "keep_mrla_trainable", False):
             raise CheckpointError(
                 f"{self.checkpoint}: holds MRLA weights, which could not be known when the network "
@@ -72,13 +81,23 @@ class WarmStart:
         if fresh:
             print_log(f"{len(fresh)} tensors of layer attentions start fresh", logger="current")
 
-    @staticmethod
-    def _zero_norms(module: nn.Module) -> None:
-        for block in module.modules():
-            norm = getattr(block, "mrla_norm", None) if getattr(block, "mrla", None) else None
-            if norm is not None:
-                nn.init.zeros_(norm.weight)
-                nn.init.zeros_(norm.bias)
-
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
+
+
+def init_weights_warm(module: BaseModule) -> bool:
+    """Carry out a host's ``init_cfg`` if it is a warm start.
+
+    The host's children are left alone: their own initialisation would undo the loaded weights.
+
+    Args:
+        module: The host, in its ``init_weights``.
+
+    Returns:
+        Whether it was a warm start; where not, the host initialises as its ancestor does.
+    """
+    if not is_warm_start(module.init_cfg):
+        return False
+    initialize(module, module.init_cfg)
+    module.is_init = True
+    return True

@@ -74,27 +74,80 @@ def test_resnext(tmp_path):
         assert torch.equal(model.eval()(x)[0], plain(x)[0])
 
 
+@pytest.mark.parametrize("weight_decay", [0, 1e-4])
 @pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
-def test_after_20_steps_every_mrla_parameter_has_moved(layer_attention, tmp_path):
+def test_after_20_steps_every_mrla_parameter_has_moved(layer_attention, weight_decay, tmp_path):
     """The last norms of the plain branches are not zero here, as in a trained network."""
     torch.manual_seed(1)
     torch.save(filled(PlainResNet(50, **SMALL)).state_dict(), tmp_path / "plain.pth")
     model = warm(tmp_path / "plain.pth", layer_attention=layer_attention, **SMALL).train()
     before = {k: p.detach().clone() for k, p in model.named_parameters() if "mrla" in k}
     assert len(before) > 70
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, weight_decay=weight_decay
+    )
     x = torch.randn(4, 3, 64, 64)
     for _ in range(20):
         optimizer.zero_grad()
         sum(o.square().mean() for o in model(x)).backward()
         optimizer.step()
     still = {k for k, p in model.named_parameters() if k in before and torch.equal(p, before[k])}
-    if layer_attention is BASE:
+    if layer_attention is BASE and not weight_decay:
         # A stage's first layer attends to itself with weight 1, whatever its query and its key
         # are; the key still serves later layers.
         assert still <= {f"layer{i}.0.mrla.query.weight" for i in range(1, 5)}
     else:
         assert not still
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(deep_stem=True), dict(norm_cfg=dict(type="GN", num_groups=4))]
+)
+def test_other_stems_and_norms(kwargs, tmp_path):
+    """Parts with an initialisation of their own (ConvModule) do not undo what was loaded."""
+    plain = filled(PlainResNet(18, **SMALL, **kwargs))
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    attention = LIGHT | dict(head_channels=8)
+    model = warm(tmp_path / "plain.pth", depth=18, layer_attention=attention, **SMALL, **kwargs)
+    x = torch.randn(2, 3, 64, 64)
+    plain.eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model.eval()(x), plain(x), strict=True))
+
+
+@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
+def test_vision_transformer(layer_attention, tmp_path):
+    """A timm-named DeiT starts as the plain network, and all of its MRLA parts move."""
+    from mmpretrain.models import VisionTransformer
+
+    from mmrla.checkpoints import to_released
+    from mmrla.models import MRLAVisionTransformer
+
+    arch = dict(embed_dims=64, num_layers=5, num_heads=2, feedforward_channels=96)
+    kwargs = dict(arch=arch, img_size=32, patch_size=8)
+    plain = filled(VisionTransformer(**kwargs))
+    timm = to_released({f"backbone.{k}": v for k, v in plain.state_dict().items()})
+    assert "blocks.0.mlp.fc1.weight" in timm
+    torch.save(timm, tmp_path / "vit.pth")
+    model = MRLAVisionTransformer(
+        **kwargs,
+        layer_attention=layer_attention | dict(head_channels=16),
+        init_cfg=dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "vit.pth")),
+    )
+    model.init_weights()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x)[0], plain(x)[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x)[0].square().mean().backward()
+        optimizer.step()
+    without = {k for k, p in model.named_parameters() if "mrla" in k and not p.grad.any()}
+    # The class token alone is read, so nothing of the last block's patch tokens counts; and with
+    # MRLA-base the first block of a group attends to itself whatever its query is.
+    last = {k for k, _ in model.named_parameters() if k.startswith("layers.4.mrla")}
+    assert without - last <= {"layers.0.mrla.attention.query.weight"}
+    assert "layers.4.mrla.norm.weight" not in without
 
 
 def test_freezing_leaves_fresh_parts_out(tmp_path):

@@ -16,8 +16,9 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
-from mmrla.checkpoints.plan import is_warm_start, keeps_mrla_trainable
+from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.models.builder import build_layer_attention
+from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS
 
 
@@ -59,6 +60,12 @@ class LayerAttentionBlock:
     def mrla_norm(self) -> nn.Module:
         """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
         return getattr(self, self.mrla_norm_name)
+
+    def start_as_identity(self) -> None:
+        """Make what the layer attention adds zero, without cutting its gradients off for good."""
+        if self.mrla is not None:
+            for parameter in self.mrla_norm.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Map the layer's input and the group's state to the layer's output and the new state."""
@@ -195,10 +202,8 @@ class MRLAResNet(ResNet):
         return self
 
     def init_weights(self) -> None:
-        """As the ancestor's; after a warm start nothing is set to zero."""
-        if is_warm_start(self.init_cfg):
-            super(ResNet, self).init_weights()
-        else:
+        """As the ancestor's, or a warm start."""
+        if not init_weights_warm(self):
             super().init_weights()
 
     def _freeze_stages(self) -> None:

@@ -17,6 +17,7 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from torch import Tensor, nn
 
 from mmrla.models.builder import build_layer_attention
+from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS
 
 # Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
@@ -51,6 +52,15 @@ class LayerAttentionOnTokens(nn.Module):
         if self.attention.uses_shortcut:
             self.shortcut_norm = build_norm_layer(norm_cfg, embed_dims)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def start_as_identity(self) -> None:
+        """Make what is added zero: norms of zeros give a value, shortcut and extra tokens of zeros.
+
+        Their own gradients are not zero, so that all of it grows in.
+        """
+        for norm in (self.norm, self.shortcut_norm):
+            for parameter in norm.parameters() if norm is not None else ():
+                nn.init.zeros_(parameter)
 
     def forward(
         self, x: Tensor, shortcut: Tensor, grid: tuple[int, int], extra: int, state: Any
@@ -130,6 +140,11 @@ class MRLAVisionTransformer(VisionTransformer):
                 )
         if self.frozen_stages > 0:
             self._freeze_stages()
+
+    def init_weights(self) -> None:
+        """As the ancestor's, or a warm start."""
+        if not init_weights_warm(self):
+            super().init_weights()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """As the ancestor's: a tuple with one output for each of ``out_indices``."""
