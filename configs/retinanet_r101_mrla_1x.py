@@ -12,3 +12,6 @@ model = dict(
         init_cfg=dict(type="mmrla.WarmStart"),
     )
 )
+
+# Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
+custom_hooks = [dict(type="SyncBuffersHook")]

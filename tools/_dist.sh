@@ -23,8 +23,8 @@ launch() {
             --master_addr "$MASTER_ADDR" --master_port "${PORT:-29500}")
     else
         # Port 0: torchrun takes a free one.
-        rendezvous=(--nnodes 1 --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${PORT:-0}"
-            --local_addr "${MASTER_ADDR:-127.0.0.1}")
+        rendezvous=(--nnodes 1 --rdzv_backend c10d --rdzv_endpoint "127.0.0.1:${PORT:-0}"
+            --local_addr 127.0.0.1)
     fi
     exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$nproc" \
         "$tools/$script" "$@" --launcher pytorch

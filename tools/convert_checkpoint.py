@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with reporting_errors():
-        state = state_dict_of(load_file(args.src), prefer_ema=args.ema)
+        state = state_dict_of(load_file(args.src), "averaged" if args.ema else "default")
         print(f"found: {detect(state).description}, {len(state)} tensors")
         converted = convert_state_dict(state)
         if args.to == "released":

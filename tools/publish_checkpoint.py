@@ -27,7 +27,7 @@ def main() -> None:
     args = parse_args()
     with reporting_errors():
         checkpoint = load_file(args.src)
-        state = state_dict_of(checkpoint, prefer_ema=not args.no_ema)
+        state = state_dict_of(checkpoint, "raw" if args.no_ema else "averaged")
         kept = {"state_dict": {k: v.detach().cpu().clone() for k, v in state.items()}}
         meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
         if isinstance(meta, dict) and "dataset_meta" in meta:

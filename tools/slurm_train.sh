@@ -19,6 +19,9 @@ if [[ $gpus -lt $gpus_per_node ]]; then
     gpus_per_node=$gpus
 fi
 export PYTHONPATH="$(dirname "$tools")${PYTHONPATH:+:$PYTHONPATH}"
+# One clear error instead of one from every task. Data and GPUs may be visible on the nodes alone.
+"${PYTHON:-python}" -c 'import sys, mmengine, mmrla; mmengine.Config.fromfile(sys.argv[1])' "$config"
+
 # SRUN_ARGS holds several words.
 # shellcheck disable=SC2086
 exec srun -p "$partition" --job-name "$job_name" --gres "gpu:$gpus_per_node" --ntasks "$gpus" \

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmrla.checkpoints.files import CheckpointError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
     build_model_only,
     build_runner,
+    check_weights,
     init_cpu_distributed,
     load_config,
-    verify_checkpoint,
 )
 
 
@@ -48,14 +49,15 @@ def main() -> None:
         if args.dry_run:
             build_model_only(cfg)
             return
+        check_weights(cfg)
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
-        verify_checkpoint(runner.model, args.checkpoint, cfg.get("allow_missing", ()))
         if args.out is not None:
             from mmdet.evaluation import DumpDetResults
 
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    with reporting_errors(CheckpointError):
+        runner.test()
 
 
 if __name__ == "__main__":

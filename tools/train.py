@@ -6,15 +6,15 @@ import argparse
 
 import torch
 
-from mmrla.checkpoints.report import HEADS
+from mmrla.checkpoints.files import CheckpointError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
     build_model_only,
     build_runner,
+    check_weights,
     init_cpu_distributed,
     load_config,
-    verify_checkpoint,
 )
 
 
@@ -59,14 +59,11 @@ def main() -> None:
         if args.dry_run:
             build_model_only(cfg)
             return
+        check_weights(cfg)
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
-        if cfg.get("load_from"):
-            # Resuming needs every tensor; fine-tuning may bring a head of its own.
-            allowed = () if cfg.get("resume") else ("*mrla*", *HEADS)
-            allowed = (*allowed, *cfg.get("allow_missing", ()))
-            verify_checkpoint(runner.model, cfg.load_from, allowed)
-    runner.train()
+    with reporting_errors(CheckpointError):
+        runner.train()
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def detect(state: Mapping[str, Tensor]) -> Conversion:
             groups = grouped.shape[0] // grouped.shape[1]
             if groups > 1:
                 name = f"ResNeXt-{depth} {groups}x{grouped.shape[1]}d"
-        style = "released" if released else "mmrla" if ours else "torchvision"
+        style = "released" if released else "mmrla" if ours or mrla else "torchvision"
         return _described("resnet", layer_attention, style, name)
 
     if "cls_token" in bare and any(re.match(r"(blocks|layers)\.0\.attn\.qkv", k) for k in bare):
@@ -169,6 +169,7 @@ def detect(state: Mapping[str, Tensor]) -> Conversion:
         name = f"ViT of {layers} blocks, width {width}"
         if "dist_token" in bare:
             name += ", with distillation token"
+        ours = ours or "layers.0.attn.qkv.weight" in bare
         style = "released" if released else "mmrla" if ours else "timm"
         return _described("vit", layer_attention, style, name)
 
@@ -201,14 +202,20 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     state = state_dict_of(state_dict)
     found = detect(state)
-    if found.style == "mmrla":
-        return state
     rules = _RESNET if found.family == "resnet" else _VIT
-    converted = {}
+    whole = any(key.startswith("backbone.") for key in state)
+    converted, unknown = {}, []
     for key, value in state.items():
-        name = _rename(key, rules)  # type: ignore[arg-type]
+        if whole and not key.startswith("backbone."):
+            converted[key] = value  # a neck or head, which has its names already
+            continue
+        name = key.removeprefix("backbone.")
+        # In mmpretrain's names the rules would see the final norm, say, as another layer's.
+        ours = found.style == "mmrla"
+        name = f"backbone.{name}" if ours else _rename(name, rules)  # type: ignore[arg-type]
+        if not re.fullmatch(_KNOWN[found.family], name):
+            unknown.append(key)
         converted[name] = value.flatten() if name.endswith(".lambda_t") else value
-    unknown = [key for key in converted if not re.fullmatch(_KNOWN[found.family], key)]
     if unknown:
         raise CheckpointError(
             f"{found.description}: {len(unknown)} keys are not understood: {', '.join(unknown[:6])}"

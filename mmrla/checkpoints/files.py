@@ -15,9 +15,12 @@ from torch import Tensor
 
 UNSAFE_ENV_VAR = "MMRLA_UNSAFE_LOAD"
 
-# Wrappers around a state dict, the averaged copy of the weights last.
+# Wrappers around a state dict.
 _WRAPPERS = ("state_dict", "model", "model_state", "network")
-EMA_WRAPPERS = ("ema_state_dict", "state_dict_ema", "model_ema")
+# Averaged copies beside it, as timm and DeiT save them. mmengine swaps the two on saving: its
+# ``state_dict`` is the averaged copy, and ``ema_state_dict`` holds the weights of the optimizer.
+_AVERAGED = ("state_dict_ema", "model_ema")
+_MMENGINE_RAW = "ema_state_dict"
 
 
 class CheckpointError(ValueError):
@@ -33,6 +36,15 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Taken by lists while they are read."""
+
+    def extend(self, values: Any) -> None:
+        """Taken by lists while they are read."""
+
 
 class _LogFreeUnpickler(pickle.Unpickler):
     """Reads tensors, and puts inert objects in the place of mmengine's log histories.
@@ -43,10 +55,10 @@ class _LogFreeUnpickler(pickle.Unpickler):
 
     _tensors = re.compile(
         r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device|\w+Storage)"
-        r"|torch\.(b?float|u?int)\d+|torch\.bool|collections\.OrderedDict|torch\.storage\.\w+Storage"
+        r"|torch\.(b?float|u?int)\d+|torch\.bool|collections\.(OrderedDict|Counter|defaultdict)|torch\.storage\.\w+Storage"
     )
     _histories = re.compile(
-        r"mmengine\.logging\.history_buffer\.HistoryBuffer|(__builtin__|builtins)\.getattr|_codecs\.encode"
+        r"mmengine\.logging\.history_buffer\.HistoryBuffer|mmengine\.config\.config\.ConfigDict|(__builtin__|builtins)\.getattr|_codecs\.encode"
         r"|numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)"
     )
 
@@ -87,8 +99,10 @@ def _local_path(path: str) -> Path:
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(path, str(target))
-            except OSError as error:
+                digest = re.search(r"-([0-9a-f]{8,})\.", target.name)
+                prefix = digest[1] if digest else None
+                torch.hub.download_url_to_file(path, str(target), hash_prefix=prefix)
+            except (OSError, RuntimeError) as error:
                 raise CheckpointError(f"cannot download {path}: {error}") from error
         return target
     return Path(path)
@@ -117,7 +131,14 @@ def load_file(path: str | Path) -> Any:
     local = _local_path(text)
     if not local.is_file():
         raise FileNotFoundError(f"no such checkpoint: {local.absolute()}")
-    return _read(local, text)
+    try:
+        return _read(local, text)
+    except CheckpointError as error:
+        if "://" not in text:
+            raise
+        # Else the bad download would stay in the cache, and fail again for ever.
+        local.unlink()
+        raise CheckpointError(f"{error}; removed {local}, try again") from error
 
 
 def _read(source: Path | bytes, name: str) -> Any:
@@ -151,7 +172,7 @@ def _read(source: Path | bytes, name: str) -> Any:
                 f"trust where it comes from, set {UNSAFE_ENV_VAR}=1. ({_first_line(error)})"
             ) from error
         raise CheckpointError(f"{name}: not a torch checkpoint ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         kind = "truncated or damaged" if head.startswith(b"PK") else "not a torch checkpoint"
         raise CheckpointError(f"{name}: {kind} ({_first_line(error)})") from error
 
@@ -168,21 +189,29 @@ def _is_state_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
-def state_dict_of(checkpoint: Any, *, prefer_ema: bool = False) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: Any, weights: str = "default") -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, without wrappers and the ``module.`` of DDP.
 
     Args:
         checkpoint: What :func:`load_file` returned: a state dict, or a dict that holds one under
             ``state_dict`` or ``model``.
-        prefer_ema: Take the averaged copy of the weights where there is one.
+        weights: Where a checkpoint holds two copies: ``'default'`` takes what a test run would
+            load, ``'averaged'`` the moving average if there is one, ``'raw'`` the other.
 
     Returns:
         Tensors by key, in the file's order.
 
     Raises:
         CheckpointError: There are no tensors by name in it.
+        ValueError: ``weights`` is none of the three.
     """
-    names = (*EMA_WRAPPERS, *_WRAPPERS) if prefer_ema else (*_WRAPPERS, *EMA_WRAPPERS)
+    if weights not in ("default", "averaged", "raw"):
+        raise ValueError(f"weights must be 'default', 'averaged' or 'raw', got {weights!r}")
+    names: tuple[str, ...] = _WRAPPERS
+    if weights == "averaged":
+        names = (*_AVERAGED, *_WRAPPERS)
+    elif weights == "raw":
+        names = (_MMENGINE_RAW, *_WRAPPERS)
     found = checkpoint
     if isinstance(checkpoint, Mapping):
         for name in names:

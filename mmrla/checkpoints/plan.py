@@ -15,11 +15,19 @@ WARM_START = "WarmStart"
 
 
 def is_warm_start(init_cfg: Any) -> bool:
-    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``, prefix or not."""
-    return (
-        isinstance(init_cfg, Mapping)
-        and str(init_cfg.get("type", "")).removeprefix("mmrla.") == WARM_START
-    )
+    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class.
+
+    Raises:
+        ValueError: It is one of several in a list: the others would undo it.
+    """
+    if isinstance(init_cfg, (list, tuple)):
+        if any(is_warm_start(entry) for entry in init_cfg):
+            raise ValueError("WarmStart must be the only init_cfg, not one of a list")
+        return False
+    if not isinstance(init_cfg, Mapping):
+        return False
+    kind = init_cfg.get("type", "")
+    return getattr(kind, "__name__", str(kind)).removeprefix("mmrla.") == WARM_START
 
 
 def keeps_mrla_trainable(init_cfg: Any) -> bool:

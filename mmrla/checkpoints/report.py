@@ -52,15 +52,20 @@ class LoadReport:
         allowed: Iterable[str],
         model: nn.Module,
         state: Mapping[str, Tensor],
+        *,
+        fresh_mrla: bool = False,
     ) -> None:
-        """Raise CheckpointError where nothing matches, or keys are missing that are not allowed.
+        """Raise CheckpointError where nothing matches, or parts of the model would stay random.
+
+        So it is where the checkpoint holds layer attentions that the model has no place for.
 
         Args:
             source: What the message calls the checkpoint.
-            allowed: Patterns (as in :mod:`fnmatch`) of keys that may be missing; counters of batch
-                norms always may.
+            allowed: Patterns (as in :mod:`fnmatch`) of keys that need not fit; counters of batch
+                norms never need to.
             model: The module that the report is about.
             state: The checkpoint that the report is about.
+            fresh_mrla: Whether layer attentions may start fresh, all of them together.
         """
         if not self.matched:
             raise CheckpointError(
@@ -69,8 +74,18 @@ class LoadReport:
                 f"{', '.join(list(model.state_dict())[:3])}"
             )
         patterns = ["*num_batches_tracked", *allowed]
+        stray = [k for k in self.unexpected if is_mrla_key(k) and not _matches(k, patterns)]
+        if stray:
+            raise CheckpointError(
+                f"{source}: holds {len(stray)} tensors of layer attentions that the model has no "
+                f"place for ({', '.join(stray[:4])}, ...): another layer attention, or the plain "
+                f"network\n{self.summary()}"
+            )
+        if not any(is_mrla_key(key) for key in self.matched):
+            # A plain checkpoint: its layer attentions may start fresh, but only all of them.
+            patterns += ["*mrla*"] if fresh_mrla else []
         unfilled = [*self.missing, *(entry.split(":")[0] for entry in self.mismatched)]
-        bad = [key for key in unfilled if not any(fnmatch(key, pattern) for pattern in patterns)]
+        bad = [key for key in unfilled if not _matches(key, patterns)]
         if bad:
             raise CheckpointError(
                 f"{source}: {len(bad)} tensors of the model would stay random: "
@@ -109,8 +124,9 @@ def load_into(
     Args:
         model: The module to fill.
         state: Tensors by key.
-        allow_missing: Patterns (as in :mod:`fnmatch`) of keys that may be missing. Keys of layer
-            attentions, counters of batch norms, and heads (``head.*``, ``fc.*``, ...) may always.
+        allow_missing: Patterns (as in :mod:`fnmatch`) of keys that need not fit. Counters of batch
+            norms never need to, nor do heads (see :func:`allowed_heads`), nor layer attentions if
+            the checkpoint has none.
         source: What the messages call the checkpoint.
 
     Returns:
@@ -120,7 +136,8 @@ def load_into(
         CheckpointError: Nothing matches, or keys that may not be missing are.
     """
     report, fitting = compare(model, state)
-    report.require(source, ["*mrla*", *HEADS, *allow_missing], model, state)
+    allowed = [*allowed_heads(report, state), *allow_missing]
+    report.require(source, allowed, model, state, fresh_mrla=True)
     model.load_state_dict(fitting, strict=False)
     _log(f"{source}: {report.summary()}")
     return report
@@ -157,7 +174,30 @@ def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, 
 
 
 # Parts that one rightly trains anew on other classes.
-HEADS = ("head.*", "fc.*", "classifier.*", "*_head.*", "neck.*")
+_HEADS = ("head.*", "fc.*", "classifier.*", "*_head.*")
+# What only a whole detector has.
+_DETECTOR_PARTS = ("neck.*", "*_head.*")
+
+
+def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
+    """Patterns of what fine-tuning may leave random.
+
+    Heads of another size; and where the checkpoint is of a backbone or a classifier, all that a
+    detector has besides. A detector's checkpoint that lacks a neck or a head is suspicious.
+
+    Args:
+        report: What :func:`compare` said.
+        state: The checkpoint.
+    """
+    mismatched = [entry.split(":")[0] for entry in report.mismatched]
+    patterns = [key for key in mismatched if _matches(key, _HEADS)]
+    if not any(_matches(key, _DETECTOR_PARTS) for key in state):
+        patterns += [*_HEADS, *_DETECTOR_PARTS]
+    return patterns
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 def _log(message: str) -> None:

@@ -119,7 +119,10 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
 
 
 def _join(root: str, path: str) -> str:
-    return path if _is_remote(path) or not root else f"{root.rstrip('/')}/{path}"
+    # mmengine leaves absolute paths alone.
+    if _is_remote(path) or Path(path).is_absolute() or not root:
+        return path
+    return f"{root.rstrip('/')}/{path}"
 
 
 def _require(path: str, where: str, *, folder: bool) -> None:

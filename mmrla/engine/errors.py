@@ -10,15 +10,24 @@ from contextlib import contextmanager
 TRACEBACK_ENV_VAR = "MMRLA_TRACEBACK"
 
 
+# What constructors and readers raise about their input.
+INPUT_ERRORS = (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError)
+
+
 @contextmanager
-def reporting_errors() -> Iterator[None]:
+def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn what is wrong with the input into one line on stderr and exit status 2.
 
-    Wraps all that happens before a run starts. ``MMRLA_TRACEBACK=1`` shows the traceback.
+    ``MMRLA_TRACEBACK=1`` shows the traceback.
+
+    Args:
+        *kinds: Which exceptions; by default all that constructors and readers raise about their
+            input, which fits what happens before a run starts.
     """
+    caught = kinds or INPUT_ERRORS
     try:
         yield
-    except (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError) as error:
+    except caught as error:
         if os.environ.get(TRACEBACK_ENV_VAR):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -6,17 +6,15 @@ import argparse
 import datetime
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
-from mmengine.logging import print_log
-from mmengine.runner import Runner
-from torch import nn
+from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmrla.checkpoints import compare, load_file, state_dict_of
+from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.engine.data_check import check_data, set_data_root
 
 
@@ -166,29 +164,25 @@ def build_runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def verify_checkpoint(
-    model: nn.Module, path: str, allow_missing: Sequence[str] = (), prefer_ema: bool = False
-) -> None:
-    """Log what a checkpoint will fill of a model, and raise where the rest would stay random.
-
-    mmengine loads with ``strict=False``; this looks first. Addresses are left to mmengine.
+def check_weights(cfg: Config, path: str | None = None) -> None:
+    """Have every load of the run checked, and read a local file once in the safe way before.
 
     Args:
-        model: The model, wrapped in DDP or not.
-        path: A local checkpoint.
-        allow_missing: Patterns of keys that it may lack.
-        prefer_ema: Look at the averaged weights where there are any.
+        cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``.
+        path: The checkpoint; default: what the config loads or resumes from, if anything.
 
     Raises:
-        CheckpointError: The file cannot be read, or does not fit.
+        CheckpointError: The file cannot be read without running code from it, or at all.
+        FileNotFoundError: A local file is not there.
     """
-    if "://" in path:
-        return
-    model = getattr(model, "module", model)
-    state = state_dict_of(load_file(path), prefer_ema=prefer_ema)
-    report, _ = compare(model, state)
-    report.require(path, allow_missing, model, state)
-    print_log(f"{path}: {report.summary()}", logger="current")
+    hook = dict(type="mmrla.CheckLoadHook", allow_missing=list(cfg.get("allow_missing", ())))
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
+    if path is None:
+        path = cfg.get("load_from")
+        if path is None and cfg.get("resume"):
+            path = find_latest_checkpoint(cfg.work_dir)
+    if path is not None and "://" not in path:
+        state_dict_of(load_file(path))
 
 
 def build_model_only(cfg: Config) -> None:

@@ -141,6 +141,22 @@ def test_deit_tiny(kind):
     assert all(torch.equal(converted[k], state[k]) for k in state)
 
 
+def test_released_names_inside_a_detector_and_bare_backbones():
+    state = classifier(50, ATTENTION["base"]).state_dict()
+    inside = {f"backbone.{k}": v for k, v in to_released(state).items() if not k.startswith("fc.")}
+    neck = torch.zeros(1)
+    converted = convert_state_dict({**inside, "neck.fpn_convs.0.conv.bias": neck})
+    assert converted.pop("neck.fpn_convs.0.conv.bias") is neck
+    assert converted.keys() == {k for k in state if k.startswith("backbone.")}
+    for cfg in (
+        dict(type="MRLAResNet", depth=18, layer_attention=ATTENTION["light"]),
+        dict(type="MRLAResNet", depth=18, layer_attention=None, deep_stem=True),
+        dict(type="MRLAVisionTransformer", arch="deit-tiny"),
+    ):
+        bare = MODELS.build(cfg).state_dict()
+        assert convert_state_dict(bare).keys() == {f"backbone.{k}" for k in bare}
+
+
 def test_what_is_not_known_is_refused():
     with pytest.raises(CheckpointError, match="unknown architecture.*these begin with features.0"):
         convert_state_dict({"features.0.weight": torch.zeros(1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import subprocess
@@ -41,6 +42,19 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_damage_is_one_error(legacy, tmp_path):
+    """Cut off at many places and with flipped bytes: never another exception."""
+    whole = saved({"state_dict": STATE}, _use_new_zipfile_serialization=not legacy)
+    path = tmp_path / "damaged.pth"
+    for step in range(1, 40):
+        cut = len(whole) * step // 40
+        for content in (whole[:cut], whole[:cut] + b"\xff\x00" + whole[cut + 2 :]):
+            path.write_bytes(content)
+            with contextlib.suppress(CheckpointError):
+                state_dict_of(load_file(path))
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MMRLA_UNSAFE_LOAD", raising=False)
@@ -74,19 +88,41 @@ def test_opting_in_runs_what_is_in_it(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_wrappers_and_prefixes(legacy, tmp_path):
     path = tmp_path / "good.pth"
-    ema = {f"module.{k}": v + 1 for k, v in STATE.items()}
+    timm_average = {f"module.{k}": v + 1 for k, v in STATE.items()}
     file = {
         "epoch": 3,
         "state_dict": {f"module.{k}": v for k, v in STATE.items()},
-        "ema_state_dict": {**ema, "steps": torch.tensor(7)},
+        "state_dict_ema": timm_average,
         "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
     }
     path.write_bytes(saved(file, _use_new_zipfile_serialization=not legacy))
     state = state_dict_of(load_file(path))
     assert list(state) == list(STATE)
     assert torch.equal(state["conv1.weight"], STATE["conv1.weight"])
-    averaged = state_dict_of(load_file(path), prefer_ema=True)
+    averaged = state_dict_of(load_file(path), "averaged")
     assert torch.equal(averaged["conv1.weight"], STATE["conv1.weight"] + 1)
+    with pytest.raises(ValueError, match="weights must be 'default', 'averaged' or 'raw', got 'b"):
+        state_dict_of(load_file(path), "best")
+
+
+def test_mmengine_saves_the_average_as_state_dict(tmp_path):
+    """Taken from its hook: what it calls ema_state_dict holds the optimizer's weights."""
+    from types import SimpleNamespace
+
+    from mmengine.hooks import EMAHook
+    from mmengine.model import ExponentialMovingAverage
+
+    model = torch.nn.Linear(2, 1, bias=False)
+    hook = EMAHook()
+    hook.src_model, hook.ema_model = model, ExponentialMovingAverage(model)
+    torch.nn.init.constant_(model.weight, 1.0)
+    torch.nn.init.constant_(hook.ema_model.module.weight, 5.0)
+    checkpoint = {"state_dict": {k: v.clone() for k, v in model.state_dict().items()}}
+    hook.enabled_by_epoch, hook.begin_iter, hook.begin_epoch = False, 0, 0
+    hook.before_save_checkpoint(SimpleNamespace(iter=10, epoch=1), checkpoint)
+    assert state_dict_of(checkpoint, "averaged")["weight"].unique().tolist() == [5.0]
+    assert state_dict_of(checkpoint)["weight"].unique().tolist() == [5.0]
+    assert state_dict_of(checkpoint, "raw")["weight"].unique().tolist() == [1.0]
 
 
 def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
@@ -95,9 +131,14 @@ def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
     from mmengine.logging import HistoryBuffer
 
     history = HistoryBuffer([1.0, 2.0], [1, 1])
+    import collections
+
+    schedulers = [{"milestones": collections.Counter({8: 1, 11: 1})}]
     hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"best": np.float64(0.5)}}
     path = tmp_path / "epoch_1.pth"
-    path.write_bytes(saved({"state_dict": STATE, "message_hub": hub, "meta": {"seed": 1}}))
+    path.write_bytes(
+        saved({"state_dict": STATE, "message_hub": hub, "param_schedulers": schedulers})
+    )
     assert list(state_dict_of(load_file(path))) == list(STATE)
 
 

@@ -96,6 +96,33 @@ def test_missing_parts_are_an_error_unless_allowed():
         load_into(target, wide)
 
 
+def test_mrla_weights_without_a_place_are_an_error():
+    """A light checkpoint into the plain or the base network: the wrong network, not a detail."""
+    light = backbone().state_dict()
+    base = backbone(layer_attention=dict(type="MRLABase", head_channels=4))
+    for target in (backbone(layer_attention=None), base):
+        with pytest.raises(CheckpointError, match="of layer attentions that the model has no"):
+            load_into(target, light)
+    with pytest.raises(CheckpointError, match="would stay random: layer1.0.mrla.lambda_t"):
+        load_into(backbone(), base.state_dict())
+
+
+def test_a_detectors_neck_may_not_go_missing():
+    """Unless the checkpoint is of a backbone or a classifier, which has none."""
+
+    class Detector(nn.Module):
+        def __init__(self, neck="neck"):
+            super().__init__()
+            self.backbone = backbone()
+            self.add_module(neck, nn.Linear(2, 2))
+            self.rpn_head = nn.Linear(2, 2)
+
+    load_into(Detector(), backbone().state_dict())
+    load_into(Detector(), classifier(5).state_dict())
+    with pytest.raises(CheckpointError, match="would stay random: neck.weight, neck.bias"):
+        load_into(Detector(), Detector(neck="nekc").state_dict())
+
+
 def test_missing_mrla_weights_are_reported_not_refused():
     plain = backbone(layer_attention=None).state_dict()
     report = load_into(backbone(), plain)

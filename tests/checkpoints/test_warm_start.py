@@ -186,6 +186,16 @@ def test_a_checkpoint_with_mrla_weights_is_taken_as_it_is_and_frozen_as_in_the_p
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     model = warm(tmp_path / "mrla.pth", init=dict(freeze_mrla=False), **recipe).train()
     assert model.layer1[0].bn_mrla.training
+    # Frozen by hand stays frozen; the class works as the name does; a list would be undone.
+    from mmrla.models import WarmStart
+
+    model = warm(tmp_path / "mrla.pth", init=dict(freeze_mrla=False, type=WarmStart), **recipe)
+    assert torch.equal(model.layer1[0].bn2.weight, source.layer1[0].bn2.weight)
+    model.layer2.requires_grad_(False)
+    model.train()
+    assert not any(p.requires_grad for p in model.layer2.parameters())
+    with pytest.raises(ValueError, match="WarmStart must be the only init_cfg"):
+        MRLAResNet(18, init_cfg=[dict(type="mmrla.WarmStart"), dict(type="Kaiming")])
     with pytest.raises(ValueError, match="freeze_mrla must be None, True or False, got 'yes'"):
         warm(tmp_path / "mrla.pth", init=dict(freeze_mrla="yes"), **recipe)
 
@@ -196,14 +206,14 @@ def test_detector_starts_at_the_plain_detectors_predictions(layer_attention, coc
     from mmdet.apis import inference_detector
     from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.registry import init_default_scope
+    from mmengine.registry import DefaultScope
 
-    init_default_scope("mmdet")
     cfg = Config.fromfile(ROOT / "configs/mask_rcnn_r50_1x.py")
     cfg.test_dataloader.dataset.pipeline[1].scale = (320, 256)
     cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=20)
     cfg.model.backbone.init_cfg = None
-    plain = MODELS.build(cfg.model)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        plain = MODELS.build(cfg.model)
     filled(plain.backbone)
     torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
 
@@ -211,7 +221,8 @@ def test_detector_starts_at_the_plain_detectors_predictions(layer_attention, coc
     cfg.model.backbone.init_cfg = dict(
         type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth")
     )
-    warm_started = MODELS.build(cfg.model)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        warm_started = MODELS.build(cfg.model)
     warm_started.backbone.init_weights()
     rest = {k: v for k, v in plain.state_dict().items() if not k.startswith("backbone.")}
     warm_started.load_state_dict(rest, strict=False)
@@ -220,7 +231,8 @@ def test_detector_starts_at_the_plain_detectors_predictions(layer_attention, coc
     for model in (plain, warm_started):
         model.cfg = cfg
         model.eval()
-        results.append([inference_detector(model, image).pred_instances for image in images])
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            results.append([inference_detector(model, image).pred_instances for image in images])
     for a, b in zip(*results, strict=True):
         assert len(a) == 20
         for field in ("bboxes", "scores", "labels", "masks"):
@@ -280,5 +292,10 @@ def test_convert_and_publish_commands(tmp_path):
     content = torch.load(published, weights_only=True)
     assert set(content) == {"state_dict", "meta"}
     assert content["meta"] == {"dataset_meta": {"classes": ("a", "b")}}
-    averaged = state_dict_of(load_file(tmp_path / "epoch_3.pth"), prefer_ema=True)
-    assert all(torch.equal(content["state_dict"][k], v) for k, v in averaged.items())
+    # mmengine keeps the averaged weights in state_dict and the others in ema_state_dict.
+    assert all(torch.equal(content["state_dict"][k], v) for k, v in state.items())
+    tool("publish_checkpoint.py", tmp_path / "epoch_3.pth", tmp_path / "raw/r18", "--no-ema")
+    (raw,) = (tmp_path / "raw").iterdir()
+    content = torch.load(raw, weights_only=True)
+    expected = state_dict_of(load_file(tmp_path / "epoch_3.pth"), "raw")
+    assert all(torch.equal(content["state_dict"][k], v) for k, v in expected.items())

@@ -76,6 +76,15 @@ def test_an_evaluator_nobody_can_place_is_an_error(root):
         set_data_root(cfg, root)
 
 
+def test_absolute_paths_are_not_joined_to_the_root(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "b.json"
+    other.write_text("{}")
+    cfg = config()
+    set_data_root(cfg, root)
+    cfg.train_dataloader.dataset.dataset.ann_file = str(other)
+    check_data(cfg)
+
+
 def test_remote_data_is_left_to_its_backend():
     cfg = config()
     set_data_root(cfg, "s3://bucket/coco")

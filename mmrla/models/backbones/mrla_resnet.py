@@ -207,11 +207,11 @@ class MRLAResNet(ResNet):
             super().init_weights()
 
     def _freeze_stages(self) -> None:
+        parts = self._mrla_parts() if self.keep_mrla_trainable else ()
+        before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         super()._freeze_stages()
-        if self.keep_mrla_trainable:
-            for part in self._mrla_parts():
-                for parameter in part.parameters():
-                    parameter.requires_grad = True
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
 
     def _mrla_parts(self) -> Iterator[nn.Module]:
         """The layer attentions with their norms and drop paths."""
