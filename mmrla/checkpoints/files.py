@@ -55,10 +55,12 @@ class _LogFreeUnpickler(pickle.Unpickler):
 
     _tensors = re.compile(
         r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device|\w+Storage)"
-        r"|torch\.(b?float|u?int)\d+|torch\.bool|collections\.(OrderedDict|Counter|defaultdict)|torch\.storage\.\w+Storage"
+        r"|torch\.(b?float|u?int)\d+|torch\.bool|torch\.storage\.\w+Storage"
+        r"|collections\.(OrderedDict|Counter|defaultdict)"
     )
     _histories = re.compile(
-        r"mmengine\.logging\.history_buffer\.HistoryBuffer|mmengine\.config\.config\.ConfigDict|(__builtin__|builtins)\.getattr|_codecs\.encode"
+        r"mmengine\.logging\.history_buffer\.HistoryBuffer|mmengine\.config\.config\.ConfigDict"
+        r"|(__builtin__|builtins)\.getattr|_codecs\.encode"
         r"|numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)"
     )
 
