@@ -136,9 +136,8 @@ def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
     schedulers = [{"milestones": collections.Counter({8: 1, 11: 1})}]
     hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"best": np.float64(0.5)}}
     path = tmp_path / "epoch_1.pth"
-    path.write_bytes(
-        saved({"state_dict": STATE, "message_hub": hub, "param_schedulers": schedulers})
-    )
+    whole = {"state_dict": STATE, "message_hub": hub, "param_schedulers": schedulers}
+    path.write_bytes(saved(whole))
     assert list(state_dict_of(load_file(path))) == list(STATE)
 
 
