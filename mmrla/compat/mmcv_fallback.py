@@ -65,6 +65,11 @@ def _repair_earlier_imports() -> None:
         for name, value in list(vars(module).items())
         if _raises_for_want_of_ops(value)
     ]
+    # The originals leave a name out instead.
+    transformer = sys.modules.get("mmcv.cnn.bricks.transformer")
+    left_out = "MultiScaleDeformableAttention"
+    if transformer is not None and not hasattr(transformer, left_out):
+        stubs.append((transformer, left_out))
     if not stubs:
         return
     ops = importlib.import_module("mmcv.ops")

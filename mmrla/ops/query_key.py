@@ -50,10 +50,12 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
         Query and key, each ``[B, C]``.
     """
     dtype = accumulation_dtype(x.dtype)
+    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
+    query_padding, key_padding = (int(w.shape[-1]) // 2 for w in (query_weight, key_weight))
     with torch.autocast(x.device.type, enabled=False):
         summary = x.mean(dim=(2, 3), dtype=dtype).unsqueeze(1)
-        query = F.conv1d(summary, query_weight.to(dtype), padding=query_weight.shape[-1] // 2)
-        key = F.conv1d(summary, key_weight.to(dtype), padding=key_weight.shape[-1] // 2)
+        query = F.conv1d(summary, query_weight.to(dtype), padding=query_padding)
+        key = F.conv1d(summary, key_weight.to(dtype), padding=key_padding)
     return query.squeeze(1), key.squeeze(1)
 
 

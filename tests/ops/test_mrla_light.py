@@ -97,6 +97,8 @@ def test_autocast_keeps_logits_in_float32(dtype):
     """With means of about 1e3 the logits reach 1e6: infinite in float16, finite in float32."""
     args = [a.detach().float() for a in arguments(2, 16, 5, 5, 3)]
     args[0] = args[0] + 1e3
+    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
+        pytest.skip("this torch has no float16 autocast on the CPU")
     expected = mrla_light(*args, 8)
     with torch.autocast("cpu", dtype=dtype):
         got = mrla_light(*args, 8)
