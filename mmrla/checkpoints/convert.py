@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmrla.checkpoints.files import CheckpointError
+from mmrla.checkpoints.files import CheckpointError, state_dict_of
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,6 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The network, or one of its keys, is not known.
     """
-    from mmrla.checkpoints.files import state_dict_of
-
     state = state_dict_of(state_dict)
     found = detect(state)
     rules = _RESNET if found.family == "resnet" else _VIT
@@ -236,8 +234,6 @@ def to_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The network is not known.
     """
-    from mmrla.checkpoints.files import state_dict_of
-
     state = state_dict_of(state_dict)
     found = detect(state)
     if found.style != "mmrla":

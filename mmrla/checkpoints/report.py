@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -10,6 +9,7 @@ from fnmatch import fnmatch
 from torch import Tensor, nn
 
 from mmrla.checkpoints.files import CheckpointError
+from mmrla.compat import log
 
 
 def is_mrla_key(key: str) -> bool:
@@ -31,6 +31,11 @@ class LoadReport:
     """``key: checkpoint shape -> model shape`` of those that were left out for it."""
     prefix: str = ""
     """What was taken off the checkpoint's keys (``backbone.``) or, with ``+``, put before them."""
+
+    @property
+    def wrong_shape(self) -> list[str]:
+        """The keys of ``mismatched``."""
+        return [entry.split(":")[0] for entry in self.mismatched]
 
     def summary(self, limit: int = 8) -> str:
         """One line of counts, and a line for each kind of key that was not loaded."""
@@ -84,7 +89,7 @@ class LoadReport:
         if not any(is_mrla_key(key) for key in self.matched):
             # A plain checkpoint: its layer attentions may start fresh, but only all of them.
             patterns += ["*mrla*"] if fresh_mrla else []
-        unfilled = [*self.missing, *(entry.split(":")[0] for entry in self.mismatched)]
+        unfilled = [*self.missing, *self.wrong_shape]
         bad = [key for key in unfilled if not _matches(key, patterns)]
         if bad:
             raise CheckpointError(
@@ -139,7 +144,7 @@ def load_into(
     allowed = [*allowed_heads(report, state), *allow_missing]
     report.require(source, allowed, model, state, fresh_mrla=True)
     model.load_state_dict(fitting, strict=False)
-    _log(f"{source}: {report.summary()}")
+    log(f"{source}: {report.summary()}")
     return report
 
 
@@ -168,8 +173,8 @@ def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, 
     if prefix == "backbone.":
         report.unexpected += [k for k in state if not k.startswith("backbone.")]
     report.matched = list(fitting)
-    wrong_shape = {entry.split(":")[0] for entry in report.mismatched}
-    report.missing = [k for k in own if k not in fitting and k not in wrong_shape]
+    filled_or_mismatched = {*fitting, *report.wrong_shape}
+    report.missing = [k for k in own if k not in filled_or_mismatched]
     return report, fitting
 
 
@@ -189,8 +194,7 @@ def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
         report: What :func:`compare` said.
         state: The checkpoint.
     """
-    mismatched = [entry.split(":")[0] for entry in report.mismatched]
-    patterns = [key for key in mismatched if _matches(key, _HEADS)]
+    patterns = [key for key in report.wrong_shape if _matches(key, _HEADS)]
     if not any(_matches(key, _DETECTOR_PARTS) for key in state):
         patterns += [*_HEADS, *_DETECTOR_PARTS]
     return patterns
@@ -198,12 +202,3 @@ def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
-
-
-def _log(message: str) -> None:
-    try:
-        from mmengine.logging import print_log
-    except ImportError:
-        logging.getLogger(__name__).info(message)
-        return
-    print_log(message, logger="current", level=logging.INFO)

@@ -1,9 +1,10 @@
 """Living with what is installed: mmcv without its compiled extension, and version checks."""
 
+from mmrla.compat.logging import log
 from mmrla.compat.mmcv_fallback import (
     install_mmcv_fallback,
     log_ops_in_use,
     ops_in_use,
 )
 
-__all__ = ["install_mmcv_fallback", "log_ops_in_use", "ops_in_use"]
+__all__ = ["install_mmcv_fallback", "log", "log_ops_in_use", "ops_in_use"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from mmrla.compat.logging import log
 
 _NAME = "mmcv._ext"
 
@@ -101,9 +102,4 @@ def log_ops_in_use() -> None:
         "extension); box and mask detectors work, other ops raise NotImplementedError",
         "none": "mmcv ops: not available",
     }
-    try:
-        from mmengine.logging import print_log
-    except ImportError:
-        logging.getLogger(__name__).info(messages[ops_in_use()])
-        return
-    print_log(messages[ops_in_use()], logger="current", level=logging.INFO)
+    log(messages[ops_in_use()])

@@ -164,12 +164,12 @@ def build_runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def check_weights(cfg: Config, path: str | None = None) -> None:
+def check_weights(cfg: Config) -> None:
     """Have every load of the run checked, and read a local file once in the safe way before.
 
     Args:
-        cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``.
-        path: The checkpoint; default: what the config loads or resumes from, if anything.
+        cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``. The file is
+            what it loads or resumes from, if anything.
 
     Raises:
         CheckpointError: The file cannot be read without running code from it, or at all.
@@ -177,10 +177,9 @@ def check_weights(cfg: Config, path: str | None = None) -> None:
     """
     hook = dict(type="mmrla.CheckLoadHook", allow_missing=list(cfg.get("allow_missing", ())))
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
-    if path is None:
-        path = cfg.get("load_from")
-        if path is None and cfg.get("resume"):
-            path = find_latest_checkpoint(cfg.work_dir)
+    path = cfg.get("load_from")
+    if path is None and cfg.get("resume"):
+        path = find_latest_checkpoint(cfg.work_dir)
     if path is not None and "://" not in path:
         state_dict_of(load_file(path))
 
