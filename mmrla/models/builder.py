@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ def build_layer_attention(
     cfg: Mapping[str, Any],
     channels: int,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    fit_heads: bool = False,
 ) -> LayerAttention:
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
@@ -25,6 +27,8 @@ def build_layer_attention(
             arguments of its constructor except ``channels``.
         channels: C of the layer.
         defaults: What a host prefers where ``cfg`` is silent: arguments by name of the class.
+        fit_heads: Take ``head_channels = C`` where C is smaller than what ``cfg`` (or the type's
+            default) says, as narrow networks need.
 
     Raises:
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
@@ -44,6 +48,9 @@ def build_layer_attention(
             allowed = ", ".join(sorted(LAYER_ATTENTIONS.module_dict))
             raise ValueError(f"unknown layer attention {name!r}; allowed: {allowed}")
     kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
+    heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
+    if heads is not None:
+        kwargs["head_channels"] = min(kwargs.get("head_channels", heads.default), channels)
     try:
         return cls(channels=channels, **kwargs)
     except TypeError as error:

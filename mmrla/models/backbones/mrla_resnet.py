@@ -6,7 +6,7 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.utils.checkpoint as cp
@@ -16,9 +16,8 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
-from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.models.builder import build_layer_attention
-from mmrla.models.warm_start import init_weights_warm
+from mmrla.models.host import LayerAttentionHost
 from mmrla.registry import MODELS
 
 
@@ -32,6 +31,7 @@ class LayerAttentionBlock:
         layer_attention: Config of the layer attention, or None for the plain block.
         mrla_drop_path_rate: Stochastic depth of the attention branch; None: the block's own rate.
         mrla_act_cfg: Activation between the norm and drop path, None for none.
+        mrla_fit_heads: See :func:`mmrla.models.build_layer_attention`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class LayerAttentionBlock:
         layer_attention: Mapping[str, Any] | None = None,
         mrla_drop_path_rate: float | None = None,
         mrla_act_cfg: dict | None = None,
+        mrla_fit_heads: bool = False,
         drop_path_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -47,7 +48,9 @@ class LayerAttentionBlock:
         self.mrla = None
         if layer_attention is None:
             return
-        self.mrla = build_layer_attention(layer_attention, self.out_channels)
+        self.mrla = build_layer_attention(
+            layer_attention, self.out_channels, fit_heads=mrla_fit_heads
+        )
         self.mrla_norm_name, norm = build_norm_layer(
             self.norm_cfg, self.out_channels, postfix="_mrla"
         )
@@ -118,7 +121,7 @@ class LayerAttentionStage(ResLayer):
 
 
 @MODELS.register_module()
-class MRLAResNet(ResNet):
+class MRLAResNet(LayerAttentionHost, ResNet):
     """mmpretrain's ResNet with a layer attention after every residual layer.
 
     Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and holds for the parts
@@ -160,6 +163,7 @@ class MRLAResNet(ResNet):
         101: (MRLABottleneck, (3, 4, 23, 3)),
         152: (MRLABottleneck, (3, 8, 36, 3)),
     }
+    fit_heads = False
 
     def __init__(
         self,
@@ -174,47 +178,18 @@ class MRLAResNet(ResNet):
             raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
         if mrla_drop_path_rate is not None and not 0 <= mrla_drop_path_rate < 1:
             raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {mrla_drop_path_rate!r}")
-        # Plain values, so they may be set before nn.Module's constructor; make_res_layer, which
-        # the ancestor's constructor calls, needs them.
-        self.layer_attention = layer_attention
+        # Before the ancestor's constructor, which calls make_res_layer.
         self._block_kwargs = dict(
             layer_attention=layer_attention,
             mrla_drop_path_rate=mrla_drop_path_rate,
             mrla_act_cfg=mrla_act_cfg,
+            mrla_fit_heads=self.fit_heads,
         )
         if kwargs.get("init_cfg", ...) is None:
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
-        # Known from the start: DDP and optimizers look at what is trainable before weights load.
-        self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, layer_attention=layer_attention, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
         return LayerAttentionStage(**self._block_kwargs, **kwargs)
-
-    def train(self, mode: bool = True) -> MRLAResNet:
-        """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
-        super().train(mode)
-        if mode and self.keep_mrla_trainable:
-            for part in self._mrla_parts():
-                part.train()
-        return self
-
-    def init_weights(self) -> None:
-        """As the ancestor's, or a warm start."""
-        if not init_weights_warm(self):
-            super().init_weights()
-
-    def _freeze_stages(self) -> None:
-        parts = self._mrla_parts() if self.keep_mrla_trainable else ()
-        before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-        super()._freeze_stages()
-        for parameter, requires_grad in before:
-            parameter.requires_grad = requires_grad
-
-    def _mrla_parts(self) -> Iterator[nn.Module]:
-        """The layer attentions with their norms and drop paths."""
-        for block in self.modules():
-            if isinstance(block, LayerAttentionBlock) and block.mrla is not None:
-                yield from (block.mrla, block.mrla_norm, block.mrla_drop_path)

@@ -1,0 +1,11 @@
+# ResNet-110 + MRLA-base, CIFAR-100, 180 epochs.
+_base_ = "./_base_/cifar100.py"
+
+model = dict(
+    backbone=dict(
+        depth=110,
+        layer_attention=dict(type="MRLABase", head_channels=32),
+        # Stochastic depth of the layer attention alone.
+        mrla_drop_path_rate=0.2,
+    )
+)

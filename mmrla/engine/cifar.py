@@ -1,0 +1,237 @@
+"""CIFAR training with the data on the device: a run takes minutes on a GPU.
+
+The network, optimizer and schedule come from a config of ``configs/cifar``; what is done here is
+only what mmengine's runner does image by image in Python: shuffling, crops and flips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, OPTIMIZERS, PARAM_SCHEDULERS, DefaultScope
+from torch import Tensor
+
+import mmrla
+from mmrla.datasets.cifar import as_arrays
+
+
+class Split(NamedTuple):
+    """Images ``[N, 3, 32, 32]`` of uint8 in RGB, and labels ``[N]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load_split(dataset_cfg: dict, device: torch.device) -> Split:
+    """Read the CIFAR dataset of a config onto the device."""
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        images, labels = as_arrays(DATASETS.build(dataset_cfg))
+    return Split(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device),
+        torch.from_numpy(labels).to(device),
+    )
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -> Tensor:
+    """Shift each image by its own offset, zeros around it, and mirror where told.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        offsets: ``[B, 2]``, y and x of each crop in the padded image, 0 ... 2 * padding.
+        flips: ``[B]`` of bool.
+        padding: Pixels of zeros on each side.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, [padding] * 4)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(batch, -1)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], columns.flip(1), columns)
+    index = torch.arange(batch, device=images.device)[:, None, None]
+    # Advanced indices apart from each other: their dimensions come first.
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Trainer:
+    """One network of a CIFAR config on one device.
+
+    Args:
+        cfg: The config.
+        seed: Of weights, shuffling, augmentation and drop path.
+        device: Where all of it runs.
+        epochs: Instead of the config's; the steps of the learning rate move in proportion.
+        amp: bfloat16 autocast.
+        compiled: torch.compile the step, with CUDA graphs on a GPU.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        seed: int,
+        device: torch.device,
+        epochs: int | None = None,
+        amp: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
+        full = cfg.train_cfg.max_epochs
+        self.epochs = epochs or full
+        torch.manual_seed(seed)
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
+            model = MODELS.build(dict(cfg.model, data_preprocessor=None))
+            model.init_weights()
+        self.model = model.to(device=device, memory_format=torch.channels_last)
+        self.optimizer = OPTIMIZERS.build(
+            dict(cfg.optim_wrapper.optimizer, params=list(model.parameters()))
+        )
+        schedule = dict(cfg.param_scheduler, optimizer=self.optimizer)
+        schedule["milestones"] = [round(m * self.epochs / full) for m in schedule["milestones"]]
+        self.scheduler = PARAM_SCHEDULERS.build(schedule)
+        statistics = cfg.data_preprocessor
+        self.mean = torch.tensor(statistics.mean, device=device)[:, None, None]
+        self.std = torch.tensor(statistics.std, device=device)[:, None, None]
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        self._loss = torch.compile(self._eager_loss, mode=mode) if compiled else self._eager_loss
+
+    def _logits(self, images: Tensor) -> Tensor:
+        inputs = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.model(inputs, mode="tensor").float()
+
+    def _eager_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(images), labels)
+
+    def _batches(self, data: Split, epoch: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Its own generator: all networks of a seed see the same batches, whatever they draw.
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        order = torch.randperm(len(data.labels), generator=generator)
+        offsets = torch.randint(9, (len(order), 2), generator=generator).to(self.device)
+        flips = (torch.rand(len(order), generator=generator) < 0.5).to(self.device)
+        order = order.to(self.device)
+        # The rest of an epoch is left out: a compiled step wants one shape.
+        for start in range(0, len(order) - size + 1, size):
+            part = order[start : start + size]
+            at = slice(start, start + size)
+            images = crop_and_flip(data.images[part], offsets[at], flips[at])
+            yield images, data.labels[part]
+
+    def train_epoch(self, data: Split, epoch: int) -> float:
+        """One epoch; returns the mean loss."""
+        self.model.train()
+        losses = []
+        for images, labels in self._batches(data, epoch, self.cfg.train_dataloader.batch_size):
+            loss = self._loss(images, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach().clone())
+        self.scheduler.step()
+        if not losses:
+            raise ValueError(
+                f"{len(data.labels)} training images do not make one batch of "
+                f"{self.cfg.train_dataloader.batch_size}"
+            )
+        return torch.stack(losses).mean().item()
+
+    @torch.no_grad()
+    def accuracy(self, data: Split) -> float:
+        """Top-1 accuracy in percent."""
+        self.model.eval()
+        right = torch.zeros((), device=self.device)
+        for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
+            right += (self._logits(images).argmax(1) == labels).sum()
+        return 100 * right.item() / len(data.labels)
+
+
+def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) -> None:
+    """Train one network with one seed and write a line of JSON an epoch; see :class:`Trainer`.
+
+    A finished log of the same settings is left as it is, so that an interrupted series goes on.
+
+    Raises:
+        ValueError: The log is of other settings.
+    """
+    trainer = Trainer(cfg, seed, device, **kwargs)
+    settings = dict(
+        config=Path(cfg.filename).stem,
+        seed=seed,
+        epochs=trainer.epochs,
+        amp=trainer.amp,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        mmrla=mmrla.__version__,
+    )
+    if log.exists():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if lines and lines[0] != settings:
+            raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
+        if len(lines) == 1 + trainer.epochs:
+            return
+    train = load_split(cfg.train_dataloader.dataset, device)
+    test = load_split(cfg.test_dataloader.dataset, device)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        print(json.dumps(settings), file=file, flush=True)
+        for epoch in range(trainer.epochs):
+            start = time.perf_counter()
+            lr = trainer.optimizer.param_groups[0]["lr"]
+            loss = trainer.train_epoch(train, epoch)
+            seconds = time.perf_counter() - start
+            line = dict(
+                epoch=epoch + 1,
+                lr=lr,
+                loss=round(loss, 4),
+                top1=round(trainer.accuracy(test), 2),
+                seconds=round(seconds, 1),
+            )
+            print(json.dumps(line), file=file, flush=True)
+
+
+def table(folder: Path) -> str:
+    """Markdown: a row for each config and length of which ``folder`` holds finished logs.
+
+    Accuracy is the last epoch's. The digest is that of the logs' text, in the order of seeds.
+    """
+    groups: dict[tuple[str, int], dict[int, tuple[list[dict], bytes]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if lines and len(lines) == 1 + lines[0]["epochs"]:
+            key = (lines[0]["config"], lines[0]["epochs"])
+            groups.setdefault(key, {})[lines[0]["seed"]] = (lines, path.read_bytes())
+    rows = [
+        "| config | epochs | seeds | top-1, mean ± standard deviation | of each seed | s / epoch "
+        "| device, torch | logs' SHA-256 |",
+        "|---" * 8 + "|",
+    ]
+    for (config, epochs), runs in groups.items():
+        runs = dict(sorted(runs.items()))
+        final = [lines[-1]["top1"] for lines, _ in runs.values()]
+        seconds = mean(line["seconds"] for lines, _ in runs.values() for line in lines[1:])
+        spread = f" ± {stdev(final):.2f}" if len(final) > 1 else ""
+        digest = hashlib.sha256(b"".join(text for _, text in runs.values())).hexdigest()[:12]
+        first = next(iter(runs.values()))[0][0]
+        precision = ", bf16" if first["amp"] else ""
+        cells = [
+            config,
+            str(epochs),
+            ", ".join(map(str, runs)),
+            f"{mean(final):.2f}{spread}",
+            ", ".join(f"{value:.2f}" for value in final),
+            f"{seconds:.0f}",
+            f"{first['device']} x {first['threads']}{precision}, {first['torch']}",
+            f"`{digest}`",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)

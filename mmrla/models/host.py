@@ -1,0 +1,61 @@
+"""What every host of layer attentions does alike: freezing, warm start, train mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from mmrla.checkpoints.plan import keeps_mrla_trainable
+from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.warm_start import init_weights_warm
+
+
+class LayerAttentionHost:
+    """Mixed in before a backbone of mmpretrain or mmdet; names of all it adds contain ``mrla``.
+
+    Args:
+        layer_attention: Config of the layer attention, None for the plain network.
+        init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
+            checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
+        **kwargs: The backbone's.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_attention: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Plain values, so they may be set before nn.Module's constructor. Known from the start:
+        # DDP and optimizers look at what is trainable before weights load.
+        self.layer_attention = layer_attention
+        self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
+        super().__init__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
+        super().train(mode)  # type: ignore[misc]
+        if mode and self.keep_mrla_trainable:
+            for part in self._mrla_parts():
+                part.train()
+        return self
+
+    def init_weights(self) -> None:
+        """As the ancestor's, or a warm start."""
+        if not init_weights_warm(self):  # type: ignore[arg-type]
+            super().init_weights()  # type: ignore[misc]
+
+    def _freeze_stages(self) -> None:
+        parts = self._mrla_parts() if self.keep_mrla_trainable else ()
+        before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
+        super()._freeze_stages()  # type: ignore[misc]
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+
+    def _mrla_parts(self) -> Iterator[nn.Module]:
+        """The layer attentions with the norms and drop paths around them."""
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if is_mrla_key(name.rpartition(".")[2]):
+                yield module

@@ -1,0 +1,59 @@
+"""Train networks of configs/cifar with the data on the device, and print a table of accuracies.
+
+Each network is trained with each seed; a run that has finished before is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from tqdm import tqdm
+
+from mmrla.engine.cifar import run, table
+from mmrla.engine.data_check import set_data_root
+from mmrla.engine.errors import reporting_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="*", help="config files of configs/cifar; none: the table")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of CIFAR, as the configs say")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--epochs", type=int, help="a shorter or longer schedule, its steps in proportion"
+    )
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the step; CUDA graphs on a GPU"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--log-dir", type=Path, default=Path("work_dirs/cifar"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with reporting_errors():
+        if args.epochs is not None and args.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        # Seeds outside, so that what is there after an interruption can be compared.
+        for seed, path in tqdm([(seed, path) for seed in args.seeds for path in args.configs]):
+            cfg = Config.fromfile(path)
+            if args.data_root is not None:
+                set_data_root(cfg, args.data_root)
+            epochs = args.epochs or cfg.train_cfg.max_epochs
+            log = args.log_dir / f"{Path(path).stem}_{epochs}e_seed{seed}.jsonl"
+            run(cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile)
+    print(table(args.log_dir))
+
+
+if __name__ == "__main__":
+    main()
