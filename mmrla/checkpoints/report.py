@@ -156,10 +156,15 @@ def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, 
         state: Tensors by key.
 
     Returns:
-        The report, and the tensors that fit under the model's keys.
+        The report, and the tensors that fit under the model's keys; position embeddings of
+        vision transformers resized to the model's grid.
+
+    Raises:
+        CheckpointError: A position embedding is of no grid that could be resized.
     """
     own = model.state_dict()
     aligned, prefix = _align(state, own)
+    _fit_pos_embeds(model, aligned)
     report = LoadReport(prefix=prefix)
     fitting = {}
     for key, value in aligned.items():
@@ -176,6 +181,18 @@ def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, 
     filled_or_mismatched = {*fitting, *report.wrong_shape}
     report.missing = [k for k in own if k not in filled_or_mismatched]
     return report, fitting
+
+
+def _fit_pos_embeds(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Bring position embeddings to the grids of those modules that know how, in place."""
+    for name, module in model.named_modules():
+        fit = getattr(module, "fit_pos_embed", None)
+        key = f"{name}.pos_embed" if name else "pos_embed"
+        if fit is not None and key in state:
+            try:
+                state[key] = fit(state[key])
+            except ValueError as error:
+                raise CheckpointError(f"{key}: {error}") from error
 
 
 # Parts that one rightly trains anew on other classes.

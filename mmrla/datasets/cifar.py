@@ -25,24 +25,22 @@ class _Folders:
             FileNotFoundError: Neither the official files nor folders of images are there.
             ValueError: A class has no folder, or an image is not 32 x 32.
         """
-        root = Path(self.data_prefix["root"])  # type: ignore[attr-defined]
-        folder = root / self.split  # type: ignore[attr-defined]
+        root = Path(self.data_prefix["root"])
+        folder = root / self.split
         if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
             return list(self._read(folder))
-        official = root / self.base_folder  # type: ignore[attr-defined]
-        if not self.download and not official.is_dir():  # type: ignore[attr-defined]
+        official = root / self.base_folder
+        if not self.download and not official.is_dir():
             raise FileNotFoundError(
                 f"no {type(self).__name__} in {root.absolute()}: neither {official.name}/ (the "
                 f"official files, for Python) nor {folder.name}/<class>/*.jpg"
             )
-        return super().load_data_list()  # type: ignore[misc]
+        return super().load_data_list()
 
     def _read(self, folder: Path) -> Iterator[dict[str, Any]]:
-        for label, name in enumerate(self.CLASSES):  # type: ignore[attr-defined]
+        for label, name in enumerate(self.CLASSES):
             paths = sorted(
-                path
-                for path in (folder / name).glob("*")
-                if path.suffix.lower() in IMAGE_SUFFIXES
+                path for path in (folder / name).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES
             )
             if not paths:
                 raise ValueError(f"{folder.absolute()} has no images of class {name!r}")

@@ -2,19 +2,31 @@
 
 from mmrla.compat import log_ops_in_use
 from mmrla.models.backbones import (
+    CeiT,
+    MRLACeiT,
+    MRLADistilledVisionTransformer,
+    MRLAEfficientNet,
+    MRLAPyramidVisionTransformerV2,
     MRLAResNet,
     MRLAResNetCIFAR,
     MRLAResNeXt,
     MRLAVisionTransformer,
 )
 from mmrla.models.builder import build_layer_attention
+from mmrla.models.necks import SimpleFeaturePyramid
 from mmrla.models.warm_start import WarmStart
 
 __all__ = [
+    "CeiT",
+    "MRLACeiT",
+    "MRLADistilledVisionTransformer",
+    "MRLAEfficientNet",
+    "MRLAPyramidVisionTransformerV2",
     "MRLAResNeXt",
     "MRLAResNet",
     "MRLAResNetCIFAR",
     "MRLAVisionTransformer",
+    "SimpleFeaturePyramid",
     "WarmStart",
     "build_layer_attention",
 ]

@@ -36,7 +36,7 @@ class LayerAttentionHost:
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
-        super().train(mode)  # type: ignore[misc]
+        super().train(mode)
         if mode and self.keep_mrla_trainable:
             for part in self._mrla_parts():
                 part.train()
@@ -44,18 +44,24 @@ class LayerAttentionHost:
 
     def init_weights(self) -> None:
         """As the ancestor's, or a warm start."""
-        if not init_weights_warm(self):  # type: ignore[arg-type]
-            super().init_weights()  # type: ignore[misc]
+        if not init_weights_warm(self):
+            super().init_weights()
 
     def _freeze_stages(self) -> None:
         parts = self._mrla_parts() if self.keep_mrla_trainable else ()
         before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-        super()._freeze_stages()  # type: ignore[misc]
+        super()._freeze_stages()
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
 
     def _mrla_parts(self) -> Iterator[nn.Module]:
         """The layer attentions with the norms and drop paths around them."""
-        for name, module in self.named_modules():  # type: ignore[attr-defined]
+        for name, module in self.named_modules():
             if is_mrla_key(name.rpartition(".")[2]):
                 yield module
+
+
+def check_drop_path_rate(rate: float | None) -> None:
+    """Raise ValueError unless a stochastic depth rate is None or in [0, 1)."""
+    if rate is not None and not 0 <= rate < 1:
+        raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {rate!r}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 
 import pytest
 import torch
+import torchvision
+from mmengine.registry import DefaultScope
 
 from mmrla.checkpoints import convert_state_dict, detect, load_into, to_released
+from mmrla.checkpoints.families import _from_torchvision
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.registry import MODELS
 from tests.conftest import generated, golden, relative_error
@@ -141,6 +145,138 @@ def test_deit_tiny(kind):
     assert all(torch.equal(converted[k], state[k]) for k in state)
 
 
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_efficientnet_computes_what_torchvisions_computes(source):
+    """torchvision pads evenly and has the usual eps, so the same is asked of ours."""
+    theirs = torchvision.models.efficientnet_b1().eval()
+    state = {k: generated(k, tuple(v.shape)) for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    if source == "timm":
+        state = _from_torchvision(state)
+        assert {"conv_stem.weight", "blocks.6.0.se.conv_reduce.weight"} <= set(state)
+        assert {"blocks.0.0.conv_pw.weight", "blocks.1.0.conv_pwl.weight"} <= set(state)
+    found = detect(state)
+    assert (found.family, found.style) == ("efficientnet", source)
+    assert "EfficientNet of 23 layers" in found.description
+    head = dict(type="LinearClsHead", num_classes=1000, in_channels=1280)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        model = MODELS.build(
+            dict(
+                type="ImageClassifier",
+                backbone=dict(
+                    type="mmrla.MRLAEfficientNet",
+                    arch="b1",
+                    layer_attention=None,
+                    conv_cfg=None,
+                    norm_cfg=dict(type="BN", eps=1e-5),
+                ),
+                neck=dict(type="GlobalAveragePooling"),
+                head=head,
+            )
+        )
+    report = load_into(model, convert_state_dict(state))
+    assert not report.missing
+    assert not report.unexpected
+    model.eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(model(x), theirs(x)) < 1e-4
+
+
+@pytest.mark.parametrize("arch", ["b0", "b1", "b4"])
+@pytest.mark.parametrize("kind", ["light", "base", None])
+def test_efficientnet_there_and_back(kind, arch):
+    attention = dict(ATTENTION[kind], head_channels=8) if kind else None
+    model = MODELS.build(dict(type="MRLAEfficientNet", arch=arch, layer_attention=attention))
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    released = to_released(state)
+    assert "blocks.6.0.conv_pwl.weight" in released
+    assert ("blocks.4.1.mrla.mla.Wq.weight" in released) == (kind is not None)
+    assert ("blocks.4.1.bn_mrla.running_var" in released) == (kind is not None)
+    assert ("blocks.4.1.mrla.lambda_t" in released) == (kind == "light")
+    converted = convert_state_dict(released)
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[k], state[k]) for k in state)
+
+
+def test_ceit_in_its_authors_names():
+    model = MODELS.build(dict(type="CeiT", arch="tiny"))
+    state = model.state_dict()
+    theirs = {}
+    for key, value in state.items():
+        for ours, original in (
+            ("stem.", "i2t.backbone."), ("patch_embed.projection.", "i2t.proj."),
+            ("lca.pos_embed", "pos_layer_embed"), ("lca.ffn.layers.0.0.", "lca.feedforward.fc1."),
+            ("lca.ffn.layers.1.", "lca.feedforward.fc2."), ("layers.", "blocks."),
+            ("ln1.", "norm."),
+        ):  # fmt: skip
+            if key.startswith(ours):
+                key = original + key[len(ours) :]
+                break
+        key = key.replace(".ln1.", ".norm1.").replace(".ln2.", ".norm2.").replace(".ffn.", ".leff.")
+        theirs[key] = value
+    theirs["head.weight"] = torch.zeros(10, 192)
+    found = detect(theirs)
+    assert (found.family, found.style) == ("ceit", "original")
+    converted = convert_state_dict(theirs)
+    assert converted.pop("head.layers.head.weight") is theirs["head.weight"]
+    assert converted.keys() == {f"backbone.{k}" for k in state}
+    assert all(torch.equal(converted[f"backbone.{k}"], state[k]) for k in state)
+    bn_v = {"blocks.0.mrla.mla.bn_v.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="released CeiT with MRLA: .* cannot be converted"):
+        convert_state_dict({**theirs, **bn_v})
+    mrla = MODELS.build(dict(type="MRLACeiT", arch="tiny"))
+    with pytest.raises(CheckpointError, match="no released names for this: CeiT of 12 blocks"):
+        to_released({f"backbone.{k}": v for k, v in mrla.state_dict().items()})
+
+
+@pytest.mark.parametrize("source", ["original", "timm"])
+def test_pvtv2_in_others_names(source):
+    model = MODELS.build(
+        dict(type="MRLAPyramidVisionTransformerV2", arch="b0", layer_attention=None)
+    )
+    state = model.state_dict()
+    theirs = {}
+    for key, value in state.items():
+        _, stage, part, *rest = key.split(".")
+        stage, name = int(stage), ".".join(rest)
+        if part == "0":
+            theirs[f"patch_embed{stage + 1}.{name.replace('projection', 'proj')}"] = value
+        elif part == "2":
+            theirs[f"norm{stage + 1}.{name}"] = value
+        elif "in_proj" in name:
+            leaf = name.rpartition("_")[2]
+            q, kv = value.split([len(value) // 3, 2 * len(value) // 3])
+            prefix = f"block{stage + 1}.{rest[0]}.attn"
+            theirs |= {f"{prefix}.q.{leaf}": q, f"{prefix}.kv.{leaf}": kv}
+        else:
+            for ours, original in (("attn.attn.out_proj", "attn.proj"),
+                                   ("ffn.layers.0", "mlp.fc1"), ("ffn.layers.4", "mlp.fc2"),
+                                   ("ffn.layers.1", "mlp.dwconv.dwconv")):  # fmt: skip
+                if ours in name:
+                    name = name.replace(ours, original)
+                    if value.dim() == 4 and ours != "ffn.layers.1":
+                        value = value[:, :, 0, 0]
+            theirs[f"block{stage + 1}.{name}"] = value
+    theirs["head.weight"] = torch.zeros(10, 256)
+    if source == "timm":
+        timm = {}
+        for key, value in theirs.items():
+            key = re.sub(r"^patch_embed1\.", "patch_embed.", key)
+            key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
+            key = re.sub(r"^block(\d)", lambda m: f"stages.{int(m[1]) - 1}.blocks", key)
+            key = re.sub(r"^norm(\d)", lambda m: f"stages.{int(m[1]) - 1}.norm", key)
+            timm[key.replace("dwconv.dwconv", "dwconv")] = value
+        theirs = timm
+    found = detect(theirs)
+    assert (found.family, found.style) == ("pvtv2", source)
+    assert "PVTv2 of [2, 2, 2, 2] blocks, width 32" in found.description
+    converted = convert_state_dict(theirs)
+    assert converted.pop("head.fc.weight") is theirs["head.weight"]
+    assert converted.keys() == {f"backbone.{k}" for k in state}
+    assert all(torch.equal(converted[f"backbone.{k}"], state[k]) for k in state)
+
+
 def test_released_names_inside_a_detector_and_bare_backbones():
     state = classifier(50, ATTENTION["base"]).state_dict()
     inside = {f"backbone.{k}": v for k, v in to_released(state).items() if not k.startswith("fc.")}
@@ -152,6 +288,11 @@ def test_released_names_inside_a_detector_and_bare_backbones():
         dict(type="MRLAResNet", depth=18, layer_attention=ATTENTION["light"]),
         dict(type="MRLAResNet", depth=18, layer_attention=None, deep_stem=True),
         dict(type="MRLAVisionTransformer", arch="deit-tiny"),
+        dict(type="MRLADistilledVisionTransformer", arch="deit-tiny"),
+        dict(type="MRLACeiT"),
+        dict(type="MRLAEfficientNet"),
+        dict(type="MRLAPyramidVisionTransformerV2", arch="b1"),
+        dict(type="MRLAResNetCIFAR", depth=56),
     ):
         bare = MODELS.build(cfg).state_dict()
         assert convert_state_dict(bare).keys() == {f"backbone.{k}" for k in bare}

@@ -17,7 +17,7 @@ from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
 from mmrla.models.builder import build_layer_attention
-from mmrla.models.host import LayerAttentionHost
+from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
 from mmrla.registry import MODELS
 
 
@@ -176,8 +176,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
     ) -> None:
         if depth not in self.arch_settings:
             raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
-        if mrla_drop_path_rate is not None and not 0 <= mrla_drop_path_rate < 1:
-            raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {mrla_drop_path_rate!r}")
+        check_drop_path_rate(mrla_drop_path_rate)
         # Before the ancestor's constructor, which calls make_res_layer.
         self._block_kwargs = dict(
             layer_attention=layer_attention,

@@ -36,10 +36,7 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
         [(1, 64, 8, 8)]
     """
 
-    arch_settings = {
-        depth: (MRLABasicBlock, ((depth - 2) // 6,) * 3)
-        for depth in (20, 56, 110)
-    }
+    arch_settings = {depth: (MRLABasicBlock, ((depth - 2) // 6,) * 3) for depth in (20, 56, 110)}
     fit_heads = True
 
     def __init__(self, depth: int, **kwargs: Any) -> None:

@@ -1,0 +1,104 @@
+"""EfficientNet with a layer attention after every MBConv layer that has a shortcut.
+
+Network: EfficientNet, ICML 2019, https://arxiv.org/abs/1905.11946. Layer attention: Cross-Layer
+Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from mmpretrain.models.backbones import EfficientNet
+from mmpretrain.models.utils import InvertedResidual
+from torch import Tensor, nn
+
+from mmrla.models.branches import LayerAttentionOnMap
+from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.registry import MODELS
+
+
+@MODELS.register_module()
+class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
+    """mmpretrain's EfficientNet with a layer attention after every MBConv layer with a shortcut.
+
+    Arguments and state-dict keys of :class:`mmpretrain.models.EfficientNet` are unchanged; the
+    added keys all contain ``mrla``. A group of layers is a stage: each layer without a shortcut,
+    which changes size or width, begins a new one.
+
+    Args:
+        arch: ``'b0'``, ``'b1'`` or any other of the ancestor's.
+        layer_attention: Config of the layer attention, None for the plain network.
+            Default: ``dict(type='MRLALight', head_channels=8)``.
+        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the layer's
+            own rate, as in the paper.
+        **kwargs: Arguments of :class:`mmpretrain.models.EfficientNet`.
+
+    Raises:
+        ValueError: A rate outside [0, 1), an unknown layer attention, or ``head_channels`` that
+            does not divide a stage's width.
+
+    Example:
+        >>> import torch
+        >>> from mmrla.models import MRLAEfficientNet
+        >>> backbone = MRLAEfficientNet('b0', out_indices=(2, 3, 4, 5)).eval()
+        >>> [tuple(y.shape) for y in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 24, 16, 24), (1, 40, 8, 12), (1, 112, 4, 6), (1, 320, 2, 3)]
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=8),
+        mrla_drop_path_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_drop_path_rate(mrla_drop_path_rate)
+        super().__init__(*args, layer_attention=layer_attention, **kwargs)
+        if layer_attention is None:
+            return
+        blocks = list(self._blocks())
+        # The ancestor's rule of stochastic depth.
+        rates = torch.linspace(0, self.drop_path_rate, len(blocks)).tolist()
+        for block, rate in zip(blocks, rates, strict=True):
+            if _has_shortcut(block):
+                block.mrla = LayerAttentionOnMap(
+                    layer_attention,
+                    _out_channels(block),
+                    self.norm_cfg,
+                    rate if mrla_drop_path_rate is None else mrla_drop_path_rate,
+                    self.with_cp,
+                )
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        for stage in self.layers[1:-1]:
+            yield from stage
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""
+        outs = []
+        for i, layer in enumerate(self.layers):
+            if 0 < i < len(self.layers) - 1:
+                state = None
+                for block in layer:
+                    shortcut, x = x, block(x)
+                    if hasattr(block, "mrla"):
+                        x, state = block.mrla(x, shortcut, state)
+                    else:
+                        state = None
+            else:
+                x = layer(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+
+def _has_shortcut(block: Any) -> bool:
+    # Edge blocks, of the variants for the EdgeTPU, have another name for it.
+    return block.with_res_shortcut if isinstance(block, InvertedResidual) else block.with_residual
+
+
+def _out_channels(block: Any) -> int:
+    return (block.linear_conv if isinstance(block, InvertedResidual) else block.conv2).out_channels

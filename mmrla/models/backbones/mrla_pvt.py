@@ -1,0 +1,110 @@
+"""PVTv2 with a layer attention after every block.
+
+Network: PVTv2, https://arxiv.org/abs/2106.13797. Layer attention: Cross-Layer Retrospective
+Retrieving via Layer Attention, ICLR 2023, https://openreview.net/forum?id=pvgEL1yS3Ql.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmdet.models.backbones import PyramidVisionTransformerV2
+from mmdet.models.layers import nlc_to_nchw
+from torch import Tensor
+
+from mmrla.models.branches import LayerAttentionOnTokens
+from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.registry import MODELS
+
+
+@MODELS.register_module()
+class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransformerV2):
+    """mmdet's PVTv2 with a layer attention after every block.
+
+    State-dict keys of :class:`mmdet.models.PyramidVisionTransformerV2` are unchanged; the added
+    keys all contain ``mrla``. There is no class token; a stage is one group of layers.
+
+    Args:
+        arch: ``'b0'``, ``'b1'``, ``'b2'``: sets ``embed_dims`` and ``num_layers``. Default None:
+            they are given, or the ancestor's.
+        layer_attention: Config of the layer attention, None for the plain network. MRLA-light's
+            value passes a GELU here (Algorithm 4) unless ``value_act`` says otherwise.
+            Default: ``dict(type='MRLALight', head_channels=16)``.
+        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the block's
+            own rate, as in the paper.
+        drop_path_rate: Stochastic depth of the last block; the first has none. Default 0.1.
+        norm_cfg: Of all norms, those around the layer attention too.
+        **kwargs: Arguments of :class:`mmdet.models.PyramidVisionTransformerV2`.
+
+    Raises:
+        ValueError: An unknown ``arch``, a rate outside [0, 1), an unknown layer attention, or
+            ``head_channels`` that does not divide a stage's width.
+
+    Example:
+        >>> import torch
+        >>> from mmrla.models import MRLAPyramidVisionTransformerV2
+        >>> backbone = MRLAPyramidVisionTransformerV2('b0').eval()
+        >>> [tuple(y.shape) for y in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]
+    """
+
+    arch_settings = {
+        "b0": dict(embed_dims=32, num_layers=(2, 2, 2, 2)),
+        "b1": dict(embed_dims=64, num_layers=(2, 2, 2, 2)),
+        "b2": dict(embed_dims=64, num_layers=(3, 4, 6, 3)),
+    }
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        *,
+        layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
+        mrla_drop_path_rate: float | None = None,
+        drop_path_rate: float = 0.1,
+        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
+        **kwargs: Any,
+    ) -> None:
+        check_drop_path_rate(mrla_drop_path_rate)
+        if arch is not None:
+            if arch not in self.arch_settings:
+                raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
+            kwargs = {**self.arch_settings[arch], **kwargs}
+        super().__init__(
+            layer_attention=layer_attention,
+            drop_path_rate=drop_path_rate,
+            norm_cfg=norm_cfg,
+            **kwargs,
+        )
+        if layer_attention is None:
+            return
+        blocks = [
+            (block, self.embed_dims * heads)
+            for stage, heads in zip(self.layers, self.num_heads, strict=True)
+            for block in stage[1]
+        ]
+        # The ancestor's rule of stochastic depth.
+        rates = torch.linspace(0, drop_path_rate, len(blocks)).tolist()
+        for (block, width), rate in zip(blocks, rates, strict=True):
+            block.mrla = LayerAttentionOnTokens(
+                layer_attention,
+                width,
+                norm_cfg,
+                rate if mrla_drop_path_rate is None else mrla_drop_path_rate,
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""
+        outs = []
+        for i, (patch_embed, blocks, norm) in enumerate(self.layers):
+            x, grid = patch_embed(x)
+            state = None
+            for block in blocks:
+                shortcut, x = x, block(x, grid)
+                if self.layer_attention is not None:
+                    x, state = block.mrla(x, shortcut, grid, 0, state)
+            x = nlc_to_nchw(norm(x), grid)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)

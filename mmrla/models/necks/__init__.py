@@ -1,0 +1,5 @@
+"""Necks that hosts here need and mmdet does not ship."""
+
+from mmrla.models.necks.simple_fpn import SimpleFeaturePyramid
+
+__all__ = ["SimpleFeaturePyramid"]

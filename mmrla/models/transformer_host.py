@@ -1,0 +1,110 @@
+"""What hosts made of transformer blocks do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from mmpretrain.models.utils import resize_pos_embed
+from torch import Tensor
+
+from mmrla.models.branches import LayerAttentionOnTokens
+from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+
+_NORM_CFG: Mapping[str, Any] = dict(type="LN", eps=1e-6)
+
+
+class LayerAttentionTransformer(LayerAttentionHost):
+    """Mixed in before a ViT of mmpretrain: a layer attention behind each of its blocks.
+
+    Args:
+        layer_attention: Config of the layer attention, None for the plain network.
+        mrla_group_size: Blocks 0, g, 2g, ... begin a new group.
+        mrla_drop_path_rate: Stochastic depth of the attention branch; None: the block's own.
+        norm_cfg: Of all norms, those around the layer attention too.
+        **kwargs: The ancestor's.
+
+    Raises:
+        TypeError: A group size that is no int.
+        ValueError: A group size below 1, a rate outside [0, 1), an unknown layer attention, or
+            ``head_channels`` that does not divide the width.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_attention: Mapping[str, Any] | None = None,
+        mrla_group_size: int = 4,
+        mrla_drop_path_rate: float | None = None,
+        norm_cfg: Mapping[str, Any] = _NORM_CFG,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(mrla_group_size, bool) or not isinstance(mrla_group_size, int):
+            raise TypeError(f"mrla_group_size must be an int, got {mrla_group_size!r}")
+        if mrla_group_size < 1:
+            raise ValueError(f"mrla_group_size must be at least 1, got {mrla_group_size}")
+        check_drop_path_rate(mrla_drop_path_rate)
+        super().__init__(*args, layer_attention=layer_attention, norm_cfg=norm_cfg, **kwargs)
+        self.mrla_group_size = mrla_group_size
+        if layer_attention is not None:
+            # The ancestor's rule of stochastic depth.
+            rates = np.linspace(0, kwargs.get("drop_path_rate", 0.0), len(self.layers))
+            for layer, rate in zip(self.layers, rates, strict=True):
+                # A child of its layer, so that what freezes or scales the layer does it to both.
+                layer.mrla = LayerAttentionOnTokens(
+                    layer_attention,
+                    self.embed_dims,
+                    norm_cfg,
+                    float(rate) if mrla_drop_path_rate is None else mrla_drop_path_rate,
+                )
+        if self.frozen_stages > 0:
+            self._freeze_stages()
+
+    def attend(
+        self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any
+    ) -> tuple[Tensor, Any]:
+        """What the layer attention makes of the output ``x`` of block ``index``, and the state."""
+        if self.layer_attention is None:
+            return x, None
+        if index % self.mrla_group_size == 0:
+            state = None
+        return self.layers[index].mrla(x, shortcut, grid, self.num_extra_tokens, state)
+
+    def fit_pos_embed(self, saved: Tensor) -> Tensor:
+        """Bring a checkpoint's position embedding to this network's grid of patches.
+
+        Args:
+            saved: ``[1, tokens, C]``: extra tokens (class, distillation), then a square grid, or
+                this network's own layout.
+
+        Returns:
+            ``[1, extra + H*W, C]``, resized as ``interpolate_mode`` says.
+
+        Raises:
+            ValueError: The tokens are not those of this network's extra tokens and a square grid.
+        """
+        own = self.pos_embed.shape
+        if saved.dim() != 3 or saved.shape == own or saved.shape[2] != own[2]:
+            return saved
+        tokens, extra = saved.shape[1], self.num_extra_tokens
+        if extra == 0 and isqrt(tokens - 1) ** 2 == tokens - 1:
+            # A class token that this network does without, as in mmpretrain.
+            saved, tokens = saved[:, 1:], tokens - 1
+        side = isqrt(max(tokens - extra, 0))
+        if side == 0 or side * side != tokens - extra:
+            height, width = self.patch_resolution
+            raise ValueError(
+                f"the checkpoint's position embedding has {tokens} tokens; without {extra} extra "
+                f"(class, distillation) that leaves {tokens - extra}, which make no square grid. "
+                f"This network has {own[1]} = {extra} + {height} x {width}"
+            )
+        return resize_pos_embed(
+            saved, (side, side), self.patch_resolution, self.interpolate_mode, extra
+        )
+
+    def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}pos_embed"
+        if name in state_dict:
+            state_dict[name] = self.fit_pos_embed(state_dict[name])
