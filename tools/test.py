@@ -14,6 +14,8 @@ from mmrla.engine.launch import (
     check_weights,
     init_cpu_distributed,
     load_config,
+    prediction_writer,
+    show_predictions,
 )
 
 
@@ -26,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--show-dir",
         metavar="DIR",
-        help="write pictures of predictions beside ground truth to WORK_DIR/TIMESTAMP/DIR",
+        help="write pictures of predictions to WORK_DIR/DIR (a classifier's) or, beside the "
+        "ground truth, to WORK_DIR/TIMESTAMP/DIR (a detector's)",
     )
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays")
     add_common_arguments(parser)
@@ -43,9 +46,7 @@ def main() -> None:
         cfg = load_config(args, ("test",))
         cfg.load_from = args.checkpoint
         if args.show or args.show_dir:
-            from mmdet.engine.hooks.utils import trigger_visualization_hook
-
-            cfg = trigger_visualization_hook(cfg, args)
+            show_predictions(cfg, args)
         if args.dry_run:
             build_model_only(cfg)
             return
@@ -53,9 +54,7 @@ def main() -> None:
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
         if args.out is not None:
-            from mmdet.evaluation import DumpDetResults
-
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+            runner.test_evaluator.metrics.append(prediction_writer(cfg, args.out))
     with reporting_errors(CheckpointError):
         runner.test()
 

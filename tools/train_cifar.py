@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from tqdm import tqdm
 
 from mmrla.engine.cifar import run, table
@@ -41,6 +42,8 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # mmengine would print how each parameter starts.
+    MMLogger.get_instance("mmrla", log_level="WARNING")
     with reporting_errors():
         if args.epochs is not None and args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")

@@ -96,7 +96,9 @@ class Trainer:
             dict(cfg.optim_wrapper.optimizer, params=list(model.parameters()))
         )
         schedule = dict(cfg.param_scheduler, optimizer=self.optimizer)
-        schedule["milestones"] = [round(m * self.epochs / full) for m in schedule["milestones"]]
+        # Halves up, so that two steps of a short schedule stay two.
+        steps = [int(m * self.epochs / full + 0.5) for m in schedule["milestones"]]
+        schedule["milestones"] = steps
         self.scheduler = PARAM_SCHEDULERS.build(schedule)
         statistics = cfg.data_preprocessor
         self.mean = torch.tensor(statistics.mean, device=device)[:, None, None]

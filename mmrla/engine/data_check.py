@@ -113,6 +113,10 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
                 if prefix:
                     place = f"{where}.data_prefix.{name}"
                     _require(_join(root, prefix), place, folder=True)
+            if str(dataset.get("type")).rpartition(".")[2] == "ImageNet" and not prefixes:
+                # Its folder of images is the split's.
+                folder = dataset.get("split") or ""
+                _require(_join(root, folder), f"{where}.split={folder!r}", folder=True)
         for where, evaluator in _evaluators(cfg, split):
             if evaluator.get("ann_file"):
                 _require(evaluator["ann_file"], f"{where}.ann_file", folder=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.evaluator import BaseMetric, DumpResults
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmrla.checkpoints import load_file, state_dict_of
@@ -25,7 +26,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-root",
         metavar="DIR",
         help="point every dataset and evaluator of the config at DIR, which holds annotations/ "
-        "and the image folders",
+        "and the image folders (COCO), or train/ and val/ (ImageNet)",
     )
     parser.add_argument(
         "--cfg-options",
@@ -100,11 +101,9 @@ def _check_initial_weights(node: object, where: str) -> None:
 
 def _no_such_config(path: str) -> str:
     message = f"no such config: {Path(path).absolute()}"
-    known = [
-        candidate
-        for folder in (Path(path).parent, Path(__file__).parents[2] / "configs")
-        for candidate in sorted(folder.glob("*.py"))
-    ]
+    configs = Path(__file__).parents[2] / "configs"
+    known = [*sorted(Path(path).parent.glob("*.py")), *sorted(configs.glob("[!_]*.py"))]
+    known += sorted(configs.glob("[!_]*/[!_]*.py"))
     names = {candidate.name: candidate for candidate in reversed(known)}
     similar = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
     if similar:
@@ -182,6 +181,38 @@ def check_weights(cfg: Config) -> None:
         path = find_latest_checkpoint(cfg.work_dir)
     if path is not None and "://" not in path:
         state_dict_of(load_file(path))
+
+
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Have a test run draw its predictions, in place.
+
+    Args:
+        cfg: Of a detector or a classifier.
+        args: ``show``: in a window, which stays for ``wait_time`` seconds; ``show_dir``: into this
+            folder of the work dir.
+    """
+    if cfg.get("default_scope") == "mmpretrain":
+        cfg.default_hooks.visualization = dict(
+            type="VisualizationHook",
+            enable=True,
+            interval=1,
+            show=args.show,
+            wait_time=args.wait_time,
+            out_dir=args.show_dir and str(Path(cfg.work_dir, args.show_dir)),
+        )
+    else:
+        from mmdet.engine.hooks.utils import trigger_visualization_hook
+
+        trigger_visualization_hook(cfg, args)
+
+
+def prediction_writer(cfg: Config, path: str) -> BaseMetric:
+    """A metric that writes all predictions of a test run to a pickle file."""
+    if cfg.get("default_scope") == "mmpretrain":
+        return DumpResults(out_file_path=path)
+    from mmdet.evaluation import DumpDetResults
+
+    return DumpDetResults(out_file_path=path)
 
 
 def build_model_only(cfg: Config) -> None:

@@ -13,11 +13,13 @@ from mmrla.models.backbones import (
     MRLAVisionTransformer,
 )
 from mmrla.models.builder import build_layer_attention
+from mmrla.models.heads import DropoutLinearClsHead
 from mmrla.models.necks import SimpleFeaturePyramid
 from mmrla.models.warm_start import WarmStart
 
 __all__ = [
     "CeiT",
+    "DropoutLinearClsHead",
     "MRLACeiT",
     "MRLADistilledVisionTransformer",
     "MRLAEfficientNet",

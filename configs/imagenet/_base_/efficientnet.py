@@ -1,0 +1,56 @@
+# The paper's recipe for EfficientNets: 350 epochs, batch 768, RMSProp with a learning rate of 0.048
+# times 0.97 every 2.4 epochs, AutoAugment, stochastic depth 0.2 (shared with the layer attention),
+# dropout 0.2.
+from math import ceil
+
+_base_ = [
+    "mmpretrain::_base_/datasets/imagenet_bs64_autoaug.py",
+    "mmpretrain::_base_/schedules/imagenet_bs256.py",
+    "mmpretrain::_base_/default_runtime.py",
+]
+
+# Makes mmcv's operations available where mmcv was installed without its compiled extension.
+custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(
+        type="mmrla.MRLAEfficientNet",
+        drop_path_rate=0.2,
+        norm_cfg=dict(type="BN", eps=1e-3, momentum=0.01),
+    ),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(
+        type="mmrla.DropoutLinearClsHead", num_classes=1000, in_channels=1280, dropout_rate=0.2
+    ),
+)
+
+train_dataloader = dict(batch_size=96)
+val_dataloader = dict(batch_size=96)
+test_dataloader = val_dataloader
+
+# TensorFlow's RMSProp has its eps of 1e-3 under the root; torch's stands outside.
+optim_wrapper = dict(
+    optimizer=dict(
+        _delete_=True,
+        type="RMSprop",
+        lr=0.048,
+        alpha=0.9,
+        momentum=0.9,
+        eps=0.0316,
+        weight_decay=4e-5,
+    )
+)
+# A step at each epoch that begins 2.4 epochs or more after the last.
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=5, convert_to_iter_based=True),
+    dict(
+        type="MultiStepLR",
+        by_epoch=True,
+        milestones=[ceil(2.4 * step) for step in range(1, 146)],
+        gamma=0.97,
+    ),
+]
+del ceil
+train_cfg = dict(max_epochs=350)
+auto_scale_lr = dict(base_batch_size=768)

@@ -1,0 +1,8 @@
+# PVTv2 with DeiT's recipe: it has no class token, so its last map is averaged.
+_base_ = "./deit.py"
+
+model = dict(
+    backbone=dict(type="mmrla.MRLAPyramidVisionTransformerV2", out_indices=(3,)),
+    neck=dict(_delete_=True, type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead"),
+)

@@ -1,0 +1,11 @@
+# DeiT-S + MRLA-light, ImageNet-1k, the paper's recipe.
+_base_ = "./_base_/deit.py"
+
+model = dict(
+    backbone=dict(
+        type="mmrla.MRLAVisionTransformer",
+        arch="deit-small",
+        layer_attention=dict(type="MRLALight", head_channels=16),
+    ),
+    head=dict(in_channels=384),
+)

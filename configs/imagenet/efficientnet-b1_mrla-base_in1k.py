@@ -1,0 +1,4 @@
+# EfficientNet-B1 + MRLA-base, ImageNet-1k, the paper's recipe.
+_base_ = "./efficientnet-b1_mrla_in1k.py"
+
+model = dict(backbone=dict(layer_attention=dict(_delete_=True, type="MRLABase", head_channels=8)))

@@ -1,0 +1,10 @@
+# ResNeXt-50 32x4d + MRLA-light, ImageNet-1k, the paper's recipe.
+_base_ = "./_base_/resnet.py"
+
+model = dict(
+    backbone=dict(
+        type="mmrla.MRLAResNeXt",
+        depth=50,
+        layer_attention=dict(type="MRLALight", head_channels=32),
+    ),
+)

@@ -1,0 +1,235 @@
+"""Every classification config trains, evaluates and is reused, on a folder laid out as ImageNet."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import mmrla.registry  # noqa: F401
+from mmrla.engine import check_data, set_data_root
+from mmrla.engine.cifar import Trainer, crop_and_flip, load_split, table
+from tests.conftest import ROOT
+from tests.tools.test_tools import losses, one_error, run
+
+IMAGENET = sorted((ROOT / "configs/imagenet").glob("*.py"))
+SMALL = ("resnet50_mrla_in1k", "efficientnet-b0_mrla_in1k", "deit-tiny_mrla_in1k",
+         "ceit-tiny_mrla-base_in1k", "pvtv2-b0_mrla-base_in1k")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Real ImageNet has 1000 class folders, so this has too; four of them hold images."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(1000):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for index in range(count if label < 4 else 0):
+                image = rng.integers(0, 64, (70, 90, 3)) + 48 * label
+                cv2.imwrite(str(folder / f"{index}.JPEG"), image.astype(np.uint8))
+    return root
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in SMALL else pytest.mark.slow)
+        for path in IMAGENET
+    ],
+)
+def test_trains_an_epoch_and_evaluates(path, imagenet, tmp_path):
+    """The recipe as it is, at 16 training and 8 validation images."""
+    cfg = Config.fromfile(path)
+    set_data_root(cfg, imagenet)
+    check_data(cfg)
+    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = path.stem
+    cfg.train_cfg.max_epochs = 1
+    for scheduler in cfg.param_scheduler:
+        scheduler.begin, scheduler.end = 0, 1
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.batch_size, loader.num_workers, loader.persistent_workers = 4, 0, False
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    lines = [
+        json.loads(line)
+        for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    ]
+    assert {"accuracy/top1", "accuracy/top5"} <= lines[-1].keys()
+    assert runner.iter == 4
+    # Every parameter had a gradient, so the optimizer remembers something of it.
+    remembered = runner.optim_wrapper.optimizer.state
+    assert all(remembered[parameter] for parameter in runner.model.parameters())
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+
+
+def test_the_commands(imagenet, tmp_path):
+    """train.py and test.py on a classifier, from an empty folder; predictions and pictures."""
+    config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    tiny = ["train_cfg.max_epochs=1", "train_dataloader.batch_size=4", "model.backbone.depth=18",
+            "model.head.in_channels=512", "default_hooks.logger.interval=1"]  # fmt: skip
+    args = ["--data-root", imagenet, "--cfg-options", *tiny]
+    done = run(ROOT / "tools/train.py", config, *args, cwd=tmp_path)
+    log = done.stdout + done.stderr
+    assert len(losses(log)) == 4
+    assert "accuracy/top1" in log
+    checkpoint = tmp_path / "work_dirs/resnet50_mrla_in1k/epoch_1.pth"
+    done = run(
+        ROOT / "tools/test.py", config, checkpoint, "--out", "out.pkl", "--show-dir", "shown",
+        *args, cwd=tmp_path,
+    )  # fmt: skip
+    assert "accuracy/top5" in done.stdout + done.stderr
+    with (tmp_path / "out.pkl").open("rb") as file:
+        predictions = pickle.load(file)
+    assert len(predictions) == 8
+    assert predictions[0]["pred_score"].shape == (1000,)
+    pictures = list((tmp_path / "work_dirs/resnet50_mrla_in1k/shown").glob("*.png"))
+    assert pictures
+    assert cv2.imread(str(pictures[0])) is not None
+
+
+def test_folders_that_are_not_there(tmp_path):
+    (tmp_path / "train").mkdir()
+    config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    done = run(ROOT / "tools/train.py", config, "--data-root", tmp_path, cwd=tmp_path, ok=False)
+    error = one_error(done)
+    assert "val_dataloader.dataset.split='val': no such folder" in error
+    assert str(tmp_path / "val") in error
+
+
+@pytest.fixture(scope="module", params=["folders", "official"])
+def cifar(request, tmp_path_factory):
+    """512 training and 64 test images whose mean colour tells the class; both layouts."""
+    root = tmp_path_factory.mktemp("cifar")
+    rng = np.random.default_rng(0)
+    base = 40 + 40 * np.stack(np.unravel_index(np.arange(10), (3, 2, 2)), 1)
+    from mmpretrain.datasets import CIFAR10
+
+    for split, count in (("train", 512), ("test", 64)):
+        labels = np.arange(count) % 10
+        images = base[labels][:, None, None] + rng.integers(-30, 30, (count, 32, 32, 3))
+        images = images.clip(0, 255).astype(np.uint8)
+        if request.param == "folders":
+            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+                folder = root / split / CIFAR10.METAINFO["classes"][label]
+                folder.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(folder / f"{index:04d}.png"), image[..., ::-1])
+        else:
+            files = CIFAR10.train_list if split == "train" else CIFAR10.test_list
+            (root / CIFAR10.base_folder).mkdir(exist_ok=True)
+            parts = np.array_split(np.arange(count), len(files))
+            for (name, _), part in zip(files, parts, strict=True):
+                x, y = images[part], labels[part]
+                data = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+                with (root / CIFAR10.base_folder / name).open("wb") as file:
+                    pickle.dump(dict(data=data, labels=y.tolist()), file)
+    return root, request.param, base
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """The generated official files have other checksums than the real ones."""
+    from mmpretrain.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+
+
+def cifar_config(kind: str, root, depth: int = 20) -> Config:
+    cfg = Config.fromfile(ROOT / f"configs/cifar/resnet{depth}_{kind}_cifar10.py")
+    set_data_root(cfg, root)
+    cfg.train_dataloader.batch_size = 64
+    return cfg
+
+
+def test_cifar_is_read_in_rgb(cifar, unchecked):
+    root, _, base = cifar
+    data = load_split(cifar_config("plain", root).test_dataloader.dataset, torch.device("cpu"))
+    assert data.images.shape == (64, 3, 32, 32)
+    means = data.images.float().mean((2, 3)).numpy()
+    assert np.abs(means - base[data.labels.numpy()]).max() < 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "mrla", "mrla-base"])
+def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
+    """Colours are learned in three epochs; the same seed gives the same weights."""
+    from mmrla.engine.cifar import run as run_cifar
+
+    root, layout, _ = cifar
+    if layout == "official" and kind != "plain":
+        pytest.skip("one network is enough for the other layout")
+    cfg = cifar_config(kind, root)
+    device = torch.device("cpu")
+    for log in ("a", "b"):
+        run_cifar(cfg, tmp_path / log / "x.jsonl", 3, device, epochs=3)
+    a, b = ((tmp_path / log / "x.jsonl").read_text().splitlines() for log in ("a", "b"))
+    lines = [json.loads(line) for line in a]
+    assert lines[0]["config"] == f"resnet20_{kind}_cifar10"
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([0.1, 0.1, 0.01])
+    assert lines[-1]["loss"] < lines[1]["loss"]
+    again = [json.loads(line) for line in b]
+    assert [x["loss"] for x in lines[1:]] == [x["loss"] for x in again[1:]]
+    assert [x["top1"] for x in lines[1:]] == [x["top1"] for x in again[1:]]
+    assert f"{lines[-1]['top1']:.2f}" in table(tmp_path / "a")
+    with pytest.raises(ValueError, match="of other settings"):
+        run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
+
+
+def test_all_networks_of_a_seed_see_the_same_batches(cifar, unchecked):
+    root, _, _ = cifar
+    device = torch.device("cpu")
+    seen = []
+    for kind in ("plain", "mrla"):
+        trainer = Trainer(cifar_config(kind, root), 5, device, epochs=2)
+        data = load_split(trainer.cfg.train_dataloader.dataset, device)
+        torch.rand(7)  # what a network draws does not matter
+        seen.append([images for images, _ in trainer._batches(data, 1, 64)])
+    assert len(seen[0]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_crops_and_flips():
+    images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
+    offsets, flips = torch.randint(9, (9, 2)), torch.arange(9) % 2 == 0
+    got = crop_and_flip(images, offsets, flips)
+    padded = torch.nn.functional.pad(images, [4] * 4)
+    for image, out, (y, x), flip in zip(padded, got, offsets.tolist(), flips, strict=True):
+        crop = image[:, y : y + 32, x : x + 32]
+        assert torch.equal(out, crop.flip(2) if flip else crop)
+
+
+def test_cifar_command_and_runner(cifar, tmp_path):
+    """The device trainer's command, and the ordinary tools on the same config and folder."""
+    root, layout, _ = cifar
+    if layout == "official":
+        pytest.skip("its checksums would be refused")
+    config = ROOT / "configs/cifar/resnet20_mrla_cifar10.py"
+    command = [sys.executable, ROOT / "tools/train_cifar.py", config, "--data-root", root,
+               "--seeds", "0", "1", "--epochs", "1", "--log-dir", tmp_path / "logs"]  # fmt: skip
+    done = run(*command)
+    assert "| resnet20_mrla_cifar10 | 1 | 0, 1 | " in done.stdout
+    assert run(*command).stdout == done.stdout  # nothing is repeated
+    done = run(
+        ROOT / "tools/train.py", config, "--data-root", root, "--cfg-options",
+        "train_cfg.max_epochs=1", "default_hooks.logger.interval=2", cwd=tmp_path,
+    )  # fmt: skip
+    assert "accuracy/top1" in done.stdout + done.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = run(
+        sys.executable, ROOT / "tools/train_cifar.py", config, "--data-root", empty, ok=False
+    )
+    assert "neither cifar-10-batches-py/" in one_error(done)
+    (empty / "train/airplane").mkdir(parents=True)
+    done = run(
+        sys.executable, ROOT / "tools/train_cifar.py", config, "--data-root", empty, ok=False
+    )
+    assert "has no images of class 'airplane'" in one_error(done)
