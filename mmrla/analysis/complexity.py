@@ -230,10 +230,9 @@ def activation_memory(model: nn.Module, *inputs: torch.Tensor) -> int:
         fake = copy.deepcopy(model)
     fake.train()
     images = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-    with _random_state(inputs), mode, torch.enable_grad():
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = fake(*images)
-    del outputs
+    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
+    with _random_state(inputs), mode, torch.enable_grad(), hooks:
+        fake(*images)
     for tensor in (*fake.parameters(), *fake.buffers()):
         kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(kept.values()) // len(inputs[0])

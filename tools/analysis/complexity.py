@@ -39,6 +39,7 @@ BACKBONES = {
     "CeiT": "CeiT",
     "PyramidVisionTransformerV2": "PVTv2",
 }
+DEFAULTS = ("imagenet/*.py", "cifar/*_cifar10.py", "*.py")
 SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
 DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
 ATTENTIONS = {"": "", "MRLALight": " + MRLA-light", "MRLABase": " + MRLA-base"}
@@ -256,9 +257,9 @@ def _memory(row: Row) -> list[str]:
 
 
 CLASSIFIER_TITLES = ["network", "params", "added, M", "GFLOPs", "added", "in the attention",
-                     "kept for backward", "x plain", "config"]  # fmt: skip
+                     "kept for backward", "over plain", "config"]  # fmt: skip
 DETECTOR_TITLES = ["backbone", "detector", "schedule", "params", "GFLOPs", "of the backbone",
-                   "in the attention", "kept for backward", "x plain", "box AP", "mask AP",
+                   "in the attention", "kept for backward", "over plain", "box AP", "mask AP",
                    "config"]  # fmt: skip
 
 
@@ -309,14 +310,16 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in [titles, *cells]]
     lines.insert(1, "|---" * len(titles) + "|")
     skipped: Counter[str] = sum((row.whole.skipped for row in rows), Counter())
-    names = ", ".join(f"`{op}`" for op in sorted(skipped))
-    return "\n".join([*lines, "", f"Not counted, for want of a rule: {names or 'nothing'}."])
+    names = ", ".join(f"`{op}`" for op in sorted(skipped, key=str.lower))
+    return "\n".join(
+        [*lines, "", f"Operators that the counter has no rule for: {names or 'none'}."]
+    )
 
 
 def default_configs() -> list[Path]:
     """All but the demo; of CIFAR those with 10 classes, as the others are the same networks."""
     folder = ROOT / "configs"
-    found = [*folder.glob("imagenet/*.py"), *folder.glob("cifar/*_cifar10.py"), *folder.glob("*.py")]
+    found = (path for pattern in DEFAULTS for path in folder.glob(pattern))
     return sorted(path for path in found if not path.name.startswith("demo"))
 
 
