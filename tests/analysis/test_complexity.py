@@ -124,13 +124,27 @@ def test_all_of_the_attention_is_counted(layer_attention):
         ),
     ],
 )
-@pytest.mark.parametrize("frozen", [False, True])
-def test_attention_among_tokens_is_counted(model, gmacs, frozen):
-    """Whichever kernel it would run in; with all parameters frozen torch likes its fused one."""
-    model = model().requires_grad_(not frozen)
-    with torch.no_grad():
-        got = complexity(model, torch.rand(1, 3, 224, 224))
+def test_attention_among_tokens_is_counted(model, gmacs):
+    got = complexity(model(), torch.rand(1, 3, 224, 224))
     assert round(got.macs / 1e9, 3) == gmacs
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_of_torch_is_counted(need_weights):
+    """Frozen and without gradients, where it has a kernel of its own for inference."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=need_weights)[0]
+
+    with torch.no_grad():
+        got = complexity(Net().requires_grad_(False), torch.rand(2, 10, 32))
+    assert got.macs == 2 * (4 * 10 * 32 * 32 + 2 * 10 * 10 * 32)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(("kind", "params"), [("MRLALight", 5_749_792), ("MRLABase", 5_742_880)])

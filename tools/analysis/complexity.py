@@ -186,7 +186,7 @@ def measure(
     else:
         whole = complexity(built, image)
         # Two, because batch norm has to see more than one value a channel.
-        memory = activation_memory(built, image.expand(2, -1, -1, -1))
+        memory = activation_memory(built, image.new_empty(2, 3, *size))
     schedule = re.search(r"_(\d+x)(_|$)", path.stem) if path else None
     return Row(
         group=group,
