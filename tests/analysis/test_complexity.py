@@ -278,6 +278,8 @@ def test_names(tool):
     assert name(dict(type="mmrla.MRLAPyramidVisionTransformerV2", arch="b1")) == "PVTv2-B1"
     assert name(dict(type="mmrla.MRLACeiT", arch="small")) == "CeiT-S"
     assert name(dict(type="mmrla.MRLAVisionTransformer", arch="base")) == "ViT-B"
+    distilled = dict(type="mmpretrain.DistilledVisionTransformer", arch="deit-small")
+    assert name(distilled) == "DeiT-S distilled"
     assert name(dict(type="Unheard", arch=dict(num_layers=2, embed_dims=8))) == "Unheard-2x8"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,6 +37,7 @@ BACKBONES = {
     "ResNeXt": "ResNeXt",
     "EfficientNet": "EfficientNet",
     "VisionTransformer": "ViT",
+    "DistilledVisionTransformer": "ViT",
     "CeiT": "CeiT",
     "PyramidVisionTransformerV2": "PVTv2",
 }
@@ -111,6 +113,8 @@ def backbone_name(cfg: dict) -> str:
         size = "x".join(str(size.get(key, "?")) for key in ("num_layers", "embed_dims"))
     if kind == "ResNeXt":
         size = f"{size} ({cfg.get('groups', 32)}x{cfg.get('width_per_group', 4)}d)"
+    if kind.startswith("Distilled"):
+        size = f"{size} distilled"
     return f"{name}-{size}" if size else name
 
 
@@ -353,6 +357,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.write and (args.configs or args.size):
         parser.error("--write writes the README's tables: all configs, at their own sizes")
+    MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
     paths = list(_expand(args.configs, parser)) if args.configs else default_configs()
     rows = measure_all(paths, tuple(args.size) if args.size else None)
     for group in ("imagenet", "cifar", "coco"):
