@@ -50,7 +50,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 config-table: $(STAMP)
-	$(PY) tools/analysis/config_table.py --write
+	$(PY) tools/analysis/complexity.py --write
 
 clean:
 	rm -rf work_dirs data/shapes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,14 @@
-"""Parameters and multiply-adds of a network, the layer attention's work included."""
+"""What a network costs: parameters, multiply-adds, memory kept for backward.
+
+The layer attention's own work is counted, and what the counter has no rule for is named.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -12,7 +17,10 @@ from unittest import mock
 import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
+from mmrla.layers import LayerAttention
 from mmrla.ops.dispatch import ENV_VAR
 
 
@@ -23,53 +31,208 @@ class Complexity(NamedTuple):
     """Parameters."""
     macs: int
     """Multiply-adds of one forward; divided by 1e9, what papers call GFLOPs."""
+    attention_macs: int
+    """Multiply-adds inside the layer attentions, element-wise ones included."""
+    elementwise_macs: int
+    """Those of ``attention_macs`` that ``macs`` leaves out: gate and lambda of MRLA-light."""
+    skipped: Counter[str]
+    """Operators without a rule, whose work is in no number here, and how often each ran."""
 
 
-def _numel(value: Any) -> int:
-    return prod(value.type().sizes() or [1])
+# Kept apart from what makes up `macs`: element-wise products, and calls of skipped operators.
+_MUL, _SKIPPED = "elementwise products", "skipped "
+# Under tracing these work on sizes too, as operators on integer tensors, which is no work.
+_ARITHMETIC = ("add", "add_", "sub", "sub_", "rsub", "div", "div_", "mul", "mul_", "neg", "sqrt")
+
+# They only move or shape data; mmengine ignores the others of their kind.
+_MOVES = (
+    "aten::alias",
+    "aten::clone",
+    "aten::expand_as",
+    "aten::empty_like",
+    "aten::lift_fresh",
+    "aten::numpy_T",
+    "aten::ones_like",
+    "aten::pad",
+    "aten::repeat",
+    "aten::repeat_interleave",
+    "aten::unflatten",
+    "aten::view_as",
+)
+
+
+def _sizes(value: Any) -> list[int]:
+    return value.type().sizes()
 
 
 def _mean(inputs: list[Any], outputs: list[Any]) -> int:
-    return _numel(inputs[0])
+    return prod(_sizes(inputs[0]))
 
 
 def _addcmul(inputs: list[Any], outputs: list[Any]) -> int:
-    return _numel(outputs[0])
+    return prod(_sizes(outputs[0]))
+
+
+def _elementwise(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        (out,) = outputs
+        if not out.isCompleteTensor() or not out.type().dtype().is_floating_point:
+            return Counter()
+        found = Counter({_SKIPPED + name.rstrip("_"): 1})
+        if name.startswith("mul"):
+            found[_MUL] = prod(_sizes(out))
+        return found
+
+    return handle
+
+
+def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
+    return prod(_sizes(inputs[1])) * _sizes(inputs[2])[-1]
+
+
+def _scaled_dot_product_attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (_sizes(v) for v in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_HANDLES = {
+    "aten::mean": _mean,
+    "aten::addcmul": _addcmul,
+    "aten::baddbmm": _baddbmm,
+    "aten::scaled_dot_product_attention": _scaled_dot_product_attention,
+    **{f"aten::{name}": _elementwise(name) for name in _ARITHMETIC},
+    **dict.fromkeys(_MOVES),
+}
 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        # Backbones with frozen stages freeze them again with each change of mode.
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
+@contextmanager
+def _visible_attention() -> Iterator[None]:
+    """Keep ``nn.MultiheadAttention`` off its inference kernel, which shows no products."""
+    mha = getattr(torch.backends, "mha", None)  # newer than torch 2.1
+    before = mha.get_fastpath_enabled() if mha else None
+    try:
+        if mha:
+            mha.set_fastpath_enabled(False)
+        with torch.enable_grad():  # which too keeps it off, unless all parameters are frozen
+            yield
+    finally:
+        if mha:
+            mha.set_fastpath_enabled(before)
+
+
+def _outermost(model: nn.Module) -> list[str]:
+    """Names of the layer attentions that are in no other one."""
+    names = [name for name, m in model.named_modules() if isinstance(m, LayerAttention)]
+    return [n for n in names if not any(n != o and n.startswith(f"{o}.") for o in names)]
+
+
+def _products(counts: Counter[str]) -> int:
+    return int(sum(n for op, n in counts.items() if op != _MUL and not op.startswith(_SKIPPED)))
+
+
+def _random_state(tensors: Iterable[Any]) -> Any:
+    devices = {t.device.index for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda}
+    return torch.random.fork_rng(sorted(devices))
 
 
 def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
     """Count parameters and multiply-adds of one forward in eval mode.
 
-    mmengine's counter, as in :func:`mmengine.analysis.get_model_complexity_info`, with two
-    operations more: global average pooling (one for each element it averages) and the weighted sum
-    of MRLA-base (one for each element of each value). That is how the released networks count,
-    whose pooling is a module and whose weighted sum is a matrix product. Not counted, as there:
-    element-wise work, that is activations, residual additions, MRLA-light's gate and lambda
-    (together 2 multiply-adds an element).
+    mmengine's counter, as in :func:`mmengine.analysis.get_model_complexity_info`, with rules for
+    global average pooling (one for each element it averages), for the weighted sum of MRLA-base
+    (one for each element of each value), and for the products of scaled dot-product attention.
+    That is how the released networks count, whose pooling is a module and whose weighted sum is a
+    matrix product. As there, ``macs`` is without element-wise work: activations, residual
+    additions, MRLA-light's gate and lambda. The latter (one multiply-add an element each) is in
+    ``attention_macs``, which holds all work inside :class:`mmrla.layers.LayerAttention` modules:
+    GAP, Conv1D of query and key, heads, depthwise convolution, gate or weighted sum, lambda; not
+    the host's norm around them. All work with the attention's element-wise part:
+    ``macs + elementwise_macs``.
+
+    The model is left as it was.
 
     Args:
         model: Any module.
         *inputs: What ``model.forward`` takes.
 
     Returns:
-        Parameters and multiply-adds.
+        Parameters, multiply-adds, the attention's, and what was not counted.
     """
-    handles = {"aten::mean": _mean, "aten::addcmul": _addcmul}
     # The plain implementations show their work to the counter, whatever runs otherwise.
-    with _eval_mode(model), mock.patch.dict(os.environ, {ENV_VAR: "naive"}):
-        counter = FlopAnalyzer(model, inputs).set_op_handle(**handles)
+    naive = mock.patch.dict(os.environ, {ENV_VAR: "naive"})
+    with _random_state(inputs), _eval_mode(model), _visible_attention(), naive:
+        counter = FlopAnalyzer(model, inputs).set_op_handle(**_HANDLES)
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counter.tracer_warnings("none")
-        macs = counter.total()
-    return Complexity(sum(p.numel() for p in model.parameters()), int(macs))
+        counts = counter.by_module_and_operator()
+    attention: Counter[str] = sum((counts[name] for name in _outermost(model)), Counter())
+    elementwise = attention[_MUL]
+    skipped: Counter[str] = Counter()
+    for op, calls in counter.unsupported_ops().items():
+        skipped[op.split("::")[-1].rstrip("_")] += calls
+    for op, calls in counts[""].items():
+        if op.startswith(_SKIPPED):
+            skipped[op.removeprefix(_SKIPPED)] += calls
+    skipped["mul"] -= attention[_SKIPPED + "mul"]
+    return Complexity(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=_products(counts[""]),
+        attention_macs=_products(attention) + int(elementwise),
+        elementwise_macs=int(elementwise),
+        skipped=+skipped,
+    )
+
+
+def activation_memory(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Bytes that a training forward keeps for the backward pass, per image.
+
+    Counted are distinct storages that autograd saves, parameters and buffers left out, with each
+    operation's backend as it would be chosen (``MMRLA_BACKEND`` counts), frozen stages as the model
+    freezes them, and without a loss. Nothing is computed: the forward runs on a copy of the model
+    made of fake tensors, which have a shape and a device, and no data. So the model is left as it
+    was, and its size does not matter. A forward whose course depends on the data, as that of a
+    two-stage detector, cannot be measured: measure its backbone.
+
+    Args:
+        model: Any module; its mode does not matter.
+        *inputs: What ``model.forward`` takes, images first, on the model's device. Two images or
+            more, where batch norm would see a single value a channel otherwise.
+
+    Returns:
+        Bytes, divided by the number of images.
+    """
+    kept: dict[int, int] = {}
+    alive = []  # or storages of which autograd lets go would lend others their address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(model)
+    fake.train()
+    images = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
+    with _random_state(inputs), mode, torch.enable_grad(), hooks:
+        fake(*images)
+    for tensor in (*fake.parameters(), *fake.buffers()):
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(kept.values()) // len(inputs[0])

@@ -1,13 +1,33 @@
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
+
 import pytest
 import torch
+from mmengine.config import Config
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from mmrla.analysis import complexity
+from mmrla.analysis import activation_memory, complexity
+from mmrla.layers import LayerAttention
 from mmrla.registry import MODELS
+from tests.conftest import ROOT
 
 LIGHT = dict(type="MRLALight", head_channels=32)
 BASE = dict(type="MRLABase", head_channels=16)
+CIFAR = ROOT / "configs" / "cifar"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = ROOT / "tools" / "analysis" / "complexity.py"
+    spec = importlib.util.spec_from_file_location("complexity_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def classifier(depth, layer_attention):
@@ -17,6 +37,21 @@ def classifier(depth, layer_attention):
             backbone=dict(type="mmrla.MRLAResNet", depth=depth, layer_attention=layer_attention),
             neck=dict(type="mmpretrain.GlobalAveragePooling"),
             head=dict(type="mmpretrain.LinearClsHead", num_classes=1000, in_channels=2048),
+        )
+    )
+
+
+def deit(arch="deit-tiny", **backbone):
+    return MODELS.build(
+        dict(
+            type="mmpretrain.ImageClassifier",
+            backbone={"type": "mmrla.MRLAVisionTransformer", "arch": arch, "patch_size": 16}
+            | backbone,
+            head=dict(
+                type="mmpretrain.VisionTransformerClsHead",
+                num_classes=1000,
+                in_channels=192 if arch == "deit-tiny" else 384,
+            ),
         )
     )
 
@@ -39,8 +74,239 @@ def test_figures_of_the_released_networks(depth, layer_attention, params, gmacs)
     assert got.params == sum(p.numel() for p in model.parameters())
     if layer_attention is None:
         assert got.params == params
+        assert (got.attention_macs, got.elementwise_macs) == (0, 0)
     else:
         assert round(got.params / 1e6, 3) == params / 1e6
     assert round(got.macs / 1e9, 3) == gmacs
     assert model.training  # left as it was
     assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
+def test_all_of_the_attention_is_counted(layer_attention):
+    """Term by term, with numbers from the equations."""
+    backbone = MODELS.build(
+        dict(type="mmrla.MRLAResNet", depth=18, layer_attention=layer_attention)
+    )
+    got = complexity(backbone, torch.rand(1, 3, 64, 96))
+    expected = elementwise = 0
+    for stage, (channels, pixels) in enumerate([(64, 384), (128, 96), (256, 24), (512, 6)]):
+        n = channels * pixels
+        k = backbone.get_submodule(f"layer{stage + 1}.0.mrla").query.kernel_size[0]
+        for t in (1, 2):
+            layers = 1 if layer_attention is LIGHT else t
+            # GAP, Conv1D twice, q k of all heads, 3x3 depthwise
+            expected += n + 2 * k * channels + channels * layers + 9 * n
+            # gate V, lambda o_{t-1}; or the weighted sum
+            expected += 2 * n if layer_attention is LIGHT else t * n
+            elementwise += 2 * n if layer_attention is LIGHT else 0
+    assert got.attention_macs == expected
+    assert got.elementwise_macs == elementwise
+    norms = 2 * 2 * sum(c * p for c, p in [(64, 384), (128, 96), (256, 24), (512, 6)])
+    plain = MODELS.build(dict(type="mmrla.MRLAResNet", depth=18, layer_attention=None))
+    without = complexity(plain, torch.rand(1, 3, 64, 96)).macs
+    assert got.macs - without == expected - elementwise + norms
+
+
+@pytest.mark.parametrize(
+    ("model", "gmacs"),
+    [
+        (lambda: deit(layer_attention=None), 1.258),
+        (lambda: deit("deit-small", type="mmpretrain.VisionTransformer"), 4.608),
+        (lambda: MODELS.build(dict(type="mmpretrain.EfficientNet", arch="b0")), 0.400),
+        (
+            lambda: MODELS.build(
+                dict(
+                    type="mmdet.PyramidVisionTransformerV2", embed_dims=32, num_layers=[2, 2, 2, 2]
+                )
+            ),
+            0.572,
+        ),
+    ],
+)
+def test_attention_among_tokens_is_counted(model, gmacs):
+    got = complexity(model(), torch.rand(1, 3, 224, 224))
+    assert round(got.macs / 1e9, 3) == gmacs
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_of_torch_is_counted(need_weights):
+    """Frozen and without gradients, where it has a kernel of its own for inference."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=need_weights)[0]
+
+    with torch.no_grad():
+        got = complexity(Net().requires_grad_(False), torch.rand(2, 10, 32))
+    assert got.macs == 2 * (4 * 10 * 32 * 32 + 2 * 10 * 10 * 32)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("kind", "params"), [("MRLALight", 5_749_792), ("MRLABase", 5_742_880)])
+def test_deit_tiny(kind, params):
+    model = deit(layer_attention=dict(type=kind, head_channels=16))
+    got = complexity(model, torch.rand(1, 3, 64, 64))
+    assert got.params == params
+    assert got.skipped["gelu"] == (24 if kind == "MRLALight" else 12)
+    assert {"div", "add"} <= set(got.skipped)
+    assert "mul" not in got.skipped  # the attention's, which are counted
+
+
+def test_what_is_skipped_is_named():
+    class Gated(LayerAttention):
+        def forward(self, x, shortcut, state):
+            return x * shortcut, state
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Gated(4)
+
+        def forward(self, x):
+            rows, columns = x.shape[2:]
+            o, _ = self.inner(x, x, None)
+            return (o * x).erf().reshape(-1, rows * columns) - 1
+
+    got = complexity(Net(), torch.rand(2, 4, 3, 5))
+    assert got[1:4] == (0, 120, 120)
+    assert got.skipped == {"mul": 1, "erf": 1, "sub": 1}  # none for the product of sizes
+
+
+def really_kept(model, x, buffers=False):
+    """As :func:`activation_memory`, with a real forward."""
+    kept, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor.untyped_storage())
+        kept[alive[-1].data_ptr()] = alive[-1].nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x)
+    for tensor in (*model.parameters(), *(() if buffers else model.buffers())):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values()) / len(x)
+
+
+def resnet(**kwargs):
+    return MODELS.build(dict(type="mmrla.MRLAResNet", depth=18, base_channels=32, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: resnet(stem_channels=32, layer_attention=None),
+        lambda: resnet(stem_channels=32, layer_attention=LIGHT, mrla_drop_path_rate=0.2),
+        lambda: resnet(stem_channels=32, layer_attention=BASE, with_cp=True),
+        lambda: resnet(stem_channels=32, layer_attention=BASE, frozen_stages=2, norm_eval=True),
+        lambda: deit(drop_path_rate=0.1, img_size=64),
+        lambda: MODELS.build(
+            dict(type="mmdet.PyramidVisionTransformerV2", embed_dims=32, num_layers=[1, 1, 1, 1])
+        ),
+    ],
+)
+def test_activation_memory_is_that_of_a_real_forward(model):
+    model, x = model().eval(), torch.rand(2, 3, 64, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainable = [p.requires_grad for p in model.parameters()]
+    random = torch.get_rng_state()
+    got = activation_memory(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert got == int(really_kept(model, x))
+
+
+def test_activation_memory_of_resnet50():
+    """82.1 MiB an image was measured of torchvision's, with the buffers of batch norms in it."""
+    model = classifier(50, None)
+    got = activation_memory(model, torch.rand(2, 3, 224, 224))
+    statistics = sum(
+        b.nbytes for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")
+    )
+    assert round((got + statistics / 2) / 2**20, 1) == 82.1
+
+
+def test_table_of_two_configs(tool):
+    """The plain config is the other one's host, so there are two rows."""
+    names = ("resnet20_mrla_cifar10.py", "resnet20_plain_cifar10.py")
+    rows = tool.measure_all(CIFAR / name for name in names)
+    titles, line, plain, light, _, skipped = tool.markdown(rows).splitlines()
+    assert len({text.count("|") for text in (titles, line, plain, light)}) == 1
+    assert plain.startswith("| ResNet-20 | 0.272 M |  | 0.0412 |  |  | 1.5 MiB |  | [")
+    assert light.startswith("| ResNet-20 + MRLA-light | 0.277 M | +0.004 | 0.0423 | +0.0010 |")
+    assert light.endswith("[resnet20_mrla_cifar10.py](configs/cifar/resnet20_mrla_cifar10.py) |")
+    assert "`sigmoid`" in skipped
+
+
+def test_table_of_other_networks(tool, tmp_path):
+    """One that mmrla has no host for, at its own crop; one without a plain config, and the paper.
+
+    The host is counted too then.
+    """
+    (tmp_path / "a.py").write_text(
+        "default_scope = 'mmpretrain'\n"
+        "backbone = dict(type='MobileNetV2', widen_factor=0.5)\n"
+        "model = dict(type='ImageClassifier', backbone=backbone)\n"
+        "crop = dict(type='CenterCrop', crop_size=64)\n"
+        "test_dataloader = dict(dataset=dict(type='ImageNet', pipeline=[crop]))\n"
+    )
+    (tmp_path / "b.py").write_text(
+        "default_scope = 'mmpretrain'\n"
+        "backbone = dict(type='mmrla.MRLAVisionTransformer', arch='deit-tiny', patch_size=16)\n"
+        "model = dict(type='ImageClassifier', backbone=backbone)\n"
+    )
+    assert tool.image_size(Config.fromfile(tmp_path / "a.py")) == (64, 64)
+    rows = tool.measure_all(sorted(tmp_path.glob("*.py")), (64, 64))
+    *_, plain, light, other, _, _ = tool.markdown(rows).splitlines()
+    assert other.startswith("| MobileNetV2 |")
+    assert plain.startswith("| DeiT-T |")
+    assert plain.endswith(" |  |")
+    assert re.match(r"\| DeiT-T \+ MRLA-light \| 5.557 M \| \+0.032 \| \+0.03 \|", light)
+
+
+def test_names(tool):
+    name = tool.backbone_name
+    assert name(dict(type="mmrla.MRLAResNeXt", depth=50)) == "ResNeXt-50 (32x4d)"
+    assert name(dict(type="mmrla.MRLAPyramidVisionTransformerV2", arch="b1")) == "PVTv2-B1"
+    assert name(dict(type="mmrla.MRLACeiT", arch="small")) == "CeiT-S"
+    assert name(dict(type="mmrla.MRLAVisionTransformer", arch="base")) == "ViT-B"
+    distilled = dict(type="mmpretrain.DistilledVisionTransformer", arch="deit-small")
+    assert name(distilled) == "DeiT-S distilled"
+    assert name(dict(type="Unheard", arch=dict(num_layers=2, embed_dims=8))) == "Unheard-2x8"
+
+
+def test_write_replaces_a_table_and_nothing_else(tool, tmp_path):
+    readme = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text()
+    readme.write_text(text)
+    for group in ("imagenet", "cifar", "coco"):
+        tool.write(group, f"the {group} table", readme)
+        assert f"begin -->\nthe {group} table\n<!-- {group}:end" in readme.read_text()
+    assert readme.read_text().split("<!--")[0] == text.split("<!--")[0]
+    assert readme.read_text().split("-->")[-1] == text.split("-->")[-1]
+
+
+@pytest.mark.parametrize("group", ["imagenet", "cifar", "coco"])
+def test_readme_is_up_to_date(group, tool):
+    """Parameters of the first and the last config in its table."""
+    text = (ROOT / "README.md").read_text()
+    table = text.split(f"<!-- {group}:begin -->")[1].split(f"<!-- {group}:end -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if "](configs/" in line]
+    if not rows:
+        pytest.skip(f"no {group} table in the README")
+    column = table.splitlines()[1].split(" | ").index("params")
+    for row in (rows[0], rows[-1]):
+        cfg = Config.fromfile(ROOT / re.search(r"\((configs/.*)\)", row[-1])[1])
+        model = tool.build(cfg.model, cfg.default_scope)
+        number, unit = row[column].split()
+        digits = len(number.split(".")[1])
+        params = sum(p.numel() for p in model.parameters())
+        assert (f"{params / 1e6:.{digits}f}", unit) == (number, "M")

@@ -1,0 +1,373 @@
+"""Print what configs cost beside their plain hosts as Markdown, or write it into the README.
+
+Counts parameters, multiply-adds (GFLOPs) and the memory that a training step keeps for backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import mmrla.registry  # noqa: F401
+from mmrla.analysis import Complexity, activation_memory, complexity
+from mmrla.layers import LayerAttention
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a backbone's class is called, in the order of rows; other classes go by their own name.
+BACKBONES = {
+    "ResNet": "ResNet",
+    "ResNet_CIFAR": "ResNet",
+    "ResNetCIFAR": "ResNet",
+    "ResNeXt": "ResNeXt",
+    "EfficientNet": "EfficientNet",
+    "VisionTransformer": "ViT",
+    "DistilledVisionTransformer": "ViT",
+    "CeiT": "CeiT",
+    "PyramidVisionTransformerV2": "PVTv2",
+}
+DEFAULTS = ("imagenet/*.py", "cifar/*_cifar10.py", "*.py")
+SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
+DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
+ATTENTIONS = {"": "", "MRLALight": " + MRLA-light", "MRLABase": " + MRLA-base"}
+
+# What MRLA adds to parameters (M) and FLOPs (B), from the abstract and section 4.1 of "Cross-Layer
+# Retrospective Retrieving via Layer Attention", ICLR 2023. Where the text does not say which MRLA,
+# parameters stand with both, and FLOPs with MRLA-light.
+PAPER = {
+    ("ResNet-50", "MRLALight"): ("+0.16", "+0.07"),
+    ("ResNet-50", "MRLABase"): ("+0.16", ""),
+    ("EfficientNet-B0", "MRLALight"): ("+0.01", ""),
+    ("EfficientNet-B0", "MRLABase"): ("+0.01", ""),
+    ("EfficientNet-B1", "MRLALight"): ("+0.02", ""),
+    ("EfficientNet-B1", "MRLABase"): ("+0.02", ""),
+    ("DeiT-T", "MRLALight"): ("+0.03", "+0.04"),
+    ("DeiT-T", "MRLABase"): ("+0.03", ""),
+    ("CeiT-T", "MRLALight"): ("+0.03", "+0.04"),
+    ("CeiT-T", "MRLABase"): ("+0.03", ""),
+}
+
+
+class _Forward(nn.Module):
+    """One forward of a detector without post-processing, which is what mmdet counts."""
+
+    def __init__(self, detector: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.detector = detector
+        from mmdet.structures import DetDataSample
+
+        self.sample = DetDataSample(metainfo=dict(img_shape=size, batch_input_shape=size))
+
+    def forward(self, x: Tensor) -> tuple:
+        return self.detector(x, [self.sample], mode="tensor")
+
+
+def short_type(cfg: dict) -> str:
+    kind = cfg["type"]
+    return (kind if isinstance(kind, str) else kind.__name__).split(".")[-1]
+
+
+def group_of(cfg: Config) -> str:
+    """imagenet, cifar or coco: what the model is and what it is trained on."""
+    if short_type(cfg.model) != "ImageClassifier":
+        return "coco"
+    dataset = cfg.get("test_dataloader", {}).get("dataset", {})
+    return "cifar" if "CIFAR" in str(dataset.get("type")) else "imagenet"
+
+
+def image_size(cfg: Config) -> tuple[int, int]:
+    """Height and width: the test pipeline's crop, else the usual size of the group."""
+    group = group_of(cfg)
+    pipeline = cfg.get("test_dataloader", {}).get("dataset", {}).get("pipeline", ())
+    crops = [step["crop_size"] for step in pipeline if "crop_size" in step]
+    if crops and group != "coco":
+        return (crops[-1], crops[-1]) if isinstance(crops[-1], int) else tuple(crops[-1])
+    return {"imagenet": (224, 224), "cifar": (32, 32), "coco": (800, 1280)}[group]
+
+
+def backbone_name(cfg: dict) -> str:
+    """ResNet-50, ResNeXt-50 (32x4d), DeiT-T, ...: the class and what tells its size."""
+    kind = short_type(cfg).removeprefix("MRLA")
+    name = BACKBONES.get(kind, kind)
+    size = cfg.get("depth", cfg.get("arch", ""))
+    if isinstance(size, str):
+        family, _, size = size.rpartition("-")
+        name = "DeiT" if family == "deit" else name
+        size = SIZES.get(size, size.upper())
+    elif isinstance(size, dict):
+        size = "x".join(str(size.get(key, "?")) for key in ("num_layers", "embed_dims"))
+    if kind == "ResNeXt":
+        size = f"{size} ({cfg.get('groups', 32)}x{cfg.get('width_per_group', 4)}d)"
+    if kind.startswith("Distilled"):
+        size = f"{size} distilled"
+    return f"{name}-{size}" if size else name
+
+
+def attention_of(model: nn.Module) -> str:
+    """Class of the model's layer attention, empty without one."""
+    return next((type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)), "")
+
+
+def plain(model: ConfigDict) -> ConfigDict:
+    """The same network without layer attention."""
+    model = copy.deepcopy(model)
+    model.backbone.layer_attention = None
+    return model
+
+
+def network(model: ConfigDict) -> str:
+    """The same text for configs whose plain hosts are the same network."""
+    found = plain(model).to_dict()
+    found.pop("data_preprocessor", None)
+    backbone = found["backbone"]
+    for key in [key for key in backbone if key.startswith("mrla_") or key == "init_cfg"]:
+        del backbone[key]
+    return json.dumps(found, sort_keys=True, default=str)
+
+
+def build(model: ConfigDict, scope: str) -> nn.Module:
+    model = copy.deepcopy(model)
+    if "rpn" in (model.get("test_cfg") or {}):
+        # Suppress nothing, so that the heads see max_per_img = 1000 proposals whatever the weights.
+        model.test_cfg.rpn.nms.iou_threshold = 1.0
+    with DefaultScope.overwrite_default_scope(scope):
+        built = MODELS.build(model)
+    for name, parameter in built.named_parameters():
+        if "mrla" in name:
+            # Untrained, they would make features grow with depth until proposals are lost.
+            nn.init.zeros_(parameter)
+    return built
+
+
+@dataclass
+class Row:
+    """What was counted of one network."""
+
+    group: str
+    backbone: str
+    detector: str
+    attention: str
+    config: Path | None
+    schedule: str
+    network: str
+    whole: Complexity
+    backbone_macs: int
+    memory: int
+    plain: Row | None = None
+    """None for a plain network."""
+
+
+def measure(
+    cfg: Config, model: ConfigDict, path: Path | None, size: tuple[int, int], cache: dict
+) -> Row:
+    """Build ``model``, which is that of ``cfg`` or its plain host, and count it."""
+    group = group_of(cfg)
+    built = build(model, cfg.get("default_scope", "mmengine"))
+    image = torch.rand(1, 3, *size)
+    backbone_macs = 0
+    if group == "coco":
+        whole = complexity(_Forward(built, size), image)
+        key = json.dumps([model.backbone.to_dict(), size], default=str)
+        if key not in cache:  # several detectors have the same
+            part = built.backbone
+            cache[key] = complexity(part, image).macs, activation_memory(part, image)
+        backbone_macs, memory = cache[key]
+    else:
+        whole = complexity(built, image)
+        # Two, because batch norm has to see more than one value a channel.
+        memory = activation_memory(built, image.new_empty(2, 3, *size))
+    schedule = re.search(r"_(\d+x)(_|$)", path.stem) if path else None
+    return Row(
+        group=group,
+        backbone=backbone_name(model.backbone),
+        detector=short_type(model) if group == "coco" else "",
+        attention=attention_of(built),
+        config=path,
+        schedule=schedule[1] if schedule else "",
+        network=network(model),
+        whole=whole,
+        backbone_macs=backbone_macs,
+        memory=memory,
+    )
+
+
+def measure_all(paths: Iterable[Path], size: tuple[int, int] | None = None) -> list[Row]:
+    """A row for each config and for its plain host, in the order of a table."""
+    hosts: dict[Any, Row] = {}
+    rows: list[Row] = []
+    cache: dict[str, tuple[int, int]] = {}
+    for path in (progress := tqdm(list(paths), unit="config")):
+        progress.set_postfix_str(path.name)
+        torch.manual_seed(0)  # proposals depend on the weights
+        cfg = Config.fromfile(path)
+        at = size or image_size(cfg)
+        key = network(cfg.model), at
+        row = measure(cfg, cfg.model, path, at, cache)
+        if not row.attention:
+            hosts.setdefault(key, row).config = path
+            continue
+        if key not in hosts:
+            hosts[key] = measure(cfg, plain(cfg.model), None, at, cache)
+            hosts[key].schedule = row.schedule
+        row.plain = hosts[key]
+        rows.append(row)
+    return sorted([*rows, *hosts.values()], key=_position)
+
+
+def _position(row: Row) -> tuple:
+    """Detector, family, size, then the plain network before its layer attentions."""
+    families, attentions = list(BACKBONES.values()), list(ATTENTIONS)
+    family = row.backbone.replace("DeiT", "ViT").split("-")[0]
+    return (
+        row.detector,
+        families.index(family) if family in families else len(families),
+        (row.plain or row).whole.params,
+        row.network,
+        attentions.index(row.attention) if row.attention in attentions else len(attentions),
+        str(row.config),
+    )
+
+
+def _name(row: Row) -> str:
+    return row.backbone + ATTENTIONS.get(row.attention, f" + {row.attention}")
+
+
+def _link(row: Row) -> str:
+    if row.config is None:
+        return ""
+    path = row.config.resolve()
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"[{path.name}]({where.as_posix()})"
+
+
+def _memory(row: Row) -> list[str]:
+    ratio = f"{row.memory / row.plain.memory:.2f}" if row.plain and row.plain.memory else ""
+    return [f"{row.memory / 2**20:.1f} MiB", ratio]
+
+
+CLASSIFIER_TITLES = ["network", "params", "added, M", "GFLOPs", "added", "in the attention",
+                     "kept for backward", "over plain", "config"]  # fmt: skip
+DETECTOR_TITLES = ["backbone", "detector", "schedule", "params", "GFLOPs", "of the backbone",
+                   "in the attention", "kept for backward", "over plain", "box AP", "mask AP",
+                   "config"]  # fmt: skip
+
+
+def _classifier(row: Row) -> list[str]:
+    digits = 4 if row.group == "cifar" else 3
+    added, added_macs, inside = "", "", ""
+    if row.plain:
+        added = f"{(row.whole.params - row.plain.whole.params) / 1e6:+.3f}"
+        added_macs = f"{(row.whole.macs - row.plain.whole.macs) / 1e9:+.{digits}f}"
+        inside = f"{row.whole.attention_macs / 1e9:.{digits}f}"
+    paper = PAPER.get((row.backbone, row.attention), ("", "")) if row.group == "imagenet" else None
+    return [
+        _name(row),
+        f"{row.whole.params / 1e6:.3f} M",
+        added,
+        *([paper[0]] if paper else []),
+        f"{row.whole.macs / 1e9:.{digits}f}",
+        added_macs,
+        *([paper[1]] if paper else []),
+        inside,
+        *_memory(row),
+        _link(row),
+    ]
+
+
+def _detector(row: Row) -> list[str]:
+    return [
+        _name(row),
+        DETECTORS.get(row.detector, row.detector),
+        row.schedule,
+        f"{row.whole.params / 1e6:.2f} M",
+        f"{row.whole.macs / 1e9:.1f}",
+        f"{row.backbone_macs / 1e9:.1f}",
+        f"{row.whole.attention_macs / 1e9:.2f}" if row.plain else "",
+        *_memory(row),
+        "not yet reproduced",
+        "not yet reproduced" if row.detector == "MaskRCNN" else "",
+        _link(row),
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of one group, and the operators that no number in it holds."""
+    titles = DETECTOR_TITLES if rows[0].group == "coco" else CLASSIFIER_TITLES
+    if rows[0].group == "imagenet":
+        titles = [*titles[:3], "in the paper", *titles[3:5], "in the paper", *titles[5:]]
+    cells = [_detector(row) if row.group == "coco" else _classifier(row) for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in [titles, *cells]]
+    lines.insert(1, "|---" * len(titles) + "|")
+    skipped: Counter[str] = sum((row.whole.skipped for row in rows), Counter())
+    names = ", ".join(f"`{op}`" for op in sorted(skipped, key=str.lower))
+    return "\n".join(
+        [*lines, "", f"Operators that the counter has no rule for: {names or 'none'}."]
+    )
+
+
+def default_configs() -> list[Path]:
+    """All but the demo; of CIFAR those with 10 classes, as the others are the same networks."""
+    folder = ROOT / "configs"
+    found = (path for pattern in DEFAULTS for path in folder.glob(pattern))
+    return sorted(path for path in found if not path.name.startswith("demo"))
+
+
+def _expand(patterns: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Path]:
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            parser.error(f"no config matches {pattern}")
+        yield from map(Path, found)
+
+
+def write(group: str, table: str, readme: Path = ROOT / "README.md") -> None:
+    """Replace what stands between the group's markers."""
+    begin, end = f"<!-- {group}:begin -->", f"<!-- {group}:end -->"
+    before, rest = readme.read_text().split(begin)
+    _, after = rest.split(end)
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "configs", nargs="*", help="paths or globs; default: all of configs/ but the demo"
+    )
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"),
+        help="of the image; default: the test pipeline's crop, 32 32 for CIFAR, "
+        "800 1280 for detectors",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.write and (args.configs or args.size):
+        parser.error("--write writes the README's tables: all configs, at their own sizes")
+    MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
+    paths = list(_expand(args.configs, parser)) if args.configs else default_configs()
+    rows = measure_all(paths, tuple(args.size) if args.size else None)
+    for group in ("imagenet", "cifar", "coco"):
+        table = [row for row in rows if row.group == group]
+        if not table:
+            continue
+        print(markdown(table), end="\n\n", flush=True)
+        if args.write:
+            write(group, markdown(table))
+
+
+if __name__ == "__main__":
+    main()
