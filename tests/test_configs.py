@@ -19,12 +19,36 @@ COCO = [
 ]
 
 
+TRANSFORMERS = [
+    *(f"{d}_pvtv2-{b}_mrla_1x" for d in ("mask_rcnn", "retinanet") for b in ("b0", "b1")),
+    "mask_rcnn_vit-t_mrla_sfp_1x",
+]
+LIGHT_ONLY = ("resnet152", "resnext50-32x4d")
+BOTH = ("resnet50", "resnet101", "efficientnet-b0", "efficientnet-b1", "deit-tiny", "deit-small",
+        "deit-base", "ceit-tiny", "ceit-small", "pvtv2-b0", "pvtv2-b1")  # fmt: skip
+IMAGENET = [
+    *(f"{network}_mrla_in1k" for network in (*LIGHT_ONLY, *BOTH)),
+    *(f"{network}_mrla-base_in1k" for network in BOTH),
+]
+CIFAR = [
+    f"resnet{depth}_{kind}_cifar{classes}"
+    for depth in (20, 56, 110)
+    for kind in ("plain", "mrla", "mrla-base")
+    for classes in (10, 100)
+]
+
+
 def load(name: str) -> Config:
     return Config.fromfile(ROOT / "configs" / f"{name}.py")
 
 
 def test_every_promised_config_is_there():
-    assert {p.stem for p in CONFIGS} == {*COCO, "demo_mask_rcnn_r18_mrla_shapes"}
+    def found(folder: str) -> set[str]:
+        return {p.stem for p in (ROOT / "configs" / folder).glob("*.py")}
+
+    assert found(".") == {*COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
+    assert found("imagenet") == set(IMAGENET)
+    assert found("cifar") == set(CIFAR)
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -71,9 +95,94 @@ def test_builds_from_anywhere(path, tmp_path, monkeypatch):
         model = MODELS.build(copy.model)
     layer_attention = copy.model.backbone.layer_attention
     mrla = [m for m in model.backbone.modules() if isinstance(m, MRLALight | MRLABase)]
-    blocks = sum(model.backbone.stage_blocks)
-    assert len(mrla) == (0 if layer_attention is None else blocks)
+    backbone = model.backbone
+    layers = {
+        "MRLAPyramidVisionTransformerV2": lambda: sum(backbone.num_layers),
+        "MRLAVisionTransformer": lambda: backbone.num_layers,
+        "MRLAResNet": lambda: sum(backbone.stage_blocks),
+    }[type(backbone).__name__]()
+    assert len(mrla) == (0 if layer_attention is None else layers)
     assert {type(m).__name__ for m in mrla} == ({layer_attention.type} if mrla else set())
+
+
+def holds(cfg, **expected) -> bool:
+    return all(cfg[key] == value for key, value in expected.items())
+
+
+def transform_types(cfg: Config) -> list[str]:
+    return [t.type for t in cfg.train_dataloader.dataset.pipeline]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_recipe(name, tmp_path, monkeypatch):
+    """What the paper's appendix B.1 says, whatever folder one stands in."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load(f"imagenet/{name}")
+    network = name.split("_")[0]
+    backbone, optimizer = cfg.model.backbone, cfg.optim_wrapper.optimizer
+    heads = {"r": 32, "e": 8}.get(network[0], 16)
+    if "base" in name.split("_")[1]:
+        expected = dict(type="MRLABase", head_channels=min(heads, 16))
+    else:
+        expected = dict(type="MRLALight", head_channels=heads)
+    assert backbone.layer_attention == expected
+    assert cfg.train_dataloader.dataset.type == "ImageNet"
+    assert cfg.train_dataloader.dataset.split == "train"
+    assert cfg.val_dataloader.dataset.split == "val"
+    assert holds(cfg.val_evaluator, type="Accuracy", topk=(1, 5))
+    batch = cfg.auto_scale_lr.base_batch_size
+    assert batch == 8 * cfg.train_dataloader.batch_size
+    warm_up, main = cfg.param_scheduler
+    if network.startswith("res"):
+        assert (batch, cfg.train_cfg.max_epochs) == (256, 100)
+        assert holds(optimizer, type="SGD", lr=0.1, momentum=0.9, weight_decay=0.0001)
+        assert (warm_up.end, main.milestones, main.gamma) == (3, [30, 60, 90], 0.1)
+        assert backbone.mrla_drop_path_rate == 0.2
+        assert not backbone.get("drop_path_rate")
+    elif network.startswith("efficientnet"):
+        assert (batch, cfg.train_cfg.max_epochs) == (768, 350)
+        assert holds(optimizer, type="RMSprop", lr=0.048, alpha=0.9, momentum=0.9)
+        assert optimizer.weight_decay == 4e-5
+        # 0.97 for every 2.4 epochs that have gone by.
+        for epoch in (1, 2, 3, 4, 5, 12, 348, 349):
+            steps = sum(milestone <= epoch for milestone in main.milestones)
+            assert steps == int(epoch / 2.4)
+        assert (backbone.drop_path_rate, backbone.norm_cfg.momentum) == (0.2, 0.01)
+        assert backbone.get("mrla_drop_path_rate") is None
+        assert cfg.model.head.dropout_rate == 0.2
+        assert "AutoAugment" in transform_types(cfg)
+        size = 240 if network.endswith("b1") else 224
+        assert cfg.train_dataloader.dataset.pipeline[1].scale == size
+        assert cfg.test_dataloader.dataset.pipeline[2].crop_size == size
+    else:
+        assert (batch, cfg.train_cfg.max_epochs) == (1024, 300)
+        assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 0.001, 0.05)
+        assert (warm_up.end, main.type, main.begin) == (5, "CosineAnnealingLR", 5)
+        assert cfg.train_dataloader.sampler == dict(type="RepeatAugSampler", num_repeats=3)
+        assert cfg.model.head.loss.label_smooth_val == 0.1
+        augments = {a.type: a.alpha for a in cfg.model.train_cfg.augments}
+        assert augments == {"Mixup": 0.8, "CutMix": 1.0}
+        assert {"RandAugment", "RandomErasing"} <= set(transform_types(cfg))
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_recipe(name):
+    cfg = load(f"cifar/{name}")
+    depth, kind, classes = name.removeprefix("resnet").split("_")
+    backbone = cfg.model.backbone
+    assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNetCIFAR", int(depth))
+    types = {"plain": None, "mrla": "MRLALight", "mrla-base": "MRLABase"}
+    attention = backbone.layer_attention
+    assert (attention and attention.type) == types[kind]
+    assert backbone.get("mrla_drop_path_rate") == (0.2 if attention else None)
+    assert cfg.model.head.num_classes == int(classes[5:])
+    assert cfg.data_preprocessor.num_classes == int(classes[5:])
+    assert cfg.train_dataloader.dataset.type == f"mmrla.{classes.upper()}"
+    assert (cfg.train_cfg.max_epochs, cfg.train_dataloader.batch_size) == (180, 128)
+    assert cfg.param_scheduler.milestones == [100, 150]
+    optimizer = cfg.optim_wrapper.optimizer
+    assert holds(optimizer, type="SGD", lr=0.1, momentum=0.9, weight_decay=0.0001)
+    assert transform_types(cfg) == ["RandomCrop", "RandomFlip", "PackInputs"]
 
 
 def test_inherits_what_it_does_not_change(tmp_path):

@@ -132,6 +132,11 @@ def test_resume_goes_on(trained, coco_mini, tmp_path):
     [
         "faster_rcnn_r50_mrla_1x",
         "retinanet_r50_mrla_1x",
+        "retinanet_pvtv2-b0_mrla_1x",
+        "mask_rcnn_vit-t_mrla_sfp_1x",
+        pytest.param("mask_rcnn_pvtv2-b0_mrla_1x", marks=pytest.mark.slow),
+        pytest.param("mask_rcnn_pvtv2-b1_mrla_1x", marks=pytest.mark.slow),
+        pytest.param("retinanet_pvtv2-b1_mrla_1x", marks=pytest.mark.slow),
         pytest.param("mask_rcnn_r50_mrla-base_1x", marks=pytest.mark.slow),
         pytest.param("mask_rcnn_r101_mrla_1x", marks=pytest.mark.slow),
         pytest.param("retinanet_r101_mrla-base_1x", marks=pytest.mark.slow),
