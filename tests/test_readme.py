@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 from mmengine.config import Config
 
@@ -38,18 +40,26 @@ def test_everything_it_names_is_there():
     options = set(re.findall(r"`(--[a-z-]+)", TEXT))
     helps = "".join(
         subprocess.check_output([sys.executable, ROOT / "tools" / tool, "--help"], text=True)
-        for tool in ("train.py", "test.py")
+        for tool in ("train.py", "test.py", "train_cifar.py")
     )
     assert all(option in helps for option in options), options
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, coco_mini, tmp_path):
-    """Each in a checkout with COCO in data/coco, up to the point where training would start."""
+    """Each in a checkout with its data in data/, up to the point where training would start."""
     for name in ("tools", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/coco").symlink_to(coco_mini)
+    from mmpretrain.datasets import CIFAR10
+
+    for split in ("train", "val", "test"):
+        (tmp_path / "data/imagenet" / split).mkdir(parents=True)
+        for name in CIFAR10.METAINFO["classes"]:
+            folder = tmp_path / "data/cifar10" / split / name
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "0.png"), np.zeros((32, 32, 3), np.uint8))
     work_dir = tmp_path / "work_dirs/mask_rcnn_r50_mrla_1x"
     work_dir.mkdir(parents=True)
     (work_dir / "epoch_12.pth").touch()

@@ -6,6 +6,7 @@ Each network is trained with each seed; a run that has finished before is not re
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
-from mmrla.engine.cifar import run, table
+from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
 
@@ -31,6 +32,9 @@ def parse_args() -> argparse.Namespace:
         "--compile", action="store_true", help="torch.compile the step; CUDA graphs on a GPU"
     )
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build the networks, read the data, and stop"
+    )
     parser.add_argument("--log-dir", type=Path, default=Path("work_dirs/cifar"))
     return parser.parse_args()
 
@@ -47,11 +51,18 @@ def main() -> None:
     with reporting_errors():
         if args.epochs is not None and args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
-        # Seeds outside, so that what is there after an interruption can be compared.
-        for seed, path in tqdm([(seed, path) for seed in args.seeds for path in args.configs]):
-            cfg = Config.fromfile(path)
+        configs = {path: Config.fromfile(path) for path in args.configs}
+        for cfg in configs.values():
             if args.data_root is not None:
                 set_data_root(cfg, args.data_root)
+        if args.dry_run:
+            for cfg in configs.values():
+                Trainer(cfg, 0, device)
+                for loader in (cfg.train_dataloader, cfg.test_dataloader):
+                    load_split(loader.dataset, device)
+            return
+        # Seeds outside, so that what is there after an interruption can be compared.
+        for seed, (path, cfg) in tqdm(list(product(args.seeds, configs.items()))):
             epochs = args.epochs or cfg.train_cfg.max_epochs
             log = args.log_dir / f"{Path(path).stem}_{epochs}e_seed{seed}.jsonl"
             run(cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile)
