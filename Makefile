@@ -19,7 +19,7 @@ STAMP := $(VENV)/.mmrla-installed
 DEMO_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-slow lint format config-table clean
+.PHONY: help env demo test test-slow lint format config-table bench clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -48,6 +48,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+bench: $(STAMP)
+	$(PY) tools/benchmark/run.py $(BENCH_ARGS)
 
 config-table: $(STAMP)
 	$(PY) tools/analysis/complexity.py --write
