@@ -49,14 +49,45 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
     Returns:
         Query and key, each ``[B, C]``.
     """
-    dtype = accumulation_dtype(x.dtype)
-    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
-    query_padding, key_padding = (int(w.shape[-1]) // 2 for w in (query_weight, key_weight))
     with torch.autocast(x.device.type, enabled=False):
-        summary = x.mean(dim=(2, 3), dtype=dtype).unsqueeze(1)
-        query = F.conv1d(summary, query_weight.to(dtype), padding=query_padding)
-        key = F.conv1d(summary, key_weight.to(dtype), padding=key_padding)
+        summary = x.mean(dim=(2, 3), dtype=accumulation_dtype(x.dtype))
+        return query_key_of(summary, query_weight, key_weight)
+
+
+def query_key_of(
+    summary: Tensor, query_weight: Tensor, key_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query and key, each ``[B, C]``, of a summary ``[B, C]`` in its dtype; outside autocast."""
+    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
+    query, key = (
+        F.conv1d(summary.unsqueeze(1), w.to(summary.dtype), padding=int(w.shape[-1]) // 2)
+        for w in (query_weight, key_weight)
+    )
     return query.squeeze(1), key.squeeze(1)
+
+
+def query_key_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    summary: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`query_key_of`.
+
+    Returns:
+        The gradients of the summary, ``[B, C]``, and of both weights, in the weights' dtypes.
+    """
+    grad_summary = torch.zeros_like(summary)
+    grad_weights = []
+    for grad, weight in ((grad_query, query_weight), (grad_key, key_weight)):
+        size = weight.shape[-1]
+        flipped = weight.to(summary.dtype).flip(-1)
+        grad_summary += F.conv1d(grad.unsqueeze(1), flipped, padding=size // 2).squeeze(1)
+        windows = F.pad(summary, (size // 2, size // 2)).unfold(1, size, 1)
+        found = (grad.unsqueeze(-1) * windows).sum(dim=(0, 1))
+        grad_weights.append(found.view_as(weight).to(weight.dtype))
+    return grad_summary, *grad_weights
 
 
 def per_channel(weights: Tensor, head_channels: int) -> Tensor:

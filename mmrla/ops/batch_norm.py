@@ -1,0 +1,94 @@
+"""Batch norm as a scale and a shift a channel, for operations that fold it into their passes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrla.ops.query_key import accumulation_dtype
+
+
+class BatchNorm(NamedTuple):
+    """What a batch norm computes with: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    ``mean`` and ``var`` are running statistics, or both None where those of the batch are taken.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the batch's statistics are taken."""
+        return self.mean is None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [B, C, H, W]`` normalised, and the mean and biased variance of the batch, ``[C]``.
+
+        With running statistics the last two are empty.
+        """
+        out = F.batch_norm(
+            x, self.mean, self.var, self.weight, self.bias, training=self.uses_batch, eps=self.eps
+        )
+        if not self.uses_batch:
+            empty = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+            return out, empty, empty
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return out, *statistics(x)
+
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless it fits ``x``, as ``torch.nn.functional.batch_norm`` would."""
+        channels = x.shape[1]
+        for key, value in (("weight", self.weight), ("bias", self.bias), ("mean", self.mean),
+                           ("var", self.var)):  # fmt: skip
+            if value is not None and value.shape != (channels,):
+                raise ValueError(f"{name}.{key} must be [{channels}], got {tuple(value.shape)}")
+        if (self.mean is None) != (self.var is None):
+            raise ValueError(f"{name}.mean and {name}.var come together, got one of them")
+        if self.uses_batch and x.numel() == channels:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{tuple(x.shape)}"
+            )
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``[B, C, H, W]``, ``[C]``, in two passes."""
+    dtype = accumulation_dtype(x.dtype)
+    if x.is_cuda and x.dtype != torch.float64:
+        mean, inverse = torch.batch_norm_stats(x, 0.0)  # 0 where the variance is
+        return mean, torch.where(inverse > 0, inverse, torch.inf).pow(-2)
+    count = x.numel() // x.shape[1]
+    mean = x.sum(dim=(2, 3), dtype=dtype).sum(0) / count
+    squares = torch.zeros_like(mean)
+    for sample in x:
+        centred = torch.sub(sample, mean[:, None, None])
+        squares += torch.linalg.vector_norm(centred, dim=(1, 2)).square_()
+    return mean, squares / count
+
+
+class Affine(NamedTuple):
+    """A batch norm with its statistics at hand: ``scale * x + shift``, each ``[C]``."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    inverse_std: Tensor
+    uses_batch: bool
+
+
+def affine(norm: BatchNorm, mean: Tensor, var: Tensor, uses_batch: bool) -> Affine:
+    """The norm with the statistics that it uses, in the accumulation dtype."""
+    dtype = accumulation_dtype(mean.dtype)
+    mean, inverse_std = mean.to(dtype), torch.rsqrt(var.to(dtype) + norm.eps)
+    scale = inverse_std if norm.weight is None else inverse_std * norm.weight.to(dtype)
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    return Affine(scale, shift, mean, inverse_std, uses_batch)

@@ -1,0 +1,61 @@
+"""What the fused operations ask of their tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrla.ops.custom_op import CAN_REGISTER
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is contiguous, in NCHW or channels_last, else a contiguous copy."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of ``x`` works in: autocast's, under it, else its own."""
+    device = x.device.type
+    if x.dtype == torch.float64:
+        return x.dtype
+    if hasattr(torch, "get_autocast_dtype"):
+        on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if on else x.dtype
+    if device == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
+
+
+def why_not_fused(x: Tensor) -> str | None:
+    """Why no fused operation can run on ``x``, or None."""
+    if x.device.type not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda, got x.device={x.device}"
+    if x.dtype not in DTYPES:
+        return f"it takes float64, float32, float16 and bfloat16, got x.dtype={x.dtype}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records plain operations alone"
+    if torch.compiler.is_compiling() and not CAN_REGISTER:
+        return f"torch.compile needs torch.library.custom_op, which torch {torch.__version__} lacks"
+    return None
+
+
+def check_one_device(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = sorted(map(str, devices))
+        raise ValueError(f"all tensors must be on one device, got {names}")
+
+
+def check_weight_dtype(name: str, weight: Tensor, x: Tensor) -> None:
+    """Raise TypeError where a convolution of ``x`` by ``weight`` has no common dtype."""
+    if weight.dtype != x.dtype and torch.float64 in (weight.dtype, x.dtype):
+        mixed = True
+    else:
+        mixed = weight.dtype != x.dtype and autocast_dtype(x) == x.dtype
+    if mixed:
+        raise TypeError(f"{name} must have the dtype of x, got {weight.dtype} and {x.dtype=}")
