@@ -87,7 +87,7 @@ def query_key_backward(
         windows = F.pad(summary, (size // 2, size // 2)).unfold(1, size, 1)
         found = (grad.unsqueeze(-1) * windows).sum(dim=(0, 1))
         grad_weights.append(found.view_as(weight).to(weight.dtype))
-    return grad_summary, *grad_weights
+    return grad_summary, grad_weights[0], grad_weights[1]
 
 
 def per_channel(weights: Tensor, head_channels: int) -> Tensor:
@@ -117,3 +117,19 @@ def check_feature_map(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name} has no pixels, got {name}.shape={tuple(x.shape)}")
+
+
+def check_query_key_value(
+    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, head_channels: int
+) -> None:
+    """Raise unless the weights of query, key and value fit ``x`` ``[B, C, H, W]``."""
+    channels = x.shape[1]
+    check_head_channels(channels, head_channels)
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
+            raise ValueError(f"{name} must be [1, 1, odd], got shape {tuple(weight.shape)}")
+    if value_weight.shape != (channels, 1, 3, 3):
+        raise ValueError(
+            f"value_weight must be [{channels}, 1, 3, 3] for x.shape={tuple(x.shape)}, "
+            f"got {tuple(value_weight.shape)}"
+        )

@@ -23,8 +23,10 @@ NORM_SCHEMA = ", ".join(
 
 
 class TailOutput(NamedTuple):
-    """What a tail returns: ``out [B, C, H, W]`` and, where a norm took the batch's statistics,
-    their mean and biased variance, ``[C]``, for its running ones; else these are empty."""
+    """What a tail returns: its output ``[B, C, H, W]`` and the batch's statistics.
+
+    Mean and biased variance, ``[C]``, are for the running ones; empty where a norm took those.
+    """
 
     out: Tensor
     mean: Tensor
@@ -105,7 +107,8 @@ SAVED_SCHEMA = (
 def restored_norms(saved: tuple[Any, ...]) -> tuple[Affine, Affine]:
     """Both norms from what :func:`saved_norms` made."""
     tensors, (eps, uses_batch, out_eps, out_uses_batch) = saved[:8], saved[8:]
-    first, second = BatchNorm(*tensors[:4], eps), BatchNorm(*tensors[4:], out_eps)
+    first = BatchNorm(*tensors[:4], eps)  # type: ignore[call-arg]
+    second = BatchNorm(*tensors[4:], out_eps)  # type: ignore[call-arg]
     return (
         affine(first, tensors[2], tensors[3], uses_batch),
         affine(second, tensors[6], tensors[7], out_uses_batch),
@@ -153,16 +156,12 @@ def why_not_tail(z: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return why_not_fused(z)
 
 
-
-
 def factors(scale: Tensor | None, x: Tensor) -> Tensor | None:
     """Drop path's factors in the accumulation dtype, without a gradient."""
     return None if scale is None else scale.detach().to(accumulation_dtype(x.dtype))
 
 
-def norm_grads(
-    grads: list[Tensor], saved: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
+def norm_grads(grads: list[Tensor], saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of what :func:`flat_norms` makes.
 
     Args:

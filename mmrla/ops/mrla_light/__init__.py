@@ -10,26 +10,10 @@ from mmrla.ops.memory import check_one_device, check_weight_dtype
 from mmrla.ops.mrla_light import fused
 from mmrla.ops.mrla_light.naive import mrla_light_naive
 from mmrla.ops.mrla_light.tail import mrla_light_tail_fused, mrla_light_tail_naive
-from mmrla.ops.query_key import check_feature_map, check_head_channels
+from mmrla.ops.query_key import check_feature_map, check_query_key_value
 from mmrla.ops.residual_tail import check_tail, why_not_tail
 
 VALUE_ACTS = (None, "gelu")
-
-
-def _check_weights(
-    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, head_channels: int
-) -> None:
-    channels = x.shape[1]
-    check_head_channels(channels, head_channels)
-    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
-        if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
-            raise ValueError(f"{name} must be [1, 1, odd], got shape {tuple(weight.shape)}")
-    if value_weight.shape != (channels, 1, 3, 3):
-        raise ValueError(
-            f"value_weight must be [{channels}, 1, 3, 3] for x.shape={tuple(x.shape)}, "
-            f"got {tuple(value_weight.shape)}"
-        )
-    check_weight_dtype("value_weight", value_weight, x)
 
 
 def _check(
@@ -46,7 +30,8 @@ def _check(
     channels = x.shape[1]
     if value_act not in VALUE_ACTS:
         raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
-    _check_weights(x, query_weight, key_weight, value_weight, head_channels)
+    check_query_key_value(x, query_weight, key_weight, value_weight, head_channels)
+    check_weight_dtype("value_weight", value_weight, x)
     if (previous is None) != (lambda_t is None):
         raise ValueError(
             "previous and lambda_t come together, got "
@@ -78,7 +63,8 @@ def _check_tail(
     scale: Tensor | None = None,
 ) -> None:
     check_tail(z, shortcut, norm, out_norm, scale)
-    _check_weights(z, query_weight, key_weight, value_weight, head_channels)
+    check_query_key_value(z, query_weight, key_weight, value_weight, head_channels)
+    check_weight_dtype("value_weight", value_weight, z)
     if lambda_t.shape != z.shape[1:2]:
         raise ValueError(f"lambda_t must be [{z.shape[1]}], got {tuple(lambda_t.shape)}")
     weights = (query_weight, key_weight, value_weight, lambda_t)

@@ -116,9 +116,7 @@ _backward_op = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, previous, query_weight, key_weight, value_weight, lambda_t, head_channels, gelu = inputs
-    ctx.save_for_backward(
-        x, previous, output[1], query_weight, key_weight, value_weight, lambda_t
-    )
+    ctx.save_for_backward(x, previous, output[1], query_weight, key_weight, value_weight, lambda_t)
     ctx.options = head_channels, gelu
 
 

@@ -144,9 +144,7 @@ def _backward_fake(
     *args: Any,
 ) -> list[Tensor]:
     maps = [torch.empty_like(z) for _ in range(2)]
-    weights = [
-        torch.empty_like(w) for w in (query_weight, key_weight, value_weight, lambda_t)
-    ]
+    weights = [torch.empty_like(w) for w in (query_weight, key_weight, value_weight, lambda_t)]
     return [*maps, *weights, *(summary.new_empty(z.shape[1]) for _ in range(4))]
 
 
@@ -169,8 +167,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     head_channels, numbers = ctx.options
-    *tensors, scale = ctx.saved_tensors[:8]
-    norms = ctx.saved_tensors[8:]
+    saved = ctx.saved_tensors
+    tensors, scale, norms = saved[:7], saved[7], saved[8:]
     found = _backward_op(dense(grad), *tensors, head_channels, scale, *norms, *numbers)
     return *found[:6], None, None, *tail.norm_grads(found[6:], norms)
 
