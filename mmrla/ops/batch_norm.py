@@ -59,36 +59,38 @@ class BatchNorm(NamedTuple):
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of ``[B, C, H, W]``, ``[C]``, in two passes."""
+    """Mean and biased variance of each channel of ``[B, C, H, W]``, ``[C]``."""
     dtype = accumulation_dtype(x.dtype)
     if x.is_cuda and x.dtype != torch.float64:
         mean, inverse = torch.batch_norm_stats(x, 0.0)  # 0 where the variance is
         return mean, torch.where(inverse > 0, inverse, torch.inf).pow(-2)
     count = x.numel() // x.shape[1]
     mean = x.sum(dim=(2, 3), dtype=dtype).sum(0) / count
-    squares = torch.zeros_like(mean)
-    for sample in x:
-        centred = torch.sub(sample, mean[:, None, None])
-        squares += torch.linalg.vector_norm(centred, dim=(1, 2)).square_()
-    return mean, squares / count
+    centred = x.to(dtype) - mean[:, None, None]  # so that a large mean cancels nothing
+    return mean, torch.linalg.vector_norm(centred, dim=(2, 3)).square_().sum(0) / count
 
 
-class Affine(NamedTuple):
-    """A batch norm with its statistics at hand: ``scale * x + shift``, each ``[C]``."""
+class UsedNorm(NamedTuple):
+    """A batch norm with the statistics that it uses, all ``[C]`` in the accumulation dtype."""
 
-    scale: Tensor
-    shift: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     mean: Tensor
-    inverse_std: Tensor
+    var: Tensor
+    eps: float
     uses_batch: bool
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The norm as a factor and a shift."""
+        factor = torch.rsqrt(self.var + self.eps)
+        if self.weight is not None:
+            factor = factor * self.weight
+        shift = -self.mean * factor
+        return factor, shift if self.bias is None else shift + self.bias
 
-def affine(norm: BatchNorm, mean: Tensor, var: Tensor, uses_batch: bool) -> Affine:
-    """The norm with the statistics that it uses, in the accumulation dtype."""
+
+def used_norm(norm: BatchNorm, mean: Tensor, var: Tensor, uses_batch: bool) -> UsedNorm:
+    """The norm with the statistics ``mean`` and ``var``."""
     dtype = accumulation_dtype(mean.dtype)
-    mean, inverse_std = mean.to(dtype), torch.rsqrt(var.to(dtype) + norm.eps)
-    scale = inverse_std if norm.weight is None else inverse_std * norm.weight.to(dtype)
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(dtype)
-    return Affine(scale, shift, mean, inverse_std, uses_batch)
+    weight, bias = (None if p is None else p.to(dtype) for p in (norm.weight, norm.bias))
+    return UsedNorm(weight, bias, mean.to(dtype), var.to(dtype), norm.eps, uses_batch)

@@ -1,7 +1,6 @@
-"""Passes over feature maps that the fused operations are made of, in plain torch.
+"""Passes over feature maps ``[B, C, H, W]`` that the fused operations are made of, in plain torch.
 
-Each walks sample by sample, so that what one step wrote is still cached for the next, and works in
-the accumulation dtype. ``out`` tensors have the dtype and shape of a feature map.
+Sums are taken, and factors applied, in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -9,114 +8,94 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmrla.ops.batch_norm import Affine
+from mmrla.ops.batch_norm import UsedNorm
 from mmrla.ops.query_key import accumulation_dtype
 
 
-def _column(channels: Tensor) -> Tensor:
-    return channels[:, None, None]
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of a fresh ``torch.empty_like(like)``, copied where it has others."""
+    out = torch.empty_like(like, dtype=x.dtype, device="meta")
+    if x.stride() == out.stride():
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``sum_hw a * b`` of two ``[B, C, H, W]``: ``[B, C]``."""
+    """``sum_hw a * b`` of two feature maps: ``[B, C]``."""
     dtype = accumulation_dtype(a.dtype)
-    out = a.new_empty(a.shape[:2], dtype=dtype)
-    for i in range(len(a)):
-        out[i] = (a[i].to(dtype) * b[i]).sum(dim=(1, 2))
-    return out
+    return (a.to(dtype) * b).sum(dim=(2, 3))
 
 
-def residual_relu(z: Tensor, shortcut: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:
+def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, Tensor]:
     """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``."""
-    dtype = accumulation_dtype(z.dtype)
-    y = torch.empty_like(z)
-    mean = z.new_empty(z.shape[:2], dtype=dtype)
-    scale, shift = _column(norm.scale), _column(norm.shift)
-    for i in range(len(z)):
-        if z.dtype == dtype:
-            torch.mul(z[i], scale, out=y[i]).add_(shift).add_(shortcut[i]).relu_()
-        else:
-            y[i] = (z[i].to(dtype) * scale).add_(shift).add_(shortcut[i]).relu_()
-        torch.sum(y[i], dim=(1, 2), dtype=dtype, out=mean[i])
-    return y, mean.div_(z.shape[2] * z.shape[3])
+    y = F.batch_norm(z, norm.mean, norm.var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    y = laid_out(y.add_(shortcut).relu_(), z)
+    return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
 
 
-def add_norm_(y: Tensor, o: Tensor, norm: Affine, scale: Tensor | None) -> Tensor:
+def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Tensor:
     """``y += scale_b * norm(o)`` in place; ``scale`` is ``[B]``."""
-    for i in range(len(y)):
-        factor, shift = norm.scale, norm.shift
-        if scale is not None:
-            factor, shift = factor * scale[i], shift * scale[i]
-        y[i].add_((o[i] * _column(factor)).add_(_column(shift)))
-    return y
+    factor, shift = norm.affine()
+    if scale is not None:
+        factor, shift = scale[:, None] * factor, scale[:, None] * shift
+    factor, shift = factor[..., None, None], shift[..., None, None]
+    if y.dtype == factor.dtype:
+        return y.addcmul_(o, factor).add_(shift)
+    return y.add_((o * factor).add_(shift))
 
 
 def norm_backward(
-    x: Tensor, grad: Tensor, norm: Affine, out: Tensor, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``norm(x)`` when that of its result is ``g = scale_b * grad``.
+    x: Tensor, grad: Tensor, norm: UsedNorm, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``norm(x)`` when that of its result is ``scale_b * grad``.
 
     Args:
         x: The norm's input.
         grad: Shaped like ``x``.
         norm: The norm.
-        out: Where the gradient of ``x`` goes; may be ``x`` itself.
         scale: ``[B]``, or None for 1.
 
     Returns:
-        The gradients of the norm's weight and bias, ``[C]``.
+        The gradients of ``x`` and of the norm's weight and bias, ``[C]``.
     """
-    dtype = accumulation_dtype(x.dtype)
-    sums = x.new_zeros((2, x.shape[1]), dtype=dtype)
-    for i in range(len(x)):
-        centred = torch.sub(x[i], _column(norm.mean))  # so that a large mean cancels nothing
-        found = torch.stack(
-            (grad[i].sum(dim=(1, 2), dtype=dtype), centred.mul_(grad[i]).sum(dim=(1, 2)))
-        )
-        sums += found if scale is None else found * scale[i]
-    sum_grad, sum_product = sums
-    count = x.numel() // x.shape[1]
-    spread = -norm.scale * norm.inverse_std.square() * sum_product / count
-    offset = -norm.scale * sum_grad / count - spread * norm.mean
-    for i in range(len(x)):
-        factor = _column(norm.scale if scale is None else norm.scale * scale[i])
-        if not norm.uses_batch:
-            torch.mul(grad[i], factor, out=out[i])
-        elif x.dtype == dtype:
-            torch.mul(x[i], _column(spread), out=out[i])
-            out[i].add_(_column(offset)).addcmul_(grad[i], factor)
-        else:
-            found = x[i] * _column(spread)
-            out[i] = found.add_(_column(offset)).addcmul_(grad[i].to(dtype), factor)
-    return sum_product * norm.inverse_std, sum_grad
+    if scale is not None:
+        grad = grad * scale.to(grad.dtype)[:, None, None, None]
+    inverse_std = torch.rsqrt(norm.var + norm.eps)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, norm.weight, norm.mean, norm.var, norm.mean, inverse_std, norm.uses_batch,
+        norm.eps, [True, True, True],
+    )  # fmt: skip
+    return laid_out(grad_x, x), grad_weight, grad_bias
 
 
 def relu_backward_(grad: Tensor, y: Tensor) -> Tensor:
     """``grad`` set to zero, in place, where ``y`` is not positive."""
-    for i in range(len(grad)):
-        torch.ops.aten.threshold_backward.grad_input(grad[i], y[i], 0, grad_input=grad[i])
-    return grad
+    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
 
 
 def scale_add_(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     """``out = scale_c * out + add`` in place."""
-    for i in range(len(out)):
-        out[i].mul_(_column(scale)).add_(add[i])
-    return out
+    return out.mul_(scale[:, None, None]).add_(add)
 
 
 def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_s weights[s] * values[s]``, weights ``[t, B, C]``, without stacking the values."""
+    """``sum_s weights[s] * values[s]``, weights ``[t, B, C]``, without stacking the values.
+
+    Goes sample by sample, so that the sum stays cached.
+    """
     dtype = accumulation_dtype(values[-1].dtype)
     out = torch.empty_like(values[-1])
+    columns = weights[..., None, None]
     for i in range(len(out)):
         same = out.dtype == dtype
         total = out[i] if same else torch.empty_like(out[i], dtype=dtype)
-        torch.mul(values[0][i], _column(weights[0, i]), out=total)
-        for value, weight in zip(values[1:], weights[1:, i], strict=True):
-            total.addcmul_(value[i] if same else value[i].to(dtype), _column(weight))
+        torch.mul(values[0][i], columns[0, i], out=total)
+        for s in range(1, len(values)):
+            value = values[s][i]
+            total.addcmul_(value if same else value.to(dtype), columns[s, i])
         if not same:
             out[i] = total
     return out
@@ -136,9 +115,5 @@ def dots(grad: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 def scaled(grad: Tensor, weight: Tensor, add: Tensor | None = None) -> Tensor:
     """``weight[b, c] * grad + add``."""
-    out = torch.empty_like(grad)
-    for i in range(len(grad)):
-        torch.mul(grad[i], _column(weight[i]), out=out[i])
-        if add is not None:
-            out[i].add_(add[i])
-    return out
+    out = torch.mul(grad, weight[:, :, None, None], out=torch.empty_like(grad))
+    return out if add is None else out.add_(add)

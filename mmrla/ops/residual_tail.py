@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmrla.ops import passes
-from mmrla.ops.batch_norm import Affine, BatchNorm, affine, statistics
+from mmrla.ops.batch_norm import BatchNorm, UsedNorm, statistics, used_norm
 from mmrla.ops.memory import autocast_dtype, why_not_fused
 from mmrla.ops.query_key import accumulation_dtype, check_feature_map
 
@@ -63,13 +63,13 @@ def output_naive(
     return TailOutput(y + retrieved, *used, mean, var)
 
 
-def resolve(norm: BatchNorm, x: Tensor) -> tuple[Affine, tuple[Tensor, Tensor]]:
+def resolve(norm: BatchNorm, x: Tensor) -> tuple[UsedNorm, tuple[Tensor, Tensor]]:
     """The norm with the statistics it uses on ``x``, and the batch's if it uses them."""
     if norm.mean is None or norm.var is None:
         mean, var = statistics(x)
-        return affine(norm, mean, var, True), (mean, var)
+        return used_norm(norm, mean, var, True), (mean, var)
     unused = [x.new_empty(0, dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
-    return affine(norm, norm.mean, norm.var, False), (unused[0], unused[1])
+    return used_norm(norm, norm.mean, norm.var, False), (unused[0], unused[1])
 
 
 def fake_statistics(flat: tuple[Any, ...], x: Tensor) -> list[Tensor]:
@@ -104,28 +104,28 @@ SAVED_SCHEMA = (
 """Schema of what :func:`saved_norms` makes."""
 
 
-def restored_norms(saved: tuple[Any, ...]) -> tuple[Affine, Affine]:
+def restored_norms(saved: tuple[Any, ...]) -> tuple[UsedNorm, UsedNorm]:
     """Both norms from what :func:`saved_norms` made."""
     tensors, (eps, uses_batch, out_eps, out_uses_batch) = saved[:8], saved[8:]
     first = BatchNorm(*tensors[:4], eps)  # type: ignore[call-arg]
     second = BatchNorm(*tensors[4:], out_eps)  # type: ignore[call-arg]
     return (
-        affine(first, tensors[2], tensors[3], uses_batch),
-        affine(second, tensors[6], tensors[7], out_uses_batch),
+        used_norm(first, tensors[2], tensors[3], uses_batch),
+        used_norm(second, tensors[6], tensors[7], out_uses_batch),
     )
 
 
 def residual_relu_backward(
-    grad: Tensor, y: Tensor, z: Tensor, norm: Affine
+    grad: Tensor, y: Tensor, z: Tensor, norm: UsedNorm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``y = relu(norm(z) + shortcut)``; ``grad`` and ``y`` are written over.
+    """Gradients of ``y = relu(norm(z) + shortcut)``; ``grad`` is written over.
 
     Returns:
         Those of ``z``, the shortcut, the norm's weight and its bias.
     """
     grad = passes.relu_backward_(grad, y)
-    grad_weight, grad_bias = passes.norm_backward(z, grad, norm, out=y)
-    return y, grad, grad_weight, grad_bias
+    grad_z, grad_weight, grad_bias = passes.norm_backward(z, grad, norm)
+    return grad_z, grad, grad_weight, grad_bias
 
 
 def check_tail(

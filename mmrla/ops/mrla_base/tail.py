@@ -129,8 +129,7 @@ def _backward(
     keys = [*keys, key]
     weights = weights_of(query, keys, head_channels)
     o = passes.weighted_sum(values, weights)
-    grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, o, scale)
-    grad_o = o
+    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
     grad_query, grad_keys = retrieve_backward(grad_o, weights, query, keys, values, head_channels)
     grad_values = [passes.scaled(grad_o, weight) for weight in weights[:-1]]
     own = passes.scaled(grad_o, weights[-1], grad_value)

@@ -106,8 +106,7 @@ def _backward(
     weight = value_weight.to(dtype).transpose(0, 1)
     lam = lambda_t.to(dtype)
     o = stencil(y, gate * weight, lam, shortcut)
-    grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, o, scale)
-    grad_o = o
+    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
     grad_lambda = passes.dot(grad_o, shortcut).sum(0)
     found = moments(grad_o, y)
     grad_summary, grad_query, grad_key = gate_backward(
