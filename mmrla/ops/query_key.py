@@ -49,21 +49,32 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
     Returns:
         Query and key, each ``[B, C]``.
     """
+    dtype = accumulation_dtype(x.dtype)
+    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
+    query_padding, key_padding = (int(w.shape[-1]) // 2 for w in (query_weight, key_weight))
     with torch.autocast(x.device.type, enabled=False):
-        summary = x.mean(dim=(2, 3), dtype=accumulation_dtype(x.dtype))
-        return query_key_of(summary, query_weight, key_weight)
+        summary = x.mean(dim=(2, 3), dtype=dtype).unsqueeze(1)
+        query = F.conv1d(summary, query_weight.to(dtype), padding=query_padding)
+        key = F.conv1d(summary, key_weight.to(dtype), padding=key_padding)
+    return query.squeeze(1), key.squeeze(1)
+
+
+def slide(x: Tensor, weight: Tensor) -> Tensor:
+    """The Conv1D of ``x [B, C]`` by ``weight [1, 1, k]``, cheap where both are tiny."""
+    return _windows(x, weight) @ weight.to(x.dtype).view(-1)
+
+
+def _windows(x: Tensor, weight: Tensor) -> Tensor:
+    """What each step of :func:`slide` sees: ``[B, C, k]``, without memory of its own."""
+    size = weight.shape[-1]
+    return F.pad(x, (size // 2, size // 2)).unfold(1, size, 1)
 
 
 def query_key_of(
     summary: Tensor, query_weight: Tensor, key_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Query and key, each ``[B, C]``, of a summary ``[B, C]`` in its dtype; outside autocast."""
-    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
-    query, key = (
-        F.conv1d(summary.unsqueeze(1), w.to(summary.dtype), padding=int(w.shape[-1]) // 2)
-        for w in (query_weight, key_weight)
-    )
-    return query.squeeze(1), key.squeeze(1)
+    """Query and key, each ``[B, C]``, of a summary ``[B, C]``, in its dtype."""
+    return slide(summary, query_weight), slide(summary, key_weight)
 
 
 def query_key_backward(
@@ -78,16 +89,12 @@ def query_key_backward(
     Returns:
         The gradients of the summary, ``[B, C]``, and of both weights, in the weights' dtypes.
     """
-    grad_summary = torch.zeros_like(summary)
-    grad_weights = []
-    for grad, weight in ((grad_query, query_weight), (grad_key, key_weight)):
-        size = weight.shape[-1]
-        flipped = weight.to(summary.dtype).flip(-1)
-        grad_summary += F.conv1d(grad.unsqueeze(1), flipped, padding=size // 2).squeeze(1)
-        windows = F.pad(summary, (size // 2, size // 2)).unfold(1, size, 1)
-        found = (grad.unsqueeze(-1) * windows).sum(dim=(0, 1))
-        grad_weights.append(found.view_as(weight).to(weight.dtype))
-    return grad_summary, grad_weights[0], grad_weights[1]
+    grad_summary = slide(grad_query, query_weight.flip(-1)) + slide(grad_key, key_weight.flip(-1))
+    grad_weights = (
+        torch.einsum("bc,bck->k", grad, _windows(summary, weight)).view_as(weight).to(weight.dtype)
+        for grad, weight in ((grad_query, query_weight), (grad_key, key_weight))
+    )
+    return grad_summary, *grad_weights  # type: ignore[return-value]
 
 
 def per_channel(weights: Tensor, head_channels: int) -> Tensor:
