@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 CAN_REGISTER = hasattr(torch.library, "custom_op")
 """Whether torch has ``torch.library.custom_op`` (2.4 and later); torch.compile needs it."""
 
 
-def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``fn``, whose arguments hold a tensor, as if autocast were off: it picks its dtypes."""
+def on_its_device(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``fn`` on the device of its first tensor, and with autocast off: it picks its dtypes."""
 
     @functools.wraps(fn)
     def wrapped(*args: Any) -> Any:
-        device = next(a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)).device.type
-        with torch.autocast(device, enabled=False):
+        device = next(a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)).device
+        on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on, torch.autocast(device.type, enabled=False):
             return fn(*args)
 
     return wrapped
@@ -38,9 +39,9 @@ def register(
         fn: The implementation, for any device. No result may share memory with an argument.
         fake: Makes empty results of the right shapes, strides and dtypes.
     """
-    fn = without_autocast(fn)
+    fn = on_its_device(fn)
     if not CAN_REGISTER:
-        return fn
+        return without_gradient(name, fn)
     op = torch.library.custom_op(name, fn, mutates_args=(), schema=schema)
     op.register_fake(fake)
     return op
@@ -65,9 +66,9 @@ def register_differentiable(
         backward: ``(ctx, *grads)``; one gradient for each argument, a list for a list. What it
             calls is registered without a gradient, so that a second derivative raises.
     """
-    op = register(name, schema, fn, fake)
     if not CAN_REGISTER:
-        return as_function(name, op, setup_context, backward)
+        return as_function(name, on_its_device(fn), setup_context, backward)
+    op = register(name, schema, fn, fake)
     op.register_autograd(backward, setup_context=setup_context)
     return op
 
@@ -92,21 +93,37 @@ def as_function(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             flat: list[Any] = [None]
             for grad in backward(ctx, *grads):
                 flat.extend(grad if isinstance(grad, list) else [grad])
             return tuple(flat)
 
+    return _flattened(Function, name)
+
+
+def without_gradient(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What :func:`register` makes where torch has no custom operations."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, spec: Any, *flat: Any) -> tuple[Tensor, ...]:
+            return tuple(fn(*pytree.tree_unflatten(list(flat), spec)))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            raise RuntimeError(f"{name} has no autograd formula: no second derivative")
+
+    call = _flattened(Function, name)
+    return lambda *args: list(call(*args))
+
+
+def _flattened(function: Any, name: str) -> Callable[..., Any]:
+    """``function`` on arguments that it gets flat, after their structure."""
+    function.__name__ = name.replace("::", "_")
+
     def call(*args: Any) -> Any:
         flat, spec = pytree.tree_flatten(list(args))
-        return Function.apply(spec, *flat)
+        return function.apply(spec, *flat)
 
-    Function.__name__ = name.replace("::", "_")
     return call
-
-
-def lists(args: Sequence[Any]) -> list[Any]:
-    """The arguments with tuples turned into lists, which schemas ask for."""
-    return [list(a) if isinstance(a, tuple) else a for a in args]

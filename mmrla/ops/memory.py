@@ -17,17 +17,21 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.is_autocast_enabled(device)
+    return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of ``x`` works in: autocast's, under it, else its own."""
     device = x.device.type
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not autocast_is_on(device):
         return x.dtype
     if hasattr(torch, "get_autocast_dtype"):
-        on = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if on else x.dtype
-    if device == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
+        return torch.get_autocast_dtype(device)
+    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
 
 
 def why_not_fused(x: Tensor) -> str | None:
@@ -53,9 +57,6 @@ def check_one_device(*tensors: Tensor | None) -> None:
 
 def check_weight_dtype(name: str, weight: Tensor, x: Tensor) -> None:
     """Raise TypeError where a convolution of ``x`` by ``weight`` has no common dtype."""
-    if weight.dtype != x.dtype and torch.float64 in (weight.dtype, x.dtype):
-        mixed = True
-    else:
-        mixed = weight.dtype != x.dtype and autocast_dtype(x) == x.dtype
-    if mixed:
+    casts = torch.float64 not in (weight.dtype, x.dtype) and autocast_is_on(x.device.type)
+    if weight.dtype != x.dtype and not casts:
         raise TypeError(f"{name} must have the dtype of x, got {weight.dtype} and {x.dtype=}")

@@ -1,11 +1,13 @@
-"""Passes over feature maps ``[B, C, H, W]`` that the fused operations are made of, in plain torch.
+"""Passes over feature maps ``[B, C, H, W]`` that the fused operations are made of.
 
-Sums are taken, and factors applied, in the accumulation dtype.
+In plain torch, or by Triton's kernels where those run. Sums are taken, and factors applied, in the
+accumulation dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from mmrla.ops.batch_norm import UsedNorm
 from mmrla.ops.query_key import accumulation_dtype
+from mmrla.ops.triton_support import use_triton
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -23,14 +26,29 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
+def _kernels(*maps: Tensor | None) -> Any:
+    """Triton's kernels where they can run these feature maps, else None."""
+    given = [x for x in maps if x is not None]
+    if not use_triton(given[0]):
+        return None
+    from mmrla.ops import passes_triton
+
+    return passes_triton if all(map(passes_triton.is_dense, given)) else None
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """``sum_hw a * b`` of two feature maps: ``[B, C]``."""
+    if kernels := _kernels(a, b):
+        return kernels.dot(a, b)
     dtype = accumulation_dtype(a.dtype)
     return (a.to(dtype) * b).sum(dim=(2, 3))
 
 
 def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, Tensor]:
     """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``."""
+    if kernels := _kernels(z, shortcut):
+        y = kernels.affine_add(z, *norm.affine(), shortcut, torch.empty_like(z), relu=True)
+        return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
     y = F.batch_norm(z, norm.mean, norm.var, norm.weight, norm.bias, False, 0.0, norm.eps)
     y = laid_out(y.add_(shortcut).relu_(), z)
     return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
@@ -41,6 +59,8 @@ def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Ten
     factor, shift = norm.affine()
     if scale is not None:
         factor, shift = scale[:, None] * factor, scale[:, None] * shift
+    if kernels := _kernels(y, o):
+        return kernels.affine_add(o, factor, shift, y, y)
     factor, shift = factor[..., None, None], shift[..., None, None]
     if y.dtype == factor.dtype:
         return y.addcmul_(o, factor).add_(shift)
@@ -78,6 +98,8 @@ def relu_backward_(grad: Tensor, y: Tensor) -> Tensor:
 
 def scale_add_(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     """``out = scale_c * out + add`` in place."""
+    if kernels := _kernels(out, add):
+        return kernels.affine_add(out, scale, None, add, out)
     return out.mul_(scale[:, None, None]).add_(add)
 
 
@@ -86,6 +108,9 @@ def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Goes sample by sample, so that the sum stays cached.
     """
+    kernels = _kernels(*values)
+    if kernels and all(v.stride() == values[-1].stride() for v in values):
+        return kernels.weighted_sum(values, weights)
     dtype = accumulation_dtype(values[-1].dtype)
     out = torch.empty_like(values[-1])
     columns = weights[..., None, None]
@@ -103,6 +128,8 @@ def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 def dots(grad: Tensor, values: Sequence[Tensor]) -> Tensor:
     """``sum_hw grad * values[s]`` for every s: ``[t, B, C]``."""
+    if kernels := _kernels(grad, *values):
+        return torch.stack([kernels.dot(grad, value) for value in values])
     dtype = accumulation_dtype(grad.dtype)
     out = grad.new_empty((len(values), *grad.shape[:2]), dtype=dtype)
     for i in range(len(grad)):
@@ -115,5 +142,7 @@ def dots(grad: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 def scaled(grad: Tensor, weight: Tensor, add: Tensor | None = None) -> Tensor:
     """``weight[b, c] * grad + add``."""
+    if kernels := _kernels(grad, add):
+        return kernels.affine_add(grad, weight, None, add, torch.empty_like(grad))
     out = torch.mul(grad, weight[:, :, None, None], out=torch.empty_like(grad))
     return out if add is None else out.add_(add)

@@ -6,6 +6,7 @@ nine times. Strides are arguments: with NCHW the columns lie next to each other 
 channels_last the channels, and the shape of a block follows. Sums are kept in float32.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
