@@ -36,11 +36,13 @@ def _kernels(*maps: Tensor | None) -> Any:
     return passes_triton if all(map(passes_triton.is_dense, given)) else None
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``sum_hw a * b`` of two feature maps: ``[B, C]``."""
+def dot(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """``sum_hw a * b`` of two feature maps: ``[B, C]``; may write over ``scratch``."""
     if kernels := _kernels(a, b):
         return kernels.dot(a, b)
     dtype = accumulation_dtype(a.dtype)
+    if scratch is not None and a.dtype == dtype:
+        return torch.mul(a, b, out=scratch).sum(dim=(2, 3))
     return (a.to(dtype) * b).sum(dim=(2, 3))
 
 

@@ -59,22 +59,25 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
     return query.squeeze(1), key.squeeze(1)
 
 
-def slide(x: Tensor, weight: Tensor) -> Tensor:
-    """The Conv1D of ``x [B, C]`` by ``weight [1, 1, k]``, cheap where both are tiny."""
-    return _windows(x, weight) @ weight.to(x.dtype).view(-1)
+def _kernels(query_weight: Tensor, key_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Both Conv1D weights as ``[2, k]``, the smaller one framed by zeros."""
+    size = max(query_weight.shape[-1], key_weight.shape[-1])
+    both = (w.to(dtype).view(-1) for w in (query_weight, key_weight))
+    return torch.stack([F.pad(w, [(size - len(w)) // 2] * 2) for w in both])
 
 
-def _windows(x: Tensor, weight: Tensor) -> Tensor:
-    """What each step of :func:`slide` sees: ``[B, C, k]``, without memory of its own."""
-    size = weight.shape[-1]
-    return F.pad(x, (size // 2, size // 2)).unfold(1, size, 1)
+def _windows(x: Tensor, size: int) -> Tensor:
+    """What each step of a Conv1D over the last axis sees: ``[..., C, k]``."""
+    return F.pad(x, (size // 2, size // 2)).unfold(-1, size, 1)
 
 
 def query_key_of(
     summary: Tensor, query_weight: Tensor, key_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Query and key, each ``[B, C]``, of a summary ``[B, C]``, in its dtype."""
-    return slide(summary, query_weight), slide(summary, key_weight)
+    kernels = _kernels(query_weight, key_weight, summary.dtype)
+    both = _windows(summary, kernels.shape[1]) @ kernels.t()
+    return both[..., 0], both[..., 1]
 
 
 def query_key_backward(
@@ -89,12 +92,17 @@ def query_key_backward(
     Returns:
         The gradients of the summary, ``[B, C]``, and of both weights, in the weights' dtypes.
     """
-    grad_summary = slide(grad_query, query_weight.flip(-1)) + slide(grad_key, key_weight.flip(-1))
+    kernels = _kernels(query_weight, key_weight, summary.dtype)
+    size = kernels.shape[1]
+    grads = torch.stack([grad_query, grad_key])
+    grad_summary = (_windows(grads, size) @ kernels.flip(1)[:, :, None].unsqueeze(1)).sum((0, 3))
+    found = grads.flatten(1) @ _windows(summary, size).reshape(-1, size)
+    frames = ((size - w.shape[-1]) // 2 for w in (query_weight, key_weight))
     grad_weights = (
-        torch.einsum("bc,bck->k", grad, _windows(summary, weight)).view_as(weight).to(weight.dtype)
-        for grad, weight in ((grad_query, query_weight), (grad_key, key_weight))
+        f[frame : size - frame].clone().view_as(w).to(w.dtype)
+        for f, frame, w in zip(found, frames, (query_weight, key_weight), strict=True)
     )
-    return grad_summary, *grad_weights  # type: ignore[return-value]
+    return grad_summary, *grad_weights
 
 
 def per_channel(weights: Tensor, head_channels: int) -> Tensor:
