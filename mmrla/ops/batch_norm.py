@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrla.ops.query_key import accumulation_dtype
+from mmrla.ops.tiles import tiles
 
 
 class BatchNorm(NamedTuple):
@@ -64,10 +65,17 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda and x.dtype != torch.float64:
         mean, inverse = torch.batch_norm_stats(x, 0.0)  # 0 where the variance is
         return mean, torch.where(inverse > 0, inverse, torch.inf).pow(-2)
-    count = x.numel() // x.shape[1]
-    mean = x.sum(dim=(2, 3), dtype=dtype).sum(0) / count
-    centred = x.to(dtype) - mean[:, None, None]  # so that a large mean cancels nothing
-    return mean, torch.linalg.vector_norm(centred, dim=(2, 3)).square_().sum(0) / count
+    # Of every plane first, so that a large mean cancels nothing and a tile is read once.
+    means, squares = (x.new_empty(x.shape[:2], dtype=dtype) for _ in range(2))
+    for tile in tiles(x):
+        part = x[tile].to(dtype)
+        means[tile] = part.mean(dim=(2, 3))
+        centred = part - means[tile][:, :, None, None]
+        squares[tile] = torch.linalg.vector_norm(centred, dim=(2, 3)).square_()
+    mean = means.mean(0)
+    pixels = x.shape[2] * x.shape[3]
+    between = (means - mean).square_().mean(0)
+    return mean, squares.mean(0) / pixels + between
 
 
 class UsedNorm(NamedTuple):
@@ -79,6 +87,13 @@ class UsedNorm(NamedTuple):
     var: Tensor
     eps: float
     uses_batch: bool
+
+    def of(self, channels: slice) -> UsedNorm:
+        """The norm of some of the channels."""
+        weight, bias = (None if p is None else p[channels] for p in (self.weight, self.bias))
+        return self._replace(
+            weight=weight, bias=bias, mean=self.mean[channels], var=self.var[channels]
+        )
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The norm as a factor and a shift."""

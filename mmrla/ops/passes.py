@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmrla.ops.batch_norm import UsedNorm
 from mmrla.ops.query_key import accumulation_dtype
+from mmrla.ops.tiles import tiles
 from mmrla.ops.triton_support import use_triton
 
 
@@ -36,14 +37,15 @@ def _kernels(*maps: Tensor | None) -> Any:
     return passes_triton if all(map(passes_triton.is_dense, given)) else None
 
 
-def dot(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """``sum_hw a * b`` of two feature maps: ``[B, C]``; may write over ``scratch``."""
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """``sum_hw a * b`` of two feature maps: ``[B, C]``."""
     if kernels := _kernels(a, b):
         return kernels.dot(a, b)
     dtype = accumulation_dtype(a.dtype)
-    if scratch is not None and a.dtype == dtype:
-        return torch.mul(a, b, out=scratch).sum(dim=(2, 3))
-    return (a.to(dtype) * b).sum(dim=(2, 3))
+    out = a.new_empty(a.shape[:2], dtype=dtype)
+    for tile in tiles(a):
+        out[tile] = (a[tile].to(dtype) * b[tile]).sum(dim=(2, 3))
+    return out
 
 
 def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, Tensor]:
@@ -51,9 +53,14 @@ def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, 
     if kernels := _kernels(z, shortcut):
         y = kernels.affine_add(z, *norm.affine(), shortcut, torch.empty_like(z), relu=True)
         return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
-    y = F.batch_norm(z, norm.mean, norm.var, norm.weight, norm.bias, False, 0.0, norm.eps)
-    y = laid_out(y.add_(shortcut).relu_(), z)
-    return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
+    y = torch.empty_like(z)
+    mean = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
+    for tile in tiles(z):
+        now = norm.of(tile[1])
+        normed = F.batch_norm(z[tile], now.mean, now.var, now.weight, now.bias, False, 0.0, now.eps)
+        torch.add(normed, shortcut[tile], out=y[tile]).relu_()
+        mean[tile] = y[tile].mean(dim=(2, 3), dtype=mean.dtype)
+    return y, mean
 
 
 def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Tensor:
@@ -63,10 +70,13 @@ def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Ten
         factor, shift = scale[:, None] * factor, scale[:, None] * shift
     if kernels := _kernels(y, o):
         return kernels.affine_add(o, factor, shift, y, y)
-    factor, shift = factor[..., None, None], shift[..., None, None]
-    if y.dtype == factor.dtype:
-        return y.addcmul_(o, factor).add_(shift)
-    return y.add_((o * factor).add_(shift))
+    factor, shift = (v.expand(y.shape[:2])[..., None, None] for v in (factor, shift))
+    for tile in tiles(y):
+        if y.dtype == factor.dtype:
+            y[tile].addcmul_(o[tile], factor[tile]).add_(shift[tile])
+        else:
+            y[tile].add_((o[tile] * factor[tile]).add_(shift[tile]))
+    return y
 
 
 def norm_backward(
@@ -102,7 +112,9 @@ def scale_add_(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     """``out = scale_c * out + add`` in place."""
     if kernels := _kernels(out, add):
         return kernels.affine_add(out, scale, None, add, out)
-    return out.mul_(scale[:, None, None]).add_(add)
+    for tile in tiles(out):
+        out[tile].mul_(scale[tile[1], None, None]).add_(add[tile])
+    return out
 
 
 def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def _backward(
     lam = lambda_t.to(dtype)
     o = stencil(y, gate * weight, lam, shortcut)
     grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
-    grad_lambda = passes.dot(grad_o, shortcut, scratch=o).sum(0)
+    grad_lambda = passes.dot(grad_o, shortcut).sum(0)
     found = moments(grad_o, y)
     grad_summary, grad_query, grad_key = gate_backward(
         (found * weight).sum(dim=(2, 3)), summary, query_weight, key_weight, head_channels
