@@ -1,6 +1,7 @@
 # Two commands do everything, environment included:
 #   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
 #   make test    the test suite
+# and: make bench (what MRLA costs beside the plain network), make config-table
 #
 # PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.12)
 # VENV=path           another virtual environment; VENV= (empty) takes the active one. One that

@@ -39,3 +39,34 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         Returns:
             ``(o, state)``: what was retrieved, shaped like ``x``, and the state for the next layer.
         """
+
+    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
+        """Whether :meth:`tail` can run on ``z`` with these norms. Default: never."""
+        return False
+
+    def tail(
+        self,
+        z: Tensor,
+        shortcut: Tensor,
+        state: Any,
+        norm: nn.BatchNorm2d,
+        out_norm: nn.BatchNorm2d,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """The end of a residual block in one operation, where :meth:`fuses_tail` says so.
+
+        ``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(o)`` with
+        ``(o, state) = forward(y, shortcut, state)``.
+
+        Args:
+            z: The output of the block's last convolution, ``[B, C, H, W]``.
+            shortcut: The block's identity branch, shaped like ``z``.
+            state: As in :meth:`forward`.
+            norm: The norm behind the last convolution.
+            out_norm: The norm behind the attention.
+            scale: ``[B]``, drop path's factors, or None for 1.
+
+        Returns:
+            ``(out, state)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fused tail")

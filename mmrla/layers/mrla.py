@@ -11,15 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention
-from mmrla.ops import eca_kernel_size, mrla_base, mrla_light, query_key
+from mmrla.layers.norm import batch_norm_of, is_plain, update_running_statistics
+from mmrla.ops import (
+    Op,
+    eca_kernel_size,
+    mrla_base,
+    mrla_base_tail,
+    mrla_light,
+    mrla_light_tail,
+    query_key,
+)
 from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.query_key import check_head_channels
+from mmrla.ops.residual_tail import TailOutput
 
 MRLABaseState = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class _MRLA(LayerAttention):
     """Query, key and value of a layer (section 4), common to MRLA-light and MRLA-base."""
+
+    tail_op: Op
 
     def __init__(self, channels: int, head_channels: int, kernel_size: int | None = None) -> None:
         super().__init__(channels)
@@ -33,6 +45,15 @@ class _MRLA(LayerAttention):
         self.key = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         nn.init.kaiming_normal_(self.value.weight, mode="fan_out", nonlinearity="relu")
+
+    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
+        """See :class:`LayerAttention`: between plain batch norms, which no hook watches."""
+        return (
+            type(norm) is nn.BatchNorm2d
+            and type(out_norm) is nn.BatchNorm2d
+            and is_plain(self, norm, out_norm)
+            and self.tail_op.select(z).backend.name == "fused"
+        )
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
@@ -60,6 +81,7 @@ class MRLALight(_MRLA):
     """
 
     RECURRENCES = ("shortcut", "output")
+    tail_op = mrla_light_tail
 
     def __init__(
         self,
@@ -100,6 +122,35 @@ class MRLALight(_MRLA):
         )
         return o, (o if self.recurrence == "output" else None)
 
+    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
+        """See :class:`LayerAttention`; only as in the released code, without ``value_act``."""
+        released = self.uses_shortcut and self.value_act is None
+        return released and super().fuses_tail(z, norm, out_norm)
+
+    def tail(
+        self,
+        z: Tensor,
+        shortcut: Tensor,
+        state: None,
+        norm: nn.BatchNorm2d,
+        out_norm: nn.BatchNorm2d,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, None]:
+        """See :class:`LayerAttention`."""
+        found = mrla_light_tail(
+            z,
+            shortcut,
+            batch_norm_of(norm),
+            self.query.weight,
+            self.key.weight,
+            self.value.weight,
+            self.lambda_t,
+            self.head_channels,
+            batch_norm_of(out_norm),
+            scale,
+        )
+        return _finish(found, norm, out_norm), None
+
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"{super().extra_repr()}, recurrence={self.recurrence!r}"
@@ -121,6 +172,8 @@ class MRLABase(_MRLA):
         ValueError: ``head_channels`` does not divide C, or an even ``kernel_size``.
     """
 
+    tail_op = mrla_base_tail
+
     def __init__(
         self, channels: int, head_channels: int = 16, kernel_size: int | None = None
     ) -> None:
@@ -134,3 +187,37 @@ class MRLABase(_MRLA):
         keys, values = ((), ()) if state is None else state
         keys, values = (*keys, key), (*values, self.value(x))
         return mrla_base(query, keys, values, self.head_channels), (keys, values)
+
+    def tail(
+        self,
+        z: Tensor,
+        shortcut: Tensor,
+        state: MRLABaseState | None,
+        norm: nn.BatchNorm2d,
+        out_norm: nn.BatchNorm2d,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, MRLABaseState]:
+        """See :class:`LayerAttention`."""
+        keys, values = ((), ()) if state is None else state
+        found, key, value = mrla_base_tail(
+            z,
+            shortcut,
+            batch_norm_of(norm),
+            self.query.weight,
+            self.key.weight,
+            self.value.weight,
+            keys,
+            values,
+            self.head_channels,
+            batch_norm_of(out_norm),
+            scale,
+        )
+        return _finish(found, norm, out_norm), ((*keys, key), (*values, value))
+
+
+def _finish(found: TailOutput, norm: nn.BatchNorm2d, out_norm: nn.BatchNorm2d) -> Tensor:
+    """Update the norms' running statistics; returns the tail's output."""
+    count = found.out.numel() // found.out.shape[1]
+    update_running_statistics(norm, found.mean, found.var, count)
+    update_running_statistics(out_norm, found.out_mean, found.out_var, count)
+    return found.out

@@ -1,16 +1,20 @@
 """Functions on tensors. This floor imports torch alone."""
 
+from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.dispatch import Backend, Op, Selection
-from mmrla.ops.mrla_base import mrla_base
-from mmrla.ops.mrla_light import mrla_light
+from mmrla.ops.mrla_base import mrla_base, mrla_base_tail
+from mmrla.ops.mrla_light import mrla_light, mrla_light_tail
 from mmrla.ops.query_key import eca_kernel_size, query_key
 
 __all__ = [
     "Backend",
+    "BatchNorm",
     "Op",
     "Selection",
     "eca_kernel_size",
     "mrla_base",
+    "mrla_base_tail",
     "mrla_light",
+    "mrla_light_tail",
     "query_key",
 ]

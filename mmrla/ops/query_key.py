@@ -59,6 +59,52 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
     return query.squeeze(1), key.squeeze(1)
 
 
+def _kernels(query_weight: Tensor, key_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Both Conv1D weights as ``[2, k]``, the smaller one framed by zeros."""
+    size = max(query_weight.shape[-1], key_weight.shape[-1])
+    both = (w.to(dtype).view(-1) for w in (query_weight, key_weight))
+    return torch.stack([F.pad(w, [(size - len(w)) // 2] * 2) for w in both])
+
+
+def _windows(x: Tensor, size: int) -> Tensor:
+    """What each step of a Conv1D over the last axis sees: ``[..., C, k]``."""
+    return F.pad(x, (size // 2, size // 2)).unfold(-1, size, 1)
+
+
+def query_key_of(
+    summary: Tensor, query_weight: Tensor, key_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query and key, each ``[B, C]``, of a summary ``[B, C]``, in its dtype."""
+    kernels = _kernels(query_weight, key_weight, summary.dtype)
+    both = _windows(summary, kernels.shape[1]) @ kernels.t()
+    return both[..., 0], both[..., 1]
+
+
+def query_key_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    summary: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`query_key_of`.
+
+    Returns:
+        The gradients of the summary, ``[B, C]``, and of both weights, in the weights' dtypes.
+    """
+    kernels = _kernels(query_weight, key_weight, summary.dtype)
+    size = kernels.shape[1]
+    grads = torch.stack([grad_query, grad_key])
+    grad_summary = (_windows(grads, size) @ kernels.flip(1)[:, :, None].unsqueeze(1)).sum((0, 3))
+    found = grads.flatten(1) @ _windows(summary, size).reshape(-1, size)
+    frames = ((size - w.shape[-1]) // 2 for w in (query_weight, key_weight))
+    grad_weights = (
+        f[frame : size - frame].clone().view_as(w).to(w.dtype)
+        for f, frame, w in zip(found, frames, (query_weight, key_weight), strict=True)
+    )
+    return grad_summary, *grad_weights
+
+
 def per_channel(weights: Tensor, head_channels: int) -> Tensor:
     """Spread one weight a head ``[B, C / d_k]`` over its channels: ``[B, C, 1, 1]``."""
     return weights.repeat_interleave(head_channels, dim=1)[:, :, None, None]
@@ -86,3 +132,19 @@ def check_feature_map(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name} has no pixels, got {name}.shape={tuple(x.shape)}")
+
+
+def check_query_key_value(
+    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, head_channels: int
+) -> None:
+    """Raise unless the weights of query, key and value fit ``x`` ``[B, C, H, W]``."""
+    channels = x.shape[1]
+    check_head_channels(channels, head_channels)
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
+            raise ValueError(f"{name} must be [1, 1, odd], got shape {tuple(weight.shape)}")
+    if value_weight.shape != (channels, 1, 3, 3):
+        raise ValueError(
+            f"value_weight must be [{channels}, 1, 3, 3] for x.shape={tuple(x.shape)}, "
+            f"got {tuple(value_weight.shape)}"
+        )

@@ -16,6 +16,7 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
+from mmrla.layers.norm import is_plain
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
 from mmrla.registry import MODELS
@@ -60,7 +61,7 @@ class LayerAttentionBlock:
         self.mrla_drop_path = DropPath(rate) if rate > 0 else nn.Identity()
 
     @property
-    def mrla_norm(self) -> nn.Module:
+    def mrla_norm(self) -> Any:
         """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
         return getattr(self, self.mrla_norm_name)
 
@@ -78,9 +79,18 @@ class LayerAttentionBlock:
 
     def _forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
-        out = self.residual(x)
+        z = self.residual(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.drop_path(out)
+        return self._tail(z, shortcut, state)
+
+    def _tail(self, z: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if self._fuses_tail(z, shortcut):
+            scale = None
+            if not isinstance(self.mrla_drop_path, nn.Identity) and self.training:
+                scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
+            assert self.mrla is not None
+            return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
+        out = self.drop_path(self.last_norm(z))
         out += shortcut
         out = self.relu(out)
         if self.mrla is None:
@@ -89,24 +99,45 @@ class LayerAttentionBlock:
         retrieved = self.mrla_act(self.mrla_norm(retrieved))
         return out + self.mrla_drop_path(retrieved), state
 
+    def _fuses_tail(self, z: Tensor, shortcut: Tensor) -> bool:
+        """Whether all of the block's end is what a layer attention may do in one operation."""
+        return (
+            self.mrla is not None
+            and type(self.relu) is nn.ReLU
+            and isinstance(self.drop_path, nn.Identity)
+            and isinstance(self.mrla_act, nn.Identity)
+            and is_plain(self.drop_path, self.mrla_act, self.mrla_drop_path)
+            and z.dtype == shortcut.dtype
+            and self.mrla.fuses_tail(z, self.last_norm, self.mrla_norm)
+        )
+
 
 class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
     """mmpretrain's basic block with a layer attention behind it."""
 
     def residual(self, x: Tensor) -> Tensor:
-        """The branch before the residual addition."""
-        out = self.relu(self.norm1(self.conv1(x)))
-        return self.norm2(self.conv2(out))
+        """The branch before its last norm."""
+        return self.conv2(self.relu(self.norm1(self.conv1(x))))
+
+    @property
+    def last_norm(self) -> Any:
+        """The norm before the residual addition."""
+        return self.norm2
 
 
 class MRLABottleneck(LayerAttentionBlock, Bottleneck):
     """mmpretrain's bottleneck with a layer attention behind it."""
 
     def residual(self, x: Tensor) -> Tensor:
-        """The branch before the residual addition."""
+        """The branch before its last norm."""
         out = self.relu(self.norm1(self.conv1(x)))
         out = self.relu(self.norm2(self.conv2(out)))
-        return self.norm3(self.conv3(out))
+        return self.conv3(out)
+
+    @property
+    def last_norm(self) -> Any:
+        """The norm before the residual addition."""
+        return self.norm3
 
 
 class LayerAttentionStage(ResLayer):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.dispatch import Backend, Op, always
+from mmrla.ops.memory import check_one_device, check_weight_dtype
+from mmrla.ops.mrla_light import fused
 from mmrla.ops.mrla_light.naive import mrla_light_naive
-from mmrla.ops.query_key import check_feature_map, check_head_channels
+from mmrla.ops.mrla_light.tail import mrla_light_tail_fused, mrla_light_tail_naive
+from mmrla.ops.query_key import check_feature_map, check_query_key_value
+from mmrla.ops.residual_tail import check_tail, why_not_tail
 
 VALUE_ACTS = (None, "gelu")
 
@@ -25,15 +30,8 @@ def _check(
     channels = x.shape[1]
     if value_act not in VALUE_ACTS:
         raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
-    check_head_channels(channels, head_channels)
-    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
-        if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
-            raise ValueError(f"{name} must be [1, 1, odd], got shape {tuple(weight.shape)}")
-    if value_weight.shape != (channels, 1, 3, 3):
-        raise ValueError(
-            f"value_weight must be [{channels}, 1, 3, 3] for x.shape={tuple(x.shape)}, "
-            f"got {tuple(value_weight.shape)}"
-        )
+    check_query_key_value(x, query_weight, key_weight, value_weight, head_channels)
+    check_weight_dtype("value_weight", value_weight, x)
     if (previous is None) != (lambda_t is None):
         raise ValueError(
             "previous and lambda_t come together, got "
@@ -49,13 +47,38 @@ def _check(
             )
         if lambda_t.shape != (channels,):
             raise ValueError(f"lambda_t must be [{channels}], got {tuple(lambda_t.shape)}")
-    others = (previous, query_weight, key_weight, value_weight, lambda_t)
-    devices = {str(t.device) for t in others if t is not None} | {str(x.device)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
+    check_one_device(x, previous, query_weight, key_weight, value_weight, lambda_t)
 
 
-mrla_light = Op("mrla_light", _check, [Backend("naive", mrla_light_naive, always)])
+def _check_tail(
+    z: Tensor,
+    shortcut: Tensor,
+    norm: BatchNorm,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    lambda_t: Tensor,
+    head_channels: int,
+    out_norm: BatchNorm,
+    scale: Tensor | None = None,
+) -> None:
+    check_tail(z, shortcut, norm, out_norm, scale)
+    check_query_key_value(z, query_weight, key_weight, value_weight, head_channels)
+    check_weight_dtype("value_weight", value_weight, z)
+    if lambda_t.shape != z.shape[1:2]:
+        raise ValueError(f"lambda_t must be [{z.shape[1]}], got {tuple(lambda_t.shape)}")
+    weights = (query_weight, key_weight, value_weight, lambda_t)
+    check_one_device(z, shortcut, *norm[:4], *weights, *out_norm[:4], scale)
+
+
+mrla_light = Op(
+    "mrla_light",
+    _check,
+    [
+        Backend("fused", fused.mrla_light_fused, fused.why_not),
+        Backend("naive", mrla_light_naive, always),
+    ],
+)
 """``mrla_light(x, previous, query_weight, key_weight, value_weight, lambda_t, head_channels,
 value_act=None)``.
 
@@ -63,4 +86,19 @@ value_act=None)``.
 in :func:`mmrla.ops.mrla_light.naive.mrla_light_naive`; ``backend=`` forces an implementation.
 """
 
-__all__ = ["mrla_light"]
+mrla_light_tail = Op(
+    "mrla_light_tail",
+    _check_tail,
+    [
+        Backend("fused", mrla_light_tail_fused, why_not_tail),
+        Backend("naive", mrla_light_tail_naive, always),
+    ],
+)
+"""``mrla_light_tail(z, shortcut, norm, query_weight, key_weight, value_weight, lambda_t,
+head_channels, out_norm, scale=None)``.
+
+``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(mrla_light(y, shortcut))``;
+arguments and result in :func:`mmrla.ops.mrla_light.tail.mrla_light_tail_naive`.
+"""
+
+__all__ = ["mrla_light", "mrla_light_tail"]

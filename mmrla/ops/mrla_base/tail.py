@@ -1,0 +1,255 @@
+"""The end of a residual block with MRLA-base behind it, as one operation.
+
+``y = relu(norm(z) + shortcut)``, ``V_t = DWConv3x3(y)``, ``o = mrla_base(...)`` over the values so
+far, ``out = y + scale * out_norm(o)``. The fused version keeps ``z`` and ``shortcut`` for
+backward, which the plain block keeps too, and one value a layer; it computes ``y`` and ``o`` again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrla.ops import passes
+from mmrla.ops import residual_tail as tail
+from mmrla.ops.batch_norm import BatchNorm
+from mmrla.ops.custom_op import register, register_differentiable
+from mmrla.ops.depthwise import moments, stencil
+from mmrla.ops.memory import dense
+from mmrla.ops.mrla_base.naive import mrla_base_naive
+from mmrla.ops.mrla_base.retrieve import retrieve_backward, weights_of
+from mmrla.ops.query_key import (
+    accumulation_dtype,
+    query_key,
+    query_key_backward,
+    query_key_of,
+)
+from mmrla.ops.residual_tail import TailOutput
+
+
+class BaseTailOutput(NamedTuple):
+    """The tail's output, and this layer's key ``[B, C]`` and value ``[B, C, H, W]``."""
+
+    tail: TailOutput
+    key: Tensor
+    value: Tensor
+
+
+def mrla_base_tail_naive(
+    z: Tensor,
+    shortcut: Tensor,
+    norm: BatchNorm,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    head_channels: int,
+    out_norm: BatchNorm,
+    scale: Tensor | None = None,
+) -> BaseTailOutput:
+    """The tail in plain torch.
+
+    Args:
+        z: The output of the block's last convolution, ``[B, C, H, W]``.
+        shortcut: The block's identity branch, shaped like ``z``.
+        norm: The norm behind the last convolution.
+        query_weight: The query's Conv1D, ``[1, 1, k]``, k odd.
+        key_weight: The key's Conv1D, likewise.
+        value_weight: The value's depthwise convolution, ``[C, 1, 3, 3]``.
+        keys: The keys of the group's earlier layers, each ``[B, C]``; may be empty.
+        values: Their values, each shaped like ``z``.
+        head_channels: d_k; divides C.
+        out_norm: The norm behind the attention.
+        scale: ``[B]``, drop path's factor of the attention branch; None for 1.
+
+    Returns:
+        ``out`` with the batch's statistics that the norms used, and the layer's key and value.
+    """
+    y, *used = tail.residual_relu_naive(z, shortcut, norm)
+    query, key = query_key(y, query_weight, key_weight)
+    value = F.conv2d(y, value_weight, padding=1, groups=y.shape[1])
+    o = mrla_base_naive(query, (*keys, key), (*values, value), head_channels)
+    out = tail.output_naive(y, o, out_norm, scale, (used[0], used[1]))
+    return BaseTailOutput(out, key, value)
+
+
+def _forward(
+    z: Tensor,
+    shortcut: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    head_channels: int,
+    scale: Tensor | None,
+    *norms: Any,
+) -> tuple[Tensor, ...]:
+    norm, out_norm = tail.norms_of(norms)
+    used, statistics = tail.resolve(norm, z)
+    y, summary = passes.residual_relu(z, shortcut, used)
+    query, key = query_key_of(summary, query_weight, key_weight)
+    value = stencil(y, value_weight.to(summary.dtype).transpose(0, 1))
+    weights = weights_of(query, [*keys, key], head_channels)
+    o = passes.weighted_sum([*values, value], weights)
+    out_used, out_statistics = tail.resolve(out_norm, o)
+    out = passes.add_norm_(y, o, out_used, scale)
+    return out, key, value, summary, *statistics, *out_statistics
+
+
+def _forward_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    key, summary = (z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype)) for _ in "ks")
+    maps = torch.empty_like(z), torch.empty_like(z)
+    return maps[0], key, maps[1], summary, *tail.fake_statistics(args[-10:], z)
+
+
+def _backward(
+    grad: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    z: Tensor,
+    shortcut: Tensor,
+    summary: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    head_channels: int,
+    scale: Tensor | None,
+    *norms: Any,
+) -> list[Tensor]:
+    norm, out_norm = tail.restored_norms(norms)
+    query, key = query_key_of(summary, query_weight, key_weight)
+    keys = [*keys, key]
+    weights = weights_of(query, keys, head_channels)
+    o = passes.weighted_sum(values, weights)
+    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
+    grad_query, grad_keys = retrieve_backward(grad_o, weights, query, keys, values, head_channels)
+    grad_values = [passes.scaled(grad_o, weight) for weight in weights[:-1]]
+    own = passes.scaled(grad_o, weights[-1], grad_value)
+    own_key = grad_keys[-1] if grad_key is None else grad_keys[-1] + grad_key
+    grad_summary, grad_query_weight, grad_key_weight = query_key_backward(
+        grad_query, own_key, summary, query_weight, key_weight
+    )
+    y, _ = passes.residual_relu(z, shortcut, norm)
+    grad_value_weight = moments(own, y).sum(0).unsqueeze(1)
+    taps = value_weight.to(summary.dtype).transpose(0, 1).flip(2, 3)
+    pixels = z.shape[2] * z.shape[3]
+    grad_y = stencil(own, taps, bias=grad_summary / pixels, residual=grad)
+    grad_z, grad_sum, grad_weight, grad_bias = tail.residual_relu_backward(grad_y, y, z, norm)
+    return [
+        grad_z,
+        grad_sum,
+        grad_query_weight,
+        grad_key_weight,
+        grad_value_weight.to(value_weight.dtype),
+        grad_weight,
+        grad_bias,
+        grad_out_weight,
+        grad_out_bias,
+        *(g.clone() for g in grad_keys[:-1]),
+        *grad_values,
+    ]
+
+
+def _backward_fake(
+    grad: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    z: Tensor,
+    shortcut: Tensor,
+    summary: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    return [
+        torch.empty_like(z),
+        torch.empty_like(grad),
+        *(torch.empty_like(w) for w in (query_weight, key_weight, value_weight)),
+        *(summary.new_empty(z.shape[1]) for _ in range(4)),
+        *(torch.empty_like(key) for key in keys),
+        *(torch.empty_like(values[-1]) for _ in keys),
+    ]
+
+
+_backward_op = register(
+    "mmrla::base_tail_backward",
+    "(Tensor grad, Tensor? grad_key, Tensor? grad_value, Tensor z, Tensor shortcut, "
+    "Tensor summary, Tensor query_weight, Tensor key_weight, Tensor value_weight, Tensor[] keys, "
+    f"Tensor[] values, int head_channels, Tensor? scale, {tail.SAVED_SCHEMA}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, keys, values, head_channels, scale = inputs[:9]
+    norms, numbers = tail.saved_norms(inputs[9:], output[4:])
+    own = output[3], *tensors[2:], scale, *norms
+    ctx.save_for_backward(*tensors[:2], *own, *keys, *values, output[2])
+    ctx.options = head_channels, numbers
+    ctx.set_materialize_grads(False)
+
+
+def _grads(
+    ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    head_channels, numbers = ctx.options
+    saved = ctx.saved_tensors
+    tensors, scale, norms, group = saved[:6], saved[6], saved[7:15], list(saved[15:])
+    t = len(group) // 2
+    if grad is None:
+        grad = torch.zeros_like(saved[0])
+    found = _backward_op(
+        dense(grad), grad_key, grad_value, *tensors, group[:t], group[t:],
+        head_channels, scale, *norms, *numbers,
+    )  # fmt: skip
+    small, rest = found[:9], found[9:]
+    return *small[:5], rest[:t], rest[t:], None, None, *tail.norm_grads(small[5:], norms)
+
+
+_op = register_differentiable(
+    "mmrla::base_tail",
+    "(Tensor z, Tensor shortcut, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+    f"Tensor[] keys, Tensor[] values, int head_channels, Tensor? scale, {tail.NORM_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _grads,
+)
+
+
+def mrla_base_tail_fused(
+    z: Tensor,
+    shortcut: Tensor,
+    norm: BatchNorm,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    head_channels: int,
+    out_norm: BatchNorm,
+    scale: Tensor | None = None,
+) -> BaseTailOutput:
+    """See :func:`mrla_base_tail_naive`; keeps ``z``, ``shortcut`` and the values for backward.
+
+    Has no second derivative, and no gradient of ``scale`` and of the statistics.
+    """
+    out, key, value, _, *statistics = _op(
+        dense(z), dense(shortcut), query_weight, key_weight, value_weight, list(keys),
+        [dense(v) for v in values], head_channels, tail.factors(scale, z),
+        *tail.flat_norms(norm, out_norm),
+    )  # fmt: skip
+    return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)

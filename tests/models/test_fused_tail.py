@@ -1,0 +1,232 @@
+"""Residual blocks that end in one operation, against the same blocks module by module."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from mmpretrain.models import ResNet as PlainResNet
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmrla.layers import MRLABase, MRLALight
+from mmrla.models import MRLAResNet
+from mmrla.ops import custom_op
+from tests.conftest import relative_error
+from tests.models.test_mrla_resnet import SMALL, randomise
+
+ATTENTIONS = [dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)]
+TWO_STAGES = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
+needs_custom_ops = pytest.mark.skipif(
+    not custom_op.CAN_REGISTER, reason="this torch has no torch.library.custom_op"
+)
+
+
+@pytest.fixture
+def tails(monkeypatch):
+    """Counts the tails that run."""
+    count = []
+    for cls in (MRLALight, MRLABase):
+        own = cls.tail
+        monkeypatch.setattr(cls, "tail", lambda *a, own=own: (count.append(1), own(*a))[1])
+    return count
+
+
+def network(depth=18, mode="train", edit=None, **kwargs):
+    model = randomise(MRLAResNet(depth, **{**SMALL, **kwargs})).double()
+    model.train(mode == "train")
+    if edit is not None:
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                edit(norm)
+    return model
+
+
+def results(model, x):
+    """Outputs, gradients and buffers after one step."""
+    torch.manual_seed(5)
+    x = x.clone().requires_grad_()
+    outs = model(x)
+    sum(o.square().mean() for o in outs).backward()
+    named = {f"out{i}": o for i, o in enumerate(outs)} | {"x": x.grad}
+    named |= {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return named | {k: b.double() for k, b in model.named_buffers()}
+
+
+def momentum(value):
+    def edit(norm):
+        norm.momentum = value
+
+    return edit
+
+
+def freeze(norm):
+    norm.requires_grad_(False)
+
+
+def alternate(norm):
+    """Batch statistics in evaluation, as without running statistics."""
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    norm.track_running_stats = False
+
+
+@pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(depth=50),
+        dict(mode="eval"),
+        dict(norm_eval=True),
+        dict(frozen_stages=2),
+        dict(mrla_drop_path_rate=0.5),
+        dict(edit=momentum(None)),
+        dict(edit=momentum(0.3)),
+        dict(edit=freeze),
+        dict(edit=alternate, mode="eval"),
+        dict(with_cp=True),
+    ],
+    ids=str,
+)
+def test_the_same_network(kwargs, layer_attention, tails, monkeypatch):
+    monkeypatch.delenv("MMRLA_BACKEND", raising=False)
+    fused = network(layer_attention=layer_attention, **kwargs)
+    plain = copy.deepcopy(fused)
+    x = torch.randn(3, 3, 33, 47, dtype=torch.float64)
+    got = results(fused, x)
+    assert len(tails) >= (16 if kwargs.get("depth") == 50 else 8)
+    tails.clear()
+    monkeypatch.setenv("MMRLA_BACKEND", "naive")
+    expected = results(plain, x)
+    assert not tails
+    assert got.keys() == expected.keys()
+    for key in expected:
+        if kwargs.get("with_cp") and ("running" in key or "num_batches" in key):
+            continue  # what is computed again for backward ends earlier: fewer norms move twice
+        assert relative_error(got[key], expected[key].detach()) < 1e-7, key
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(norm_cfg=dict(type="GN", num_groups=4)),
+        dict(mrla_act_cfg=dict(type="ReLU")),
+        dict(layer_attention=dict(type="MRLALight", head_channels=8, recurrence="output")),
+        dict(layer_attention=dict(type="MRLALight", head_channels=8, value_act="gelu")),
+    ],
+    ids=str,
+)
+def test_blocks_that_keep_their_modules(kwargs, tails):
+    model = network(**{"layer_attention": ATTENTIONS[0], **kwargs})
+    results(model, torch.randn(2, 3, 33, 33, dtype=torch.float64))
+    assert not tails
+
+
+def test_a_hook_sees_its_module(tails):
+    model = network(layer_attention=ATTENTIONS[0])
+    seen = []
+    model.layer1[0].bn_mrla.register_forward_hook(lambda *a: seen.append(1))
+    model.layer2[1].mrla.register_forward_hook(lambda *a: seen.append(1))
+    model(torch.randn(2, 3, 33, 33, dtype=torch.float64))
+    assert len(seen) == 2
+    assert len(tails) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, tails):
+    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
+        pytest.skip("this torch has no float16 autocast on the CPU")
+    for layer_attention in ATTENTIONS:
+        model = network(layer_attention=layer_attention).float()
+        x = torch.randn(2, 3, 33, 47)
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(x)
+        with torch.autocast("cpu", dtype=dtype):
+            outs = model(x)
+        sum(o.float().square().mean() for o in outs).backward()
+        for out, wide in zip(outs, expected, strict=True):
+            assert out.dtype == dtype
+            assert (out.float() - wide).norm() < 0.1 * wide.norm()
+        for key, parameter in model.named_parameters():
+            assert parameter.grad.dtype == torch.float32, key
+            assert torch.isfinite(parameter.grad).all(), key
+    assert tails
+
+
+def kept(model, x):
+    """Bytes of distinct storages kept for backward, parameters left out."""
+    mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (seen.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t
+    ):
+        out = model(x)
+    del out
+    return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in mine)
+
+
+def test_memory_kept_for_backward():
+    """The bars; the small size moves the ratios little."""
+    x = torch.randn(2, 3, 64, 64)
+    plain = {depth: kept(PlainResNet(depth), x) for depth in (50, 101)}
+    for depth, kind, bar in ((50, "MRLALight", 1.08), (50, "MRLABase", 1.35),
+                             (101, "MRLABase", 1.40)):  # fmt: skip
+        model = MRLAResNet(depth, layer_attention=dict(type=kind))
+        assert kept(model, x) <= bar * plain[depth], (depth, kind)
+
+
+@needs_custom_ops
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
+def test_compiles_to_one_graph(layer_attention, train, monkeypatch):
+    monkeypatch.delenv("MMRLA_BACKEND", raising=False)
+    model = network(layer_attention=layer_attention, mrla_drop_path_rate=0.3, **TWO_STAGES)
+    model.float().train(train)
+    expected = results(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
+    torch._dynamo.reset()
+    got = results(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    for key in expected:
+        # Compiled modules have a prefix in their names.
+        mine = got[key] if key in got else got[f"_orig_mod.{key}"]
+        assert relative_error(mine, expected[key].detach()) < 1e-4, key
+
+
+@needs_custom_ops
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
+def test_compiles_with_inductor(layer_attention):
+    model = network(layer_attention=layer_attention, **TWO_STAGES).float()
+    expected = results(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
+    torch._dynamo.reset()
+    got = results(torch.compile(model, fullgraph=True), x)
+    for key in ("out0", "x"):
+        assert relative_error(got[key], expected[key].detach()) < 1e-2, key
+
+
+@needs_custom_ops
+def test_exports():
+    x = torch.randn(2, 3, 33, 47)
+    for layer_attention in ATTENTIONS:
+        model = network(layer_attention=layer_attention, mode="eval").float()
+        program = torch.export.export(model, (x,))
+        assert any("mmrla." in str(node.target) for node in program.graph.nodes)
+        for got, expected in zip(program.module()(x), model(x), strict=True):
+            assert relative_error(got, expected.detach()) < 1e-5
+
+
+def test_under_ddp(tmp_path):
+    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
+        for layer_attention in ATTENTIONS:
+            model = network(layer_attention=layer_attention)
+            expected = results(copy.deepcopy(model), x)
+            got = results(DistributedDataParallel(model), x)
+            for key in expected:
+                mine = got[key] if key in got else got[f"module.{key}"]
+                assert relative_error(mine, expected[key].detach()) < 1e-9, key
+    finally:
+        torch.distributed.destroy_process_group()
