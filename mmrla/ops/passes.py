@@ -63,6 +63,15 @@ def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, 
     return y, mean
 
 
+def add_relu_(y: Tensor, shortcut: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``relu(y + shortcut)`` in place, laid out as ``like``, and its mean over pixels."""
+    y = laid_out(y, like)
+    mean = y.new_empty(y.shape[:2], dtype=accumulation_dtype(y.dtype))
+    for tile in tiles(y):
+        mean[tile] = y[tile].add_(shortcut[tile]).relu_().mean(dim=(2, 3), dtype=mean.dtype)
+    return y, mean
+
+
 def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Tensor:
     """``y += scale_b * norm(o)`` in place; ``scale`` is ``[B]``."""
     factor, shift = norm.affine()

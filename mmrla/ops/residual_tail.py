@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmrla.ops import passes
@@ -70,6 +71,25 @@ def resolve(norm: BatchNorm, x: Tensor) -> tuple[UsedNorm, tuple[Tensor, Tensor]
         return used_norm(norm, mean, var, True), (mean, var)
     unused = [x.new_empty(0, dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
     return used_norm(norm, norm.mean, norm.var, False), (unused[0], unused[1])
+
+
+def residual_relu(
+    z: Tensor, shortcut: Tensor, norm: BatchNorm
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """``y = relu(norm(z) + shortcut)``, its mean over pixels, and the batch's statistics if used.
+
+    On a CPU the batch's statistics come from torch's own batch norm, so that ``y`` is, bit for bit,
+    the plain block's.
+    """
+    if not norm.uses_batch or z.device.type != "cpu":
+        used, statistics = resolve(norm, z)
+        return *passes.residual_relu(z, shortcut, used), statistics
+    mean, var = (z.new_zeros(z.shape[1], dtype=accumulation_dtype(z.dtype)) for _ in range(2))
+    weight, bias = (None if p is None else p.to(mean.dtype) for p in (norm.weight, norm.bias))
+    # With a momentum of 1 its running statistics become those of the batch.
+    y = F.batch_norm(z, mean, var, weight, bias, True, 1.0, norm.eps)
+    count = z.numel() // z.shape[1]
+    return *passes.add_relu_(y, shortcut, z), (mean, var * ((count - 1) / count))
 
 
 def fake_statistics(flat: tuple[Any, ...], x: Tensor) -> list[Tensor]:

@@ -91,8 +91,7 @@ def _forward(
     *norms: Any,
 ) -> tuple[Tensor, ...]:
     norm, out_norm = tail.norms_of(norms)
-    used, statistics = tail.resolve(norm, z)
-    y, summary = passes.residual_relu(z, shortcut, used)
+    y, summary, statistics = tail.residual_relu(z, shortcut, norm)
     query, key = query_key_of(summary, query_weight, key_weight)
     value = stencil(y, value_weight.to(summary.dtype).transpose(0, 1))
     weights = weights_of(query, [*keys, key], head_channels)

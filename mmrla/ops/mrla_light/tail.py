@@ -72,8 +72,7 @@ def _forward(
     *norms: Any,
 ) -> tuple[Tensor, ...]:
     norm, out_norm = tail.norms_of(norms)
-    used, statistics = tail.resolve(norm, z)
-    y, summary = passes.residual_relu(z, shortcut, used)
+    y, summary, statistics = tail.residual_relu(z, shortcut, norm)
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     taps = gate * value_weight.to(gate.dtype).transpose(0, 1)
     o = stencil(y, taps, lambda_t.to(gate.dtype), shortcut)
