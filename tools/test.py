@@ -9,7 +9,7 @@ from mmrla.checkpoints.files import CheckpointError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
-    build_model_only,
+    build_only,
     build_runner,
     check_weights,
     init_cpu_distributed,
@@ -48,7 +48,7 @@ def main() -> None:
         if args.show or args.show_dir:
             show_predictions(cfg, args)
         if args.dry_run:
-            build_model_only(cfg)
+            build_only(cfg, ("test",))
             return
         check_weights(cfg)
         init_cpu_distributed(cfg)

@@ -10,7 +10,7 @@ from mmrla.checkpoints.files import CheckpointError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
-    build_model_only,
+    build_only,
     build_runner,
     check_weights,
     init_cpu_distributed,
@@ -57,7 +57,7 @@ def main() -> None:
             cfg.resume = True
             cfg.load_from = None if args.resume == "auto" else args.resume
         if args.dry_run:
-            build_model_only(cfg)
+            build_only(cfg, ("train", "val"))
             return
         check_weights(cfg)
         init_cpu_distributed(cfg)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
+from mmrla.engine.launch import require_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,8 +42,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +50,12 @@ def main() -> None:
     with reporting_errors():
         if args.epochs is not None and args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads must be at least 1, got {args.threads}")
+            torch.set_num_threads(args.threads)
+        for path in args.configs:
+            require_config(path)
         configs = {path: Config.fromfile(path) for path in args.configs}
         for cfg in configs.values():
             if args.data_root is not None:
@@ -66,7 +71,7 @@ def main() -> None:
             epochs = args.epochs or cfg.train_cfg.max_epochs
             log = args.log_dir / f"{Path(path).stem}_{epochs}e_seed{seed}.jsonl"
             run(cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile)
-    print(table(args.log_dir))
+        print(table(args.log_dir))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed = {f"backbone.{key}": value for key, value in own.items()}
     else:
         renamed = family.to_ours(own)
-    unknown = [key for key in renamed if not re.fullmatch(family.known, key)]
+    # Names that are ours already are left to whoever loads them.
+    foreign = renamed if found.style != "mmrla" else ()
+    unknown = [key for key in foreign if not re.fullmatch(family.known, key)]
     if unknown:
         raise CheckpointError(
             f"{found.description}: {len(unknown)} keys are not understood: {', '.join(unknown[:6])}"

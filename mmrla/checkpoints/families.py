@@ -184,10 +184,10 @@ _VIT_BRANCH = rf"mrla\.((shortcut_)?norm\.(weight|bias)|attention\.{_ATTENTION})
 
 
 def _describe_vit(state: State) -> str | None:
-    if "cls_token" not in state or not _any(state, r"^(blocks|layers)\.0\.attn\.qkv"):
+    if "pos_embed" not in state or not _any(state, r"^(blocks|layers)\.0\.attn\.qkv"):
         return None
     layers = _layers(state, r"(?:blocks|layers)\.(\d+)\.")[0]
-    name = f"ViT of {layers} blocks, width {state['cls_token'].shape[-1]}"
+    name = f"ViT of {layers} blocks, width {state['pos_embed'].shape[-1]}"
     return name + (", with distillation token" if "dist_token" in state else "")
 
 

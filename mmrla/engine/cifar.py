@@ -85,6 +85,13 @@ class Trainer:
         compiled: bool = False,
     ) -> None:
         self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
+        dataset = cfg.train_dataloader.dataset
+        schedule = cfg.param_scheduler
+        if "CIFAR" not in str(dataset.get("type")) or "milestones" not in schedule:
+            raise ValueError(
+                f"{cfg.filename}: not a config of CIFAR whose learning rate falls in steps, got "
+                f"dataset {dataset.get('type')!r} and param_scheduler {schedule!r}"
+            )
         full = cfg.train_cfg.max_epochs
         self.epochs = epochs or full
         torch.manual_seed(seed)
@@ -176,7 +183,7 @@ def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) 
         mmrla=mmrla.__version__,
     )
     if log.exists():
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = read_log(log)
         if lines and lines[0] != settings:
             raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + trainer.epochs:
@@ -201,6 +208,23 @@ def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) 
             print(json.dumps(line), file=file, flush=True)
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The settings, then a dict an epoch; without a last line that was cut off.
+
+    Raises:
+        ValueError: Another line is no JSON.
+    """
+    found = []
+    lines = log.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{log}: line {number} is no JSON: {error}") from error
+    return found
+
+
 def table(folder: Path) -> str:
     """Markdown: a row for each config and length of which ``folder`` holds finished logs.
 
@@ -208,7 +232,7 @@ def table(folder: Path) -> str:
     """
     groups: dict[tuple[str, int], dict[int, tuple[list[dict], bytes]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_log(path)
         if lines and len(lines) == 1 + lines[0]["epochs"]:
             key = (lines[0]["config"], lines[0]["epochs"])
             groups.setdefault(key, {})[lines[0]["seed"]] = (lines, path.read_bytes())

@@ -26,7 +26,8 @@ def _datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
             yield where, cfg
 
 
-def _evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
+def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
+    """The evaluators of a split with their places in the config."""
     key = f"{split}_evaluator"
     evaluator = cfg.get(key)
     if isinstance(evaluator, Mapping):
@@ -68,7 +69,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
         for _, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
             old_roots.add(dataset.get("data_root") or "")
             dataset["data_root"] = new
-        for where, evaluator in _evaluators(cfg, split):
+        for where, evaluator in evaluators(cfg, split):
             ann_file = evaluator.get("ann_file")
             if ann_file is None or _starts_in(ann_file, new):
                 continue  # val and test often share one dict
@@ -117,7 +118,7 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
                 # Its folder of images is the split's.
                 folder = dataset.get("split") or ""
                 _require(_join(root, folder), f"{where}.split={folder!r}", folder=True)
-        for where, evaluator in _evaluators(cfg, split):
+        for where, evaluator in evaluators(cfg, split):
             if evaluator.get("ann_file"):
                 _require(evaluator["ann_file"], f"{where}.ann_file", folder=False)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmpretrain.engine import VisualizationHook
 
 from mmrla.checkpoints.files import state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
@@ -49,3 +51,26 @@ class CheckLoadHook(Hook):
         report.require("checkpoint", allowed, model, state, fresh_mrla=fine_tuning)
         checkpoint["state_dict"] = fitting
         print_log(f"checkpoint: {report.summary()}", logger="current")
+
+
+@HOOKS.register_module()
+class ClassificationVisHook(VisualizationHook):
+    """mmpretrain's hook, whose pictures are named by the image's folder and name.
+
+    In a folder for each class, names alone often repeat, and pictures would overwrite each other.
+
+    Args:
+        **kwargs: As in :class:`mmpretrain.engine.VisualizationHook`.
+    """
+
+    def _draw_samples(
+        self, batch_idx: int, data_batch: dict, data_samples: Sequence[Any], step: int = 0
+    ) -> None:
+        named = []
+        for sample in data_samples:
+            sample = sample.clone()
+            if "img_path" in sample:
+                path = Path(sample.img_path)
+                sample.set_metainfo(dict(img_path=f"{path.parent.name}_{path.name}"))
+            named.append(sample)
+        super()._draw_samples(batch_idx, data_batch, named, step=step)

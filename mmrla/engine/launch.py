@@ -16,7 +16,7 @@ from mmengine.evaluator import BaseMetric, DumpResults
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmrla.checkpoints import load_file, state_dict_of
-from mmrla.engine.data_check import check_data, set_data_root
+from mmrla.engine.data_check import check_data, evaluators, set_data_root
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         FileNotFoundError: The config, a data folder or an annotation file is not there.
         ValueError: More processes than GPUs, or a launcher that needs GPUs without one.
     """
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(_no_such_config(args.config))
+    require_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -78,11 +77,46 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
+    fit_classes(cfg)
+    check_schedule(cfg)
     check_processes(args.launcher)
     check_data(cfg, splits)
     if "train" in splits:
         _check_initial_weights(cfg.get("model"), "model")
     return cfg
+
+
+def fit_classes(cfg: Config) -> None:
+    """Bring a classifier's data preprocessor and metrics to its head's number of classes, in place.
+
+    Mixup needs that number too, and top-5 accuracy needs five classes.
+    """
+    classes = ((cfg.get("model") or {}).get("head") or {}).get("num_classes")
+    if cfg.get("default_scope") != "mmpretrain" or classes is None:
+        return
+    if "num_classes" in (cfg.get("data_preprocessor") or {}):
+        cfg.data_preprocessor.num_classes = classes
+    for split in ("val", "test"):
+        for _, evaluator in evaluators(cfg, split):
+            if "topk" in evaluator:
+                topk = evaluator["topk"]
+                asked = (topk,) if isinstance(topk, int) else tuple(topk)
+                evaluator["topk"] = tuple(k for k in asked if k == 1 or k <= classes)
+
+
+def check_schedule(cfg: Config) -> None:
+    """Raise ValueError where a scheduler of the learning rate would begin after the last epoch."""
+    last = (cfg.get("train_cfg") or {}).get("max_epochs")
+    schedulers = cfg.get("param_scheduler") or ()
+    schedulers = (schedulers,) if isinstance(schedulers, Mapping) else schedulers
+    for index, scheduler in enumerate(schedulers):
+        begin = scheduler.get("begin", 0)
+        if last is not None and scheduler.get("by_epoch", True) and begin >= last:
+            raise ValueError(
+                f"param_scheduler[{index}] ({scheduler['type']}) begins at epoch {begin}, but "
+                f"train_cfg.max_epochs={last}; a shorter run wants a shorter schedule, such as "
+                f"--cfg-options param_scheduler.{index}.begin=0"
+            )
 
 
 def _check_initial_weights(node: object, where: str) -> None:
@@ -99,7 +133,10 @@ def _check_initial_weights(node: object, where: str) -> None:
         _check_initial_weights(value, f"{where}.{key}")
 
 
-def _no_such_config(path: str) -> str:
+def require_config(path: str) -> None:
+    """Raise FileNotFoundError, with similar names, unless there is a config at ``path``."""
+    if Path(path).is_file():
+        return
     message = f"no such config: {Path(path).absolute()}"
     configs = Path(__file__).parents[2] / "configs"
     known = [*sorted(Path(path).parent.glob("*.py")), *sorted(configs.glob("[!_]*.py"))]
@@ -108,7 +145,7 @@ def _no_such_config(path: str) -> str:
     similar = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
     if similar:
         message += f"; did you mean {', '.join(str(names[name]) for name in similar)}?"
-    return message
+    raise FileNotFoundError(message)
 
 
 def check_processes(launcher: str) -> None:
@@ -193,7 +230,7 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """
     if cfg.get("default_scope") == "mmpretrain":
         cfg.default_hooks.visualization = dict(
-            type="VisualizationHook",
+            type="mmrla.ClassificationVisHook",
             enable=True,
             interval=1,
             show=args.show,
@@ -215,9 +252,18 @@ def prediction_writer(cfg: Config, path: str) -> BaseMetric:
     return DumpDetResults(out_file_path=path)
 
 
-def build_model_only(cfg: Config) -> None:
-    """Build the model in the config's default scope and drop it: a check that writes nothing."""
-    from mmengine.registry import MODELS, init_default_scope
+def build_only(cfg: Config, splits: Iterable[str]) -> None:
+    """Build what a run would build and drop it: a check that writes nothing.
+
+    Args:
+        cfg: The config, after all options.
+        splits: Of classifiers the datasets of these are built too, which shows whether folders and
+            classes go together; a detector's would read all of COCO's annotations.
+    """
+    from mmengine.registry import DATASETS, MODELS, init_default_scope
 
     init_default_scope(cfg.get("default_scope", "mmengine"))
     MODELS.build(cfg.model)
+    if cfg.get("default_scope") == "mmpretrain":
+        for split in splits:
+            DATASETS.build(cfg[f"{split}_dataloader"].dataset)

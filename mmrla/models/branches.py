@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from mmrla.models.builder import build_layer_attention
 
-# Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
-_TOKEN_DEFAULTS = {"MRLALight": dict(value_act="gelu")}
+# d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
+_MAP_DEFAULTS: dict[str, dict[str, Any]] = {
+    "MRLALight": dict(head_channels=8),
+    "MRLABase": dict(head_channels=8),
+}
+_TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "MRLALight": dict(head_channels=16, value_act="gelu"),
+    "MRLABase": dict(head_channels=16),
+}
 
 
 def _drop_path(rate: float) -> nn.Module:
@@ -26,7 +33,7 @@ class LayerAttentionOnMap(nn.Module):
     """A layer attention behind a convolutional layer: ``out = x + drop_path(norm(o_t))``.
 
     Args:
-        layer_attention: Config of the layer attention.
+        layer_attention: Config of the layer attention; 8 channels a head unless it says otherwise.
         channels: C.
         norm_cfg: Of the norm, in mmcv's style.
         drop_path_rate: Stochastic depth of what is added.
@@ -42,7 +49,7 @@ class LayerAttentionOnMap(nn.Module):
         with_cp: bool = False,
     ) -> None:
         super().__init__()
-        self.attention = build_layer_attention(layer_attention, channels)
+        self.attention = build_layer_attention(layer_attention, channels, _MAP_DEFAULTS)
         self.norm = build_named_norm_layer(norm_cfg, channels)[1]
         self.drop_path = _drop_path(drop_path_rate)
         self.with_cp = with_cp

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmcv.cnn.bricks import DropPath
+from mmengine.config import ConfigDict
 from torch import nn
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
@@ -31,6 +33,8 @@ class LayerAttentionHost:
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
         # DDP and optimizers look at what is trainable before weights load.
         self.layer_attention = layer_attention
+        if "init_cfg" in kwargs:
+            kwargs["init_cfg"] = _simple(kwargs["init_cfg"])
         self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
         super().__init__(*args, **kwargs)
 
@@ -61,7 +65,25 @@ class LayerAttentionHost:
                 yield module
 
 
+def _simple(init_cfg: Any) -> Any:
+    """``Pretrained`` as the ancestors recognise it: no list of one, no scope before its name.
+
+    They take care not to overwrite what it loads, but know it by that look alone.
+    """
+    only = init_cfg[0] if isinstance(init_cfg, (list, tuple)) and len(init_cfg) == 1 else init_cfg
+    if isinstance(only, Mapping) and str(only.get("type")).rpartition(".")[2] == "Pretrained":
+        return ConfigDict(only, type="Pretrained")
+    return init_cfg
+
+
 def check_drop_path_rate(rate: float | None) -> None:
     """Raise ValueError unless a stochastic depth rate is None or in [0, 1)."""
     if rate is not None and not 0 <= rate < 1:
         raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {rate!r}")
+
+
+def branch_rate(asked: float | None, block: nn.Module) -> float:
+    """Stochastic depth of an attention branch: what was asked for or, with None, the block's."""
+    if asked is not None:
+        return asked
+    return max((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), default=0.0)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-import numpy as np
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor
 
 from mmrla.models.branches import LayerAttentionOnTokens
-from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 
 _NORM_CFG: Mapping[str, Any] = dict(type="LN", eps=1e-6)
 
@@ -49,15 +48,13 @@ class LayerAttentionTransformer(LayerAttentionHost):
         super().__init__(*args, layer_attention=layer_attention, norm_cfg=norm_cfg, **kwargs)
         self.mrla_group_size = mrla_group_size
         if layer_attention is not None:
-            # The ancestor's rule of stochastic depth.
-            rates = np.linspace(0, kwargs.get("drop_path_rate", 0.0), len(self.layers))
-            for layer, rate in zip(self.layers, rates, strict=True):
+            for layer in self.layers:
                 # A child of its layer, so that what freezes or scales the layer does it to both.
                 layer.mrla = LayerAttentionOnTokens(
                     layer_attention,
                     self.embed_dims,
                     norm_cfg,
-                    float(rate) if mrla_drop_path_rate is None else mrla_drop_path_rate,
+                    branch_rate(mrla_drop_path_rate, layer.ffn),
                 )
         if self.frozen_stages > 0:
             self._freeze_stages()
@@ -97,7 +94,8 @@ class LayerAttentionTransformer(LayerAttentionHost):
             height, width = self.patch_resolution
             raise ValueError(
                 f"the checkpoint's position embedding has {tokens} tokens; without {extra} extra "
-                f"(class, distillation) that leaves {tokens - extra}, which make no square grid. "
+                f"(class, distillation) that leaves {tokens - extra}, which make no square grid "
+                "and cannot be resized. "
                 f"This network has {own[1]} = {extra} + {height} x {width}"
             )
         return resize_pos_embed(

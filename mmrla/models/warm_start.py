@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, initialize
-from torch import nn
+from torch import Tensor, nn
 
 from mmrla.checkpoints import convert_state_dict, load_file, load_into, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
@@ -55,11 +55,7 @@ class WarmStart:
 
     def __call__(self, module: nn.Module) -> None:
         """Fill ``module``, a host of layer attentions; called by mmengine."""
-        state = state_dict_of(load_file(self.checkpoint))
-        if any(key.startswith("backbone.") for key in state):
-            # Of a detector or classifier, only the backbone concerns us.
-            state = {k: v for k, v in state.items() if k.startswith("backbone.")}
-        converted = convert_state_dict(state)
+        converted = _backbone_of(self.checkpoint, module)
         own = module.state_dict()
         if not any(is_mrla_key(key) for key in converted):
             for part in module.modules():
@@ -73,7 +69,7 @@ class WarmStart:
             )
         load_into(
             module,
-            {k: v for k, v in converted.items() if k.startswith("backbone.")},
+            converted,
             allow_missing=self.allow_missing,
             source=f"warm start from {self.checkpoint}",
         )
@@ -83,6 +79,33 @@ class WarmStart:
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
+
+
+def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's backbone under ``backbone.*``, in the names of ``module``."""
+    state = state_dict_of(load_file(checkpoint))
+    if any(key.startswith("backbone.") for key in state):
+        # Of a detector or classifier, only the backbone concerns us.
+        state = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    bare = {key.removeprefix("backbone."): value for key, value in state.items()}
+    plain = {k for k, _ in module.named_parameters() if not is_mrla_key(k)}
+    if plain <= bare.keys():  # its names already, also of networks that the converter does not know
+        return {f"backbone.{key}": value for key, value in bare.items()}
+    converted = convert_state_dict(state)
+    return {k: v for k, v in converted.items() if k.startswith("backbone.")}
+
+
+def load_backbone(module: nn.Module, checkpoint: str) -> None:
+    """Fill a backbone from a checkpoint of a backbone, classifier or detector.
+
+    Args:
+        module: The backbone.
+        checkpoint: As in :class:`WarmStart`; layer attentions that it lacks start fresh.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit.
+    """
+    load_into(module, _backbone_of(checkpoint, module), source=checkpoint)
 
 
 def init_weights_warm(module: BaseModule) -> bool:

@@ -413,6 +413,80 @@ def test_frozen_stages_and_recomputation():
     assert not any(p.requires_grad for p in ceit.stem.parameters())
 
 
+def test_frozen_batch_norms_of_ceit_learn_nothing():
+    model = MRLACeiT(**TOKENS, stem_channels=8, frozen_stages=2)
+    model.train()
+    frozen = {k: v.clone() for k, v in model.state_dict().items()
+              if k.startswith(("stem.", "layers.0.", "layers.1."))}  # fmt: skip
+    model(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
+    assert model.layers[2].ffn.bn1.num_batches_tracked == 1
+    all_of_it = MRLACeiT(**TOKENS, stem_channels=8, frozen_stages=5)
+    assert not any(p.requires_grad for p in all_of_it.lca.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit", "ceit", "pvtv2"])
+@pytest.mark.parametrize("form", ["plain", "list", "prefixed", "classifier"])
+def test_pretrained_weights_are_all_there(name, form, tmp_path):
+    """Whatever the form of init_cfg: nothing that was loaded is overwritten or passed over."""
+    source = fill(build(name, "MRLALight"))
+    state = source.state_dict()
+    if form == "classifier":
+        state = {f"backbone.{k}": v for k, v in state.items()} | {"head.x": torch.zeros(1)}
+    torch.save(state, tmp_path / "weights.pth")
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth"))
+    if form == "classifier":
+        cfg["prefix"] = "backbone."
+    if form == "prefixed":
+        cfg["type"] = "mmengine.Pretrained"
+    model = build(name, "MRLALight", init_cfg=[cfg] if form == "list" else cfg)
+    model.init_weights()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_other_init_cfgs_of_pvtv2_hold():
+    constant = dict(type="Constant", layer="Conv2d", val=0.5)
+    model = build("pvtv2", "MRLALight", init_cfg=constant)
+    model.init_weights()
+    assert (model.layers[0][0].projection.weight == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: MRLAVisionTransformer(
+            **TOKENS, patch_size=8, with_cls_token=False, out_type="featmap", **kw
+        ),
+        lambda **kw: MRLAVisionTransformer(**TOKENS, patch_size=8, pre_norm=True, **kw),
+        lambda **kw: MRLAVisionTransformer(
+            **TOKENS, patch_size=8, layer_scale_init_value=0.1, **kw
+        ),
+        lambda **kw: MRLAEfficientNet("es", **kw),
+        lambda **kw: CeiT(
+            **TOKENS, stem_channels=8, **{k: v for k, v in kw.items() if k[0] == "i"}
+        ),
+    ],
+)
+def test_warm_start_of_variants(make, tmp_path):
+    """Networks of other arguments than the usual start from their own plain weights."""
+    theirs = fill(make(layer_attention=None))
+    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
+    model = make(init_cfg=dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth")))
+    model.init_weights()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        pairs = zip(flat(model.eval()(x)), flat(theirs.eval()(x)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_the_hosts_where_nobody_says(kind):
+    for name, d in (("vit", 16), ("ceit", 16), ("pvtv2", 16), ("efficientnet", 8)):
+        ours, _, kwargs, _ = HOSTS[name]
+        model = ours(**kwargs, layer_attention=dict(type=kind))
+        assert {m.head_channels for m in model.modules() if hasattr(m, "head_channels")} == {d}
+
+
 def test_narrow_stages_have_one_head():
     model = MRLAResNetCIFAR(20)
     stages = (model.layer1, model.layer2, model.layer3)
@@ -450,6 +524,11 @@ def test_narrow_stages_have_one_head():
         ),
         (lambda: MRLAPyramidVisionTransformerV2("b9"), "b0.*got 'b9'"),
         (lambda: CeiT("huge"), "tiny.*got 'huge'"),
+        (lambda: build("ceit", None, with_cls_token=False), "no with_cls_token, got .*=False"),
+        (lambda: build("ceit", None, pre_norm=True), "CeiT has no pre_norm, got pre_norm=True"),
+        (lambda: build("ceit", None, layer_cfgs=[{}]), "CeiT has no layer_cfgs"),
+        (lambda: build("deit-distilled", None, with_cls_token=False), "has a class token, got"),
+        (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "from -1 to 3, there are 3, got 4"),
         (lambda: MRLAResNetCIFAR(21), r"\[20, 56, 110\], got 21"),
         (
             lambda: MRLAVisionTransformer(**TOKENS, with_cls_token=False),

@@ -97,6 +97,40 @@ def test_the_commands(imagenet, tmp_path):
     assert cv2.imread(str(pictures[0])) is not None
 
 
+def test_classes_of_ones_own(tmp_path):
+    """What README says, with a recipe that mixes images, on three folders whose names repeat."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cat"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(2):
+                image = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
+                cv2.imwrite(str(tmp_path / "data" / split / name / f"{index}.jpg"), image)
+    config = ROOT / "configs/imagenet/deit-tiny_mrla_in1k.py"
+    options = [
+        "--data-root", tmp_path / "data", "--cfg-options", "model.head.num_classes=3",
+        *(f"{split}_dataloader.dataset.metainfo.classes=[ant,bee,cat]"
+          for split in ("train", "val", "test")),
+        "train_cfg.max_epochs=1",
+    ]  # fmt: skip
+    done = run(ROOT / "tools/train.py", config, *options, cwd=tmp_path, ok=False)
+    error = one_error(done)
+    assert "param_scheduler[1] (CosineAnnealingLR) begins at epoch 5" in error
+    options += ["param_scheduler.0.end=1", "param_scheduler.1.begin=0"]
+    done = run(ROOT / "tools/train.py", config, *options, cwd=tmp_path)
+    log = done.stdout + done.stderr
+    assert "accuracy/top1" in log
+    assert "accuracy/top5" not in log
+    checkpoint = tmp_path / "work_dirs/deit-tiny_mrla_in1k/epoch_1.pth"
+    run(ROOT / "tools/test.py", config, checkpoint, "--show-dir", "shown", *options, cwd=tmp_path)
+    shown = {p.name for p in (tmp_path / "work_dirs/deit-tiny_mrla_in1k/shown").iterdir()}
+    assert len(shown) == 6
+    assert any(name.startswith("bee_1") for name in shown)
+    wrong = [*options, "model.head.num_classes=3", "train_dataloader.dataset.metainfo.classes=[a]"]
+    done = run(ROOT / "tools/train.py", config, *wrong, "--dry-run", cwd=tmp_path, ok=False)
+    assert "3" in one_error(done)
+
+
 def test_folders_that_are_not_there(tmp_path):
     (tmp_path / "train").mkdir()
     config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
@@ -179,6 +213,17 @@ def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
     assert [x["loss"] for x in lines[1:]] == [x["loss"] for x in again[1:]]
     assert [x["top1"] for x in lines[1:]] == [x["top1"] for x in again[1:]]
     assert f"{lines[-1]['top1']:.2f}" in table(tmp_path / "a")
+    log = tmp_path / "a/x.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-9])  # cut off while it was written: unfinished, so done again
+    assert "resnet20" not in table(tmp_path / "a")
+    run_cifar(cfg, log, 3, device, epochs=3)
+    assert [json.loads(line)["top1"] for line in log.read_text().splitlines()[1:]] == [
+        line["top1"] for line in lines[1:]
+    ]
+    (tmp_path / "b/y.jsonl").write_text("{\n{}\n")
+    with pytest.raises(ValueError, match="y.jsonl: line 1 is no JSON"):
+        table(tmp_path / "b")
     with pytest.raises(ValueError, match="of other settings"):
         run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
 
@@ -222,6 +267,11 @@ def test_cifar_command_and_runner(cifar, tmp_path):
         "train_cfg.max_epochs=1", "default_hooks.logger.interval=2", cwd=tmp_path,
     )  # fmt: skip
     assert "accuracy/top1" in done.stdout + done.stderr
+    other = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    done = run(sys.executable, ROOT / "tools/train_cifar.py", other, "--data-root", root, ok=False)
+    assert "not a config of CIFAR" in one_error(done)
+    done = run(sys.executable, ROOT / "tools/train_cifar.py", "resnet20_mrla_cifar1.py", ok=False)
+    assert "did you mean" in one_error(done)
     empty = tmp_path / "empty"
     empty.mkdir()
     done = run(

@@ -41,9 +41,10 @@ optim_wrapper = dict(
         weight_decay=4e-5,
     )
 )
-# A step at each epoch that begins 2.4 epochs or more after the last.
+# A step at each epoch that begins 2.4 epochs or more after the last; before that timm's usual
+# warm-up, which the paper does not mention.
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=5, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=3, convert_to_iter_based=True),
     dict(
         type="MultiStepLR",
         by_epoch=True,

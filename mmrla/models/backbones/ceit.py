@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmrla.models.branches import to_map
 from mmrla.models.transformer_host import LayerAttentionTransformer
+from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS
 
 
@@ -139,7 +140,7 @@ class CeiT(VisionTransformer):
             ``with_cls_token``, ``pre_norm``, ``patch_cfg`` and ``layer_cfgs``.
 
     Raises:
-        ValueError: An unknown ``arch``.
+        ValueError: An unknown ``arch``, or an argument that CeiT cannot have.
 
     Example:
         >>> import torch
@@ -155,6 +156,8 @@ class CeiT(VisionTransformer):
         for name, width in (("tiny", 192), ("small", 384), ("base", 768))
     }
 
+    _FIXED = {"with_cls_token": (True,), "pre_norm": (False,)}
+
     def __init__(
         self,
         arch: str | dict = "tiny",
@@ -169,6 +172,10 @@ class CeiT(VisionTransformer):
         norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
         **kwargs: Any,
     ) -> None:
+        for name in ("with_cls_token", "pre_norm", "patch_cfg", "layer_cfgs"):
+            if name in kwargs and kwargs[name] not in self._FIXED.get(name, ()):
+                raise ValueError(f"CeiT has no {name}, got {name}={kwargs.pop(name)!r}")
+            kwargs.pop(name, None)
         if isinstance(arch, str) and arch not in self.arch_zoo:
             raise ValueError(f"arch must be one of {sorted(self.arch_zoo)}, got {arch!r}")
         # Of convolution and pooling, both of stride 2.
@@ -203,11 +210,20 @@ class CeiT(VisionTransformer):
             self._freeze_stages()
 
     def init_weights(self) -> None:
-        """As the ancestor's; the layers' position embedding starts at zero."""
+        """As the ancestor's, or a warm start; the layers' position embedding starts at zero."""
+        if init_weights_warm(self):
+            return
         super().init_weights()
         cfg = self.init_cfg
         if not (isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained"):
             trunc_normal_(self.cls_token, std=0.02)
+
+    def train(self, mode: bool = True) -> CeiT:
+        """Frozen stages stay in evaluation: their batch norms learn nothing."""
+        super().train(mode)
+        if mode and self.frozen_stages > 0:
+            self._freeze_stages()
+        return self
 
     def attend(
         self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any
@@ -242,11 +258,15 @@ class CeiT(VisionTransformer):
 
     def _freeze_stages(self) -> None:
         super()._freeze_stages()
-        stem = getattr(self, "stem", None)  # the ancestor's constructor comes before it
-        if stem is not None:
-            stem.eval()
-            for parameter in stem.parameters():
-                parameter.requires_grad = False
+        # The ancestor's constructor comes before these; the last belongs to the final norm.
+        parts = [getattr(self, "stem", None)]
+        if self.frozen_stages == self.num_layers:
+            parts.append(getattr(self, "lca", None))
+        for part in parts:
+            if part is not None:
+                part.eval()
+                for parameter in part.parameters():
+                    parameter.requires_grad = False
 
 
 @MODELS.register_module()

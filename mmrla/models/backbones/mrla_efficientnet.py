@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from mmpretrain.models.backbones import EfficientNet
 from mmpretrain.models.utils import InvertedResidual
 from torch import Tensor, nn
 
 from mmrla.models.branches import LayerAttentionOnMap
-from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 from mmrla.registry import MODELS
 
 
@@ -59,16 +58,13 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         super().__init__(*args, layer_attention=layer_attention, **kwargs)
         if layer_attention is None:
             return
-        blocks = list(self._blocks())
-        # The ancestor's rule of stochastic depth.
-        rates = torch.linspace(0, self.drop_path_rate, len(blocks)).tolist()
-        for block, rate in zip(blocks, rates, strict=True):
+        for block in self._blocks():
             if _has_shortcut(block):
                 block.mrla = LayerAttentionOnMap(
                     layer_attention,
                     _out_channels(block),
                     self.norm_cfg,
-                    rate if mrla_drop_path_rate is None else mrla_drop_path_rate,
+                    branch_rate(mrla_drop_path_rate, block),
                     self.with_cp,
                 )
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from mmdet.models.backbones import PyramidVisionTransformerV2
 from mmdet.models.layers import nlc_to_nchw
+from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmrla.checkpoints.plan import is_warm_start
 from mmrla.models.branches import LayerAttentionOnTokens
-from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
+from mmrla.models.warm_start import load_backbone
 from mmrla.registry import MODELS
 
 
@@ -34,7 +36,6 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
             Default: ``dict(type='MRLALight', head_channels=16)``.
         mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the block's
             own rate, as in the paper.
-        drop_path_rate: Stochastic depth of the last block; the first has none. Default 0.1.
         norm_cfg: Of all norms, those around the layer attention too.
         **kwargs: Arguments of :class:`mmdet.models.PyramidVisionTransformerV2`.
 
@@ -62,7 +63,6 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
         *,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
         mrla_drop_path_rate: float | None = None,
-        drop_path_rate: float = 0.1,
         norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
         **kwargs: Any,
     ) -> None:
@@ -73,26 +73,33 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
             kwargs = {**self.arch_settings[arch], **kwargs}
         super().__init__(
             layer_attention=layer_attention,
-            drop_path_rate=drop_path_rate,
             norm_cfg=norm_cfg,
             **kwargs,
         )
         if layer_attention is None:
             return
-        blocks = [
-            (block, self.embed_dims * heads)
-            for stage, heads in zip(self.layers, self.num_heads, strict=True)
-            for block in stage[1]
-        ]
-        # The ancestor's rule of stochastic depth.
-        rates = torch.linspace(0, drop_path_rate, len(blocks)).tolist()
-        for (block, width), rate in zip(blocks, rates, strict=True):
-            block.mrla = LayerAttentionOnTokens(
-                layer_attention,
-                width,
-                norm_cfg,
-                rate if mrla_drop_path_rate is None else mrla_drop_path_rate,
-            )
+        for (_, blocks, _), heads in zip(self.layers, self.num_heads, strict=True):
+            for block in blocks:
+                block.mrla = LayerAttentionOnTokens(
+                    layer_attention,
+                    self.embed_dims * heads,
+                    norm_cfg,
+                    branch_rate(mrla_drop_path_rate, block.ffn),
+                )
+
+    def init_weights(self) -> None:
+        """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.
+
+        The ancestor's reads the authors' key names alone and passes over all others in silence.
+        """
+        cfg = self.init_cfg
+        if isinstance(cfg, Mapping) and cfg.get("type", "Pretrained") == "Pretrained":
+            load_backbone(self, cfg["checkpoint"])
+            self.is_init = True
+        elif cfg is None or is_warm_start(cfg):
+            super().init_weights()
+        else:
+            BaseModule.init_weights(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""

@@ -48,4 +48,7 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
             dilations=(1, 1, 1),
             out_indices=(2,),
         )
+        frozen = kwargs.get("frozen_stages", -1)
+        if not -1 <= frozen <= 3:
+            raise ValueError(f"frozen_stages must be from -1 to 3, there are 3, got {frozen}")
         super().__init__(depth, **{**defaults, **kwargs})

@@ -105,6 +105,14 @@ class MRLADistilledVisionTransformer(MRLAVisionTransformer, DistilledVisionTrans
         ValueError: As :class:`MRLAVisionTransformer`.
     """
 
+    def __init__(self, arch: str | dict = "deit-base", *args: Any, **kwargs: Any) -> None:
+        if not kwargs.pop("with_cls_token", True):
+            raise ValueError(
+                "a distilled transformer has a class token, got with_cls_token=False; without it "
+                "there are no extra tokens: take MRLAVisionTransformer"
+            )
+        super().__init__(arch, *args, **kwargs)
+
     def _extra_tokens(self) -> list[nn.Parameter]:
         return [self.cls_token, self.dist_token]
 
