@@ -20,7 +20,7 @@ def on_its_device(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any) -> Any:
-        device = next(a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)).device
+        device = next(a for a in pytree.tree_flatten(args)[0] if isinstance(a, Tensor)).device
         on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with on, torch.autocast(device.type, enabled=False):
             return fn(*args)

@@ -42,7 +42,8 @@ def why_not_fused(x: Tensor) -> str | None:
         return f"it takes float64, float32, float16 and bfloat16, got x.dtype={x.dtype}"
     if torch.jit.is_tracing():
         return "torch.jit.trace records plain operations alone"
-    if torch.compiler.is_compiling() and not CAN_REGISTER:
+    # torch.compiler has this from 2.2 on.
+    if not CAN_REGISTER and torch._dynamo.is_compiling():
         return f"torch.compile needs torch.library.custom_op, which torch {torch.__version__} lacks"
     return None
 

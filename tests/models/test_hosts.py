@@ -462,9 +462,7 @@ def test_other_init_cfgs_of_pvtv2_hold():
             **TOKENS, patch_size=8, layer_scale_init_value=0.1, **kw
         ),
         lambda **kw: MRLAEfficientNet("es", **kw),
-        lambda **kw: CeiT(
-            **TOKENS, stem_channels=8, **{k: v for k, v in kw.items() if k[0] == "i"}
-        ),
+        lambda init_cfg=None, **kw: CeiT(**TOKENS, stem_channels=8, init_cfg=init_cfg),
     ],
 )
 def test_warm_start_of_variants(make, tmp_path):
