@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 
+def triton_is_recent() -> bool:
+    """Whether Triton 3 or later is installed; the kernels use what 2.1 lacks."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return int(triton.__version__.split(".")[0]) >= 3
+
+
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed and a CUDA device is there that it compiles for."""
-    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+    """Whether a recent Triton is installed and a CUDA device is there that it compiles for."""
+    if not torch.cuda.is_available() or not triton_is_recent():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability() >= (7, 0)
 

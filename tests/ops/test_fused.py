@@ -84,6 +84,8 @@ def test_tail(kind, shape, layout, kwargs):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision(dtype):
     """Against naive in float64 on the same numbers; accumulation in float32 shows in sums."""
+    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
+        pytest.skip("torch 2.1 has no batch norm for float16 on the CPU")
     shape, head_channels = (2, 16, 9, 11), 8
     args = light_args(shape, head_channels, dtype=dtype)
     wide = [a.detach().double().requires_grad_() if torch.is_tensor(a) else a for a in args]
