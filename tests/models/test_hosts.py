@@ -124,7 +124,9 @@ def test_every_parameter_gets_a_gradient_and_half_precision_is_finite(name, kind
     model = build(name, kind, drop_path_rate=0.1)
     model.init_weights()
     x = torch.randn(3, 3, 64, 48)
-    for dtype in (None, torch.bfloat16, torch.float16):
+    # torch 2.1 has no autocast to float16 on the CPU.
+    old = torch.__version__.startswith("2.1.")
+    for dtype in (None, torch.bfloat16, *(() if old else (torch.float16,))):
         model.train()
         model.zero_grad()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
