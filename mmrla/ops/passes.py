@@ -72,11 +72,15 @@ def add_relu_(y: Tensor, shortcut: Tensor, like: Tensor) -> tuple[Tensor, Tensor
     return y, mean
 
 
+def scaled_affine(norm: UsedNorm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``scale_b * norm`` as a factor and a shift, ``[C]``, or ``[B, C]`` with a scale."""
+    factor, shift = norm.affine()
+    return (factor, shift) if scale is None else (scale[:, None] * factor, scale[:, None] * shift)
+
+
 def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Tensor:
     """``y += scale_b * norm(o)`` in place; ``scale`` is ``[B]``."""
-    factor, shift = norm.affine()
-    if scale is not None:
-        factor, shift = scale[:, None] * factor, scale[:, None] * shift
+    factor, shift = scaled_affine(norm, scale)
     if kernels := _kernels(y, o):
         return kernels.affine_add(o, factor, shift, y, y)
     factor, shift = (v.expand(y.shape[:2])[..., None, None] for v in (factor, shift))
@@ -126,22 +130,36 @@ def scale_add_(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     return out
 
 
-def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_s weights[s] * values[s]``, weights ``[t, B, C]``, without stacking the values.
+def weighted_sum(
+    values: Sequence[Tensor],
+    weights: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``sum_s weights[s] * values[s] + bias + residual``, without stacking the values.
 
     Goes sample by sample, so that the sum stays cached.
+
+    Args:
+        values: Each ``[B, C, H, W]``.
+        weights: ``[t, B, C]``.
+        bias: ``[B, C]``, with ``residual``.
+        residual: Shaped like a value.
     """
-    kernels = _kernels(*values)
+    kernels = _kernels(*values, residual)
     if kernels and all(v.stride() == values[-1].stride() for v in values):
-        return kernels.weighted_sum(values, weights)
+        return kernels.weighted_sum(values, weights, bias, residual)
     dtype = accumulation_dtype(values[-1].dtype)
     out = torch.empty_like(values[-1])
     columns = weights[..., None, None]
     for i in range(len(out)):
         same = out.dtype == dtype
         total = out[i] if same else torch.empty_like(out[i], dtype=dtype)
-        torch.mul(values[0][i], columns[0, i], out=total)
-        for s in range(1, len(values)):
+        if residual is None or bias is None:
+            torch.mul(values[0][i], columns[0, i], out=total)
+        else:
+            torch.add(residual[i], bias[i, :, None, None], out=total)
+        for s in range(0 if residual is not None else 1, len(values)):
             value = values[s][i]
             total.addcmul_(value if same else value.to(dtype), columns[s, i])
         if not same:

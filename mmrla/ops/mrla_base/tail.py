@@ -95,6 +95,13 @@ def _forward(
     query, key = query_key_of(summary, query_weight, key_weight)
     value = stencil(y, value_weight.to(summary.dtype).transpose(0, 1))
     weights = weights_of(query, [*keys, key], head_channels)
+    if not out_norm.uses_batch:
+        # The norm of a weighted sum goes into its weights: one pass.
+        out_used, out_statistics = tail.resolve(out_norm, y)
+        factor, shift = passes.scaled_affine(out_used, scale)
+        shift = shift.expand_as(summary)
+        out = passes.weighted_sum([*values, value], weights * factor, shift, y)
+        return out, key, value, summary, *statistics, *out_statistics
     o = passes.weighted_sum([*values, value], weights)
     out_used, out_statistics = tail.resolve(out_norm, o)
     out = passes.add_norm_(y, o, out_used, scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmrla.ops import passes
 from mmrla.ops import residual_tail as tail
-from mmrla.ops.batch_norm import BatchNorm
+from mmrla.ops.batch_norm import BatchNorm, UsedNorm
 from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.depthwise import moments, stencil
 from mmrla.ops.memory import dense
@@ -75,7 +75,15 @@ def _forward(
     y, summary, statistics = tail.residual_relu(z, shortcut, norm)
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     taps = gate * value_weight.to(gate.dtype).transpose(0, 1)
-    o = stencil(y, taps, lambda_t.to(gate.dtype), shortcut)
+    lam = lambda_t.to(gate.dtype)
+    if not out_norm.uses_batch:
+        # The norm of something linear in taps and lambda goes into them: one pass.
+        out_used, out_statistics = tail.resolve(out_norm, y)
+        factor, shift = passes.scaled_affine(out_used, scale)
+        taps = taps * factor.expand_as(summary)[:, :, None, None]
+        out = stencil(y, taps, factor * lam, shortcut, shift.expand_as(summary), y)
+        return out, summary, *statistics, *out_statistics
+    o = stencil(y, taps, lam, shortcut)
     out_used, out_statistics = tail.resolve(out_norm, o)
     return passes.add_norm_(y, o, out_used, scale), summary, *statistics, *out_statistics
 
@@ -83,6 +91,25 @@ def _forward(
 def _forward_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
     summary = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
     return torch.empty_like(z), summary, *tail.fake_statistics(args[-10:], z)
+
+
+def frozen_norm_grads(
+    with_o: Tensor, grad: Tensor, norm: UsedNorm, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of ``scale_b * norm(o)`` with running statistics.
+
+    Args:
+        with_o: ``sum_hw grad * o``, ``[B, C]``.
+        grad: The result's gradient.
+        norm: The norm.
+        scale: ``[B]``, or None for 1.
+    """
+    total = grad.sum(dim=(2, 3), dtype=with_o.dtype)
+    if scale is not None:
+        with_o, total = scale[:, None] * with_o, scale[:, None] * total
+    grad_bias = total.sum(0)
+    inverse_std = torch.rsqrt(norm.var + norm.eps)
+    return (with_o.sum(0) - norm.mean * grad_bias) * inverse_std, grad_bias
 
 
 def _backward(
@@ -104,21 +131,36 @@ def _backward(
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     weight = value_weight.to(dtype).transpose(0, 1)
     lam = lambda_t.to(dtype)
-    o = stencil(y, gate * weight, lam, shortcut)
-    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
-    grad_lambda = passes.dot(grad_o, shortcut).sum(0)
-    found = moments(grad_o, y)
+    pixels = z.shape[2] * z.shape[3]
+    if out_norm.uses_batch:
+        o = stencil(y, gate * weight, lam, shortcut)
+        grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
+        grad_lambda = passes.dot(grad_o, shortcut).sum(0)
+        found = moments(grad_o, y)
+        taps = gate * weight
+    else:
+        # o's gradient is a factor times grad, so that factors stand for it, and sums for o.
+        grad_o = grad = passes.laid_out(grad, z)
+        found, with_shortcut = moments(grad, y), passes.dot(grad, shortcut)
+        with_o = (found * gate * weight).sum(dim=(2, 3)) + lam * with_shortcut
+        grad_out_weight, grad_out_bias = frozen_norm_grads(with_o, grad, out_norm, scale)
+        factor = passes.scaled_affine(out_norm, scale)[0].expand_as(summary)
+        grad_lambda = (factor * with_shortcut).sum(0)
+        found = found * factor[:, :, None, None]
+        taps = gate * weight * factor[:, :, None, None]
     grad_summary, grad_query, grad_key = gate_backward(
         (found * weight).sum(dim=(2, 3)), summary, query_weight, key_weight, head_channels
     )
-    pixels = z.shape[2] * z.shape[3]
-    taps = (gate * weight).flip(2, 3)
-    grad_y = stencil(grad_o, taps, bias=grad_summary / pixels, residual=grad)
+    grad_y = stencil(grad_o, taps.flip(2, 3), bias=grad_summary / pixels, residual=grad)
     grad_z, grad_sum, grad_weight, grad_bias = tail.residual_relu_backward(grad_y, y, z, norm)
+    if out_norm.uses_batch:
+        grad_shortcut = passes.scale_add_(grad_o, lam, grad_sum)
+    else:
+        grad_shortcut = passes.scaled(grad_o, factor * lam, grad_sum)
     grad_value = (found * gate).sum(0).unsqueeze(1)
     return [
         grad_z,
-        passes.scale_add_(grad_o, lam, grad_sum),
+        grad_shortcut,
         grad_query,
         grad_key,
         grad_value.to(value_weight.dtype),
