@@ -16,7 +16,10 @@ MAP = 2 * 4 * 24 * 24 * 8
 
 
 def group(tails, zs, again, backend="fused", running=False):
-    """The outputs and values of a group of base tails."""
+    """The outputs of a group of base tails, and the values as later layers get them.
+
+    The view sets these apart from what a layer retrieves from its own value, in every backend.
+    """
     keys, values, outs, recipes = [], [], [], () if again else None
     shortcut = tails[0].maps[1]
     for z, tail in zip(zs, tails, strict=True):
@@ -26,7 +29,7 @@ def group(tails, zs, again, backend="fused", running=False):
             z, shortcut, BatchNorm(w1, b1, *used, 1e-5), *tail.weights, keys, values, 2,
             BatchNorm(w2, b2, *used, 1e-5), tail.scale, recipes, backend=backend,
         )  # fmt: skip
-        keys, values = [*keys, found.key], [*values, found.value]
+        keys, values = [*keys, found.key], [*values, found.value.view_as(found.value)]
         if again and backend == "fused":
             recipes = (*recipes, found.recipe)
         shortcut = found.tail.out
