@@ -177,7 +177,7 @@ def test_memory_kept_for_backward():
         model = MRLAResNet(depth, layer_attention=dict(type=kind))
         assert kept(model, x) <= bar * plain[depth], (depth, kind)
     model = MRLAResNet(101, layer_attention=dict(type="MRLABase", recompute_values=True))
-    assert kept(model, x) <= 1.03 * plain[101]
+    assert kept(model, x) <= 1.08 * plain[101]
 
 
 def test_a_group_with_a_layer_that_runs_otherwise(tails):

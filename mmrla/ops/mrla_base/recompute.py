@@ -85,8 +85,8 @@ _current: ContextVar[Group | None] = ContextVar("group", default=None)
 
 
 @contextmanager
-def recomputing(group: Group | None) -> Iterator[None]:
-    """Let the operation inside keep recipes and no values; None: it keeps the values."""
+def recomputing(group: Group) -> Iterator[None]:
+    """Let the operation inside keep recipes and no values."""
     token = _current.set(group)
     try:
         yield
@@ -95,5 +95,5 @@ def recomputing(group: Group | None) -> Iterator[None]:
 
 
 def current_group() -> Group | None:
-    """What :func:`recomputing` was given."""
+    """What :func:`recomputing` was given; None: values are kept."""
     return None if torch.compiler.is_compiling() else _current.get()

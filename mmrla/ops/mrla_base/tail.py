@@ -283,15 +283,18 @@ def mrla_base_tail_fused(
         used, _ = tail.restored_norms((*saved, *numbers))
         return _value(passes.residual_relu(z, shortcut, used)[0], weight)
 
-    again = Again(value_again)
-    with recomputing(None if recipes is None else Group(tuple(recipes), again)):
+    def run() -> BaseTailOutput:
         out, key, value, _, *statistics = _op(
             z, shortcut, query_weight, key_weight, value_weight, list(keys),
             [dense(v) for v in values], head_channels, tail.factors(scale, z), *norms,
         )  # fmt: skip
-    found = BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
-    if recipes is None:
-        return found
+        return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
+
+    if recipes is None or torch.compiler.is_compiling():
+        return run()
+    again = Again(value_again)
+    with recomputing(Group(tuple(recipes), again)):
+        found = run()
     saved, options = tail.saved_norms(norms, found.tail[1:])
     numbers.extend(options)
     sources = (z, shortcut, value_weight, *saved)
