@@ -48,19 +48,24 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, Tensor]:
-    """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``."""
+def residual_relu(
+    z: Tensor, shortcut: Tensor, norm: UsedNorm, mean: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``, if asked for."""
     if kernels := _kernels(z, shortcut):
         y = kernels.affine_add(z, *norm.affine(), shortcut, torch.empty_like(z), relu=True)
+        if not mean:
+            return y, y.new_empty(0)
         return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
     y = torch.empty_like(z)
-    mean = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
+    means = z.new_empty(z.shape[:2] if mean else 0, dtype=accumulation_dtype(z.dtype))
     for tile in tiles(z):
         now = norm.of(tile[1])
         normed = F.batch_norm(z[tile], now.mean, now.var, now.weight, now.bias, False, 0.0, now.eps)
         torch.add(normed, shortcut[tile], out=y[tile]).relu_()
-        mean[tile] = y[tile].mean(dim=(2, 3), dtype=mean.dtype)
-    return y, mean
+        if mean:
+            means[tile] = y[tile].mean(dim=(2, 3), dtype=means.dtype)
+    return y, means
 
 
 def add_relu_(y: Tensor, shortcut: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from mmrla.ops.depthwise import moments, stencil
 from mmrla.ops.memory import dense
 from mmrla.ops.mrla_base.naive import mrla_base_naive
 from mmrla.ops.mrla_base.recompute import Again, Group, Recipe, current_group, recomputing
-from mmrla.ops.mrla_base.retrieve import retrieve_backward, weights_of
+from mmrla.ops.mrla_base.retrieve import weights_backward, weights_of
 from mmrla.ops.query_key import (
     accumulation_dtype,
     query_key,
@@ -145,15 +145,25 @@ def _backward(
     norm, out_norm = tail.restored_norms(norms)
     query, key = query_key_of(summary, query_weight, key_weight)
     keys = [*keys, key]
-    y, _ = passes.residual_relu(z, shortcut, norm)
+    y = passes.residual_relu(z, shortcut, norm, mean=False)[0]
     if len(values) < len(keys):
         values = [*values, _value(y, value_weight)]
     weights = weights_of(query, keys, head_channels)
-    o = passes.weighted_sum(values, weights)
-    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
-    grad_query, grad_keys = retrieve_backward(grad_o, weights, query, keys, values, head_channels)
-    grad_values = [passes.scaled(grad_o, weight) for weight in weights[:-1]]
-    own = passes.scaled(grad_o, weights[-1], grad_value)
+    if out_norm.uses_batch:
+        o = passes.weighted_sum(values, weights)
+        grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
+        grad_weights, factors = passes.dots(grad_o, values), weights
+    else:
+        # o's gradient is a factor times grad, so that factors stand for it, and sums for o.
+        grad_o = grad = passes.laid_out(grad, z)
+        with_values = passes.dots(grad, values)
+        with_o = (weights * with_values).sum(0)
+        grad_out_weight, grad_out_bias = tail.frozen_norm_grads(with_o, grad, out_norm, scale)
+        factor = passes.scaled_affine(out_norm, scale)[0]
+        grad_weights, factors = factor * with_values, factor * weights
+    grad_query, grad_keys = weights_backward(grad_weights, weights, query, keys, head_channels)
+    grad_values = [passes.scaled(grad_o, factor) for factor in factors[:-1]]
+    own = passes.scaled(grad_o, factors[-1], grad_value)
     own_key = grad_keys[-1] if grad_key is None else grad_keys[-1] + grad_key
     grad_summary, grad_query_weight, grad_key_weight = query_key_backward(
         grad_query, own_key, summary, query_weight, key_weight
@@ -194,7 +204,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     return [
         torch.empty_like(z),
-        torch.empty_like(grad),
+        torch.empty_like(z),
         *(torch.empty_like(w) for w in (query_weight, key_weight, value_weight)),
         *(summary.new_empty(z.shape[1]) for _ in range(4)),
         *(torch.empty_like(key) for key in keys),
@@ -281,7 +291,7 @@ def mrla_base_tail_fused(
 
     def value_again(z: Tensor, shortcut: Tensor, weight: Tensor, *saved: Any) -> Tensor:
         used, _ = tail.restored_norms((*saved, *numbers))
-        return _value(passes.residual_relu(z, shortcut, used)[0], weight)
+        return _value(passes.residual_relu(z, shortcut, used, mean=False)[0], weight)
 
     def run() -> BaseTailOutput:
         out, key, value, _, *statistics = _op(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmrla.ops import passes
 from mmrla.ops import residual_tail as tail
-from mmrla.ops.batch_norm import BatchNorm, UsedNorm
+from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.depthwise import moments, stencil
 from mmrla.ops.memory import dense
@@ -93,25 +93,6 @@ def _forward_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(z), summary, *tail.fake_statistics(args[-10:], z)
 
 
-def frozen_norm_grads(
-    with_o: Tensor, grad: Tensor, norm: UsedNorm, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias of ``scale_b * norm(o)`` with running statistics.
-
-    Args:
-        with_o: ``sum_hw grad * o``, ``[B, C]``.
-        grad: The result's gradient.
-        norm: The norm.
-        scale: ``[B]``, or None for 1.
-    """
-    total = grad.sum(dim=(2, 3), dtype=with_o.dtype)
-    if scale is not None:
-        with_o, total = scale[:, None] * with_o, scale[:, None] * total
-    grad_bias = total.sum(0)
-    inverse_std = torch.rsqrt(norm.var + norm.eps)
-    return (with_o.sum(0) - norm.mean * grad_bias) * inverse_std, grad_bias
-
-
 def _backward(
     grad: Tensor,
     z: Tensor,
@@ -127,7 +108,7 @@ def _backward(
 ) -> list[Tensor]:
     norm, out_norm = tail.restored_norms(norms)
     dtype = summary.dtype
-    y, _ = passes.residual_relu(z, shortcut, norm)
+    y = passes.residual_relu(z, shortcut, norm, mean=False)[0]
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     weight = value_weight.to(dtype).transpose(0, 1)
     lam = lambda_t.to(dtype)
@@ -143,7 +124,7 @@ def _backward(
         grad_o = grad = passes.laid_out(grad, z)
         found, with_shortcut = moments(grad, y), passes.dot(grad, shortcut)
         with_o = (found * gate * weight).sum(dim=(2, 3)) + lam * with_shortcut
-        grad_out_weight, grad_out_bias = frozen_norm_grads(with_o, grad, out_norm, scale)
+        grad_out_weight, grad_out_bias = tail.frozen_norm_grads(with_o, grad, out_norm, scale)
         factor = passes.scaled_affine(out_norm, scale)[0].expand_as(summary)
         grad_lambda = (factor * with_shortcut).sum(0)
         found = found * factor[:, :, None, None]
