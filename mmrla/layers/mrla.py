@@ -7,6 +7,8 @@ released behaviour is the default here; see each class.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,9 @@ from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.query_key import check_head_channels
 from mmrla.ops.residual_tail import TailOutput
 
-MRLABaseState = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+MRLABaseState = tuple[Any, ...]
+"""Keys and values of a group, ``tuple[Tensor, ...]`` each, and recipes of its values if all have
+one."""
 
 
 class _MRLA(LayerAttention):
@@ -167,6 +171,10 @@ class MRLABase(_MRLA):
         head_channels: d_k, channels of one head; divides C. 16 in the released code, 32 in the
             paper.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+        recompute_values: Keep no value for backward where the end of a residual block runs as one
+            fused operation: backward computes each once more, so that only one group's are there
+            at a time. Takes time for memory. Of no use with ``with_cp``, nor inside torch.compile,
+            which itself decides what it keeps.
 
     Raises:
         ValueError: ``head_channels`` does not divide C, or an even ``kernel_size``.
@@ -175,16 +183,21 @@ class MRLABase(_MRLA):
     tail_op = mrla_base_tail
 
     def __init__(
-        self, channels: int, head_channels: int = 16, kernel_size: int | None = None
+        self,
+        channels: int,
+        head_channels: int = 16,
+        kernel_size: int | None = None,
+        recompute_values: bool = False,
     ) -> None:
         super().__init__(channels, head_channels, kernel_size)
+        self.recompute_values = recompute_values
 
     def forward(
         self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None
     ) -> tuple[Tensor, MRLABaseState]:
         """See :class:`LayerAttention`; the state holds the keys and values of the group."""
         query, key = query_key(x, self.query.weight, self.key.weight)
-        keys, values = ((), ()) if state is None else state
+        keys, values = ((), ()) if state is None else state[:2]
         keys, values = (*keys, key), (*values, self.value(x))
         return mrla_base(query, keys, values, self.head_channels), (keys, values)
 
@@ -198,8 +211,12 @@ class MRLABase(_MRLA):
         scale: Tensor | None,
     ) -> tuple[Tensor, MRLABaseState]:
         """See :class:`LayerAttention`."""
-        keys, values = ((), ()) if state is None else state
-        found, key, value = mrla_base_tail(
+        keys, values, *rest = ((), (), ()) if state is None else state
+        recipes = None
+        # A layer of the group that ran otherwise has left no recipe of its value.
+        if self.recompute_values and rest and not torch.compiler.is_compiling():
+            recipes = rest[0]
+        found, key, value, recipe = mrla_base_tail(
             z,
             shortcut,
             batch_norm_of(norm),
@@ -211,8 +228,12 @@ class MRLABase(_MRLA):
             self.head_channels,
             batch_norm_of(out_norm),
             scale,
+            recipes,
         )
-        return _finish(found, norm, out_norm), ((*keys, key), (*values, value))
+        state = ((*keys, key), (*values, value))
+        if recipes is not None and recipe is not None:
+            state = (*state, (*recipes, recipe))
+        return _finish(found, norm, out_norm), state
 
 
 def _finish(found: TailOutput, norm: nn.BatchNorm2d, out_norm: nn.BatchNorm2d) -> Tensor:

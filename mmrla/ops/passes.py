@@ -48,19 +48,24 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def residual_relu(z: Tensor, shortcut: Tensor, norm: UsedNorm) -> tuple[Tensor, Tensor]:
-    """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``."""
+def residual_relu(
+    z: Tensor, shortcut: Tensor, norm: UsedNorm, mean: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``y = relu(norm(z) + shortcut)`` and its mean over pixels, ``[B, C]``, if asked for."""
     if kernels := _kernels(z, shortcut):
         y = kernels.affine_add(z, *norm.affine(), shortcut, torch.empty_like(z), relu=True)
+        if not mean:
+            return y, y.new_empty(0)
         return y, y.mean(dim=(2, 3), dtype=accumulation_dtype(z.dtype))
     y = torch.empty_like(z)
-    mean = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
+    means = z.new_empty(z.shape[:2] if mean else 0, dtype=accumulation_dtype(z.dtype))
     for tile in tiles(z):
         now = norm.of(tile[1])
         normed = F.batch_norm(z[tile], now.mean, now.var, now.weight, now.bias, False, 0.0, now.eps)
         torch.add(normed, shortcut[tile], out=y[tile]).relu_()
-        mean[tile] = y[tile].mean(dim=(2, 3), dtype=mean.dtype)
-    return y, mean
+        if mean:
+            means[tile] = y[tile].mean(dim=(2, 3), dtype=means.dtype)
+    return y, means
 
 
 def add_relu_(y: Tensor, shortcut: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,11 +77,15 @@ def add_relu_(y: Tensor, shortcut: Tensor, like: Tensor) -> tuple[Tensor, Tensor
     return y, mean
 
 
+def scaled_affine(norm: UsedNorm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``scale_b * norm`` as a factor and a shift, ``[C]``, or ``[B, C]`` with a scale."""
+    factor, shift = norm.affine()
+    return (factor, shift) if scale is None else (scale[:, None] * factor, scale[:, None] * shift)
+
+
 def add_norm_(y: Tensor, o: Tensor, norm: UsedNorm, scale: Tensor | None) -> Tensor:
     """``y += scale_b * norm(o)`` in place; ``scale`` is ``[B]``."""
-    factor, shift = norm.affine()
-    if scale is not None:
-        factor, shift = scale[:, None] * factor, scale[:, None] * shift
+    factor, shift = scaled_affine(norm, scale)
     if kernels := _kernels(y, o):
         return kernels.affine_add(o, factor, shift, y, y)
     factor, shift = (v.expand(y.shape[:2])[..., None, None] for v in (factor, shift))
@@ -126,22 +135,36 @@ def scale_add_(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     return out
 
 
-def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_s weights[s] * values[s]``, weights ``[t, B, C]``, without stacking the values.
+def weighted_sum(
+    values: Sequence[Tensor],
+    weights: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``sum_s weights[s] * values[s] + bias + residual``, without stacking the values.
 
     Goes sample by sample, so that the sum stays cached.
+
+    Args:
+        values: Each ``[B, C, H, W]``.
+        weights: ``[t, B, C]``.
+        bias: ``[B, C]``, with ``residual``.
+        residual: Shaped like a value.
     """
-    kernels = _kernels(*values)
+    kernels = _kernels(*values, residual)
     if kernels and all(v.stride() == values[-1].stride() for v in values):
-        return kernels.weighted_sum(values, weights)
+        return kernels.weighted_sum(values, weights, bias, residual)
     dtype = accumulation_dtype(values[-1].dtype)
     out = torch.empty_like(values[-1])
     columns = weights[..., None, None]
     for i in range(len(out)):
         same = out.dtype == dtype
         total = out[i] if same else torch.empty_like(out[i], dtype=dtype)
-        torch.mul(values[0][i], columns[0, i], out=total)
-        for s in range(1, len(values)):
+        if residual is None or bias is None:
+            torch.mul(values[0][i], columns[0, i], out=total)
+        else:
+            torch.add(residual[i], bias[i, :, None, None], out=total)
+        for s in range(0 if residual is not None else 1, len(values)):
             value = values[s][i]
             total.addcmul_(value if same else value.to(dtype), columns[s, i])
         if not same:

@@ -56,9 +56,10 @@ def _weighted(
 
 @triton.jit
 def _weighted_sum_kernel(
-    v0, v1, v2, v3, v4, v5, v6, v7, weight_ptr, out_ptr,
-    channels, pixels, stride_s, v_b, v_c, v_p, out_b, out_c, out_p,
-    count: tl.constexpr, accumulate: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+    v0, v1, v2, v3, v4, v5, v6, v7, weight_ptr, bias_ptr, start_ptr, out_ptr,
+    channels, pixels, stride_s, v_b, v_c, v_p, start_b, start_c, start_p, out_b, out_c, out_p,
+    count: tl.constexpr, has_bias: tl.constexpr, has_start: tl.constexpr,
+    block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     pixel = (tl.program_id(0) * block_p + tl.arange(0, block_p))[:, None]
@@ -68,8 +69,11 @@ def _weighted_sum_kernel(
     at = sample * v_b + channel * v_c + pixel * v_p
     out_at = out_ptr + sample * out_b + channel * out_c + pixel * out_p
     total = tl.zeros((block_p, block_c), tl.float32)
-    if accumulate:
-        total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
+    if has_bias:
+        total += tl.load(bias_ptr + sample * channels + channel, mask=has_channel, other=0.0)
+    if has_start:
+        start_at = start_ptr + sample * start_b + channel * start_c + pixel * start_p
+        total += tl.load(start_at, mask=inside, other=0.0).to(tl.float32)
     total += _weighted(
         v0, weight_ptr, 0, stride_s, sample, channels, channel, has_channel, at, inside
     )
@@ -196,7 +200,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return partial.sum(1)
 
 
-def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+def weighted_sum(
+    values: Sequence[Tensor],
+    weights: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """See :func:`mmrla.ops.passes.weighted_sum`; values have one layout."""
     like = values[-1]
     weights = weights.contiguous()
@@ -204,13 +213,19 @@ def weighted_sum(values: Sequence[Tensor], weights: Tensor) -> Tensor:
     total = torch.empty_like(like, dtype=torch.float32 if several else like.dtype)
     block_p, block_c, grid = _blocks(like, 1024)
     channels = like.shape[1]
+    start = residual
     for first in range(0, len(values), VALUES):
         some = list(values[first : first + VALUES])
         count = len(some)
+        has_bias = bias is not None and first == 0
         _weighted_sum_kernel[grid](
-            *some, *[some[0]] * (VALUES - count), weights[first:], total,
+            *some, *[some[0]] * (VALUES - count), weights[first:],
+            bias.contiguous() if bias is not None and has_bias else weights,
+            total if start is None else start, total,
             channels, like.shape[2] * like.shape[3], weights.stride(0),
-            *_strides(like), *_strides(total),
-            count=count, accumulate=first > 0, block_p=block_p, block_c=block_c, num_warps=4,
+            *_strides(like), *_strides(total if start is None else start), *_strides(total),
+            count=count, has_bias=has_bias, has_start=start is not None,
+            block_p=block_p, block_c=block_c, num_warps=4,
         )  # fmt: skip
+        start = total
     return total.to(like.dtype)

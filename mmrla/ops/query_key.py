@@ -74,10 +74,14 @@ def _windows(x: Tensor, size: int) -> Tensor:
 def query_key_of(
     summary: Tensor, query_weight: Tensor, key_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Query and key, each ``[B, C]``, of a summary ``[B, C]``, in its dtype."""
+    """Query and key, each ``[B, C]``, of a summary ``[B, C]``, in its dtype.
+
+    Each in memory of its own: a key that is kept must not keep its query.
+    """
     kernels = _kernels(query_weight, key_weight, summary.dtype)
     both = _windows(summary, kernels.shape[1]) @ kernels.t()
-    return both[..., 0], both[..., 1]
+    query, key = (one.clone(memory_format=torch.contiguous_format) for one in both.unbind(-1))
+    return query, key
 
 
 def query_key_backward(

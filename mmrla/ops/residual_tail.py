@@ -148,6 +148,25 @@ def residual_relu_backward(
     return grad_z, grad, grad_weight, grad_bias
 
 
+def frozen_norm_grads(
+    with_o: Tensor, grad: Tensor, norm: UsedNorm, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of ``scale_b * norm(o)`` with running statistics.
+
+    Args:
+        with_o: ``sum_hw grad * o``, ``[B, C]``.
+        grad: The result's gradient.
+        norm: The norm.
+        scale: ``[B]``, or None for 1.
+    """
+    total = grad.sum(dim=(2, 3), dtype=with_o.dtype)
+    if scale is not None:
+        with_o, total = scale[:, None] * with_o, scale[:, None] * total
+    grad_bias = total.sum(0)
+    inverse_std = torch.rsqrt(norm.var + norm.eps)
+    return (with_o.sum(0) - norm.mean * grad_bias) * inverse_std, grad_bias
+
+
 def check_tail(
     z: Tensor, shortcut: Tensor, norm: BatchNorm, out_norm: BatchNorm, scale: Tensor | None
 ) -> None:

@@ -18,6 +18,7 @@ from tests.conftest import relative_error
 from tests.models.test_mrla_resnet import SMALL, randomise
 
 ATTENTIONS = [dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)]
+AGAIN = dict(type="MRLABase", head_channels=8, recompute_values=True)
 TWO_STAGES = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
 needs_custom_ops = pytest.mark.skipif(
     not custom_op.CAN_REGISTER, reason="this torch has no torch.library.custom_op"
@@ -72,7 +73,7 @@ def alternate(norm):
     norm.track_running_stats = False
 
 
-@pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
+@pytest.mark.parametrize("layer_attention", [*ATTENTIONS, AGAIN], ids=lambda c: str(c)[10:])
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -175,11 +176,26 @@ def test_memory_kept_for_backward():
                              (101, "MRLABase", 1.40)):  # fmt: skip
         model = MRLAResNet(depth, layer_attention=dict(type=kind))
         assert kept(model, x) <= bar * plain[depth], (depth, kind)
+    model = MRLAResNet(101, layer_attention=dict(type="MRLABase", recompute_values=True))
+    assert kept(model, x) <= 1.08 * plain[101]
+
+
+def test_a_group_with_a_layer_that_runs_otherwise(tails):
+    """Its value has no recipe: the layers behind it keep theirs."""
+    model = network(layer_attention=AGAIN, depth=50)
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    expected = results(copy.deepcopy(model), x)
+    tails.clear()
+    model.layer3[2].bn_mrla.register_forward_hook(lambda *a: None)
+    got = results(model, x)
+    assert len(tails) == 15
+    for key in expected:
+        assert relative_error(got[key], expected[key].detach()) < 1e-7, key
 
 
 @needs_custom_ops
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
+@pytest.mark.parametrize("layer_attention", [*ATTENTIONS, AGAIN], ids=lambda c: str(c)[10:])
 def test_compiles_to_one_graph(layer_attention, train, monkeypatch):
     monkeypatch.delenv("MMRLA_BACKEND", raising=False)
     model = network(layer_attention=layer_attention, mrla_drop_path_rate=0.3, **TWO_STAGES)

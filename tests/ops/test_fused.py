@@ -14,9 +14,11 @@ from mmrla.ops import (
     mrla_base_tail,
     mrla_light,
     mrla_light_tail,
+    passes,
 )
 from mmrla.ops.mrla_base import fused as base_fused
 from mmrla.ops.mrla_light import fused as light_fused
+from mmrla.ops.query_key import query_key_of
 from tests.ops.fused_cases import (
     LAYOUTS,
     SHAPES,
@@ -69,6 +71,12 @@ TAILS = [
     ),
     ("base", SHAPES[2], "channels_last", dict(layers=20)),
     ("base", SHAPES[2], "nchw", dict(layers=1)),
+    *(
+        (kind, SHAPES[0], layout, dict(running=(False, True), scale=scale, layers=10))
+        for kind in ("light", "base")
+        for layout in LAYOUTS
+        for scale in (False, True)
+    ),
 ]
 
 
@@ -79,6 +87,24 @@ def test_tail(kind, shape, layout, kwargs):
     found = [tail.run(b) for b in ("fused", "naive")]
     close(*(outs + statistics for outs, statistics in found), 1e-12)
     close(*(gradients(outs, tail.leaves) for outs, _ in found), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["light", "base"])
+def test_a_frozen_norm_takes_no_pass_of_its_own(kind, monkeypatch):
+    def forbidden(*args):
+        raise AssertionError("the norm has a pass of its own")
+
+    monkeypatch.setattr(passes, "add_norm_", forbidden)
+    Tail(kind, (2, 8, 4, 4), 4, running=(False, True)).run("fused")
+    with pytest.raises(AssertionError, match="pass of its own"):
+        Tail(kind, (2, 8, 4, 4), 4).run("fused")
+
+
+def test_query_and_key_keep_no_memory_of_each_other():
+    """Also what fake kernels say: strides and storages of their own."""
+    for found in query_key_of(torch.randn(2, 8), torch.randn(1, 1, 3), torch.randn(1, 1, 5)):
+        assert found.is_contiguous()
+        assert found.untyped_storage().nbytes() == found.numel() * found.element_size()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

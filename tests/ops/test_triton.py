@@ -106,6 +106,21 @@ def test_tail(kind, layout, dtype, by_triton):
 
 
 @interpreter
+@pytest.mark.parametrize("layers", [3, 11])
+def test_weighted_sum_with_bias_and_residual(layers, by_triton):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        maps = [feature_map((2, 6, 3, 5), "nchw", dtype, i).detach() for i in range(layers)]
+        # The residual may lie in memory otherwise than the values.
+        residual = feature_map((2, 6, 3, 5), "channels_last", dtype).detach()
+        weights, bias = torch.randn(layers, 2, 6), torch.randn(2, 6)
+        got = passes.weighted_sum(maps, weights, bias, residual)
+        expected = sum(m.double() * w[..., None, None] for m, w in zip(maps, weights, strict=True))
+        expected = expected + bias[..., None, None] + residual
+        close([got.double()], [expected], tolerance)
+    assert "weighted_sum" in by_triton
+
+
+@interpreter
 def test_half_precision(by_triton):
     for dtype in (torch.float16, torch.bfloat16):
         args = light_args((2, 8, 5, 6), 4, "channels_last", dtype)
@@ -160,4 +175,4 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     block = dict(block_p=16, block_c=64)
     build(passes_triton._affine_kernel, has_shift=True, has_add=True, relu=True, **block)
     build(passes_triton._dot_kernel, steps=8, **block)
-    build(passes_triton._weighted_sum_kernel, count=8, accumulate=True, **block)
+    build(passes_triton._weighted_sum_kernel, count=8, has_bias=True, has_start=True, **block)

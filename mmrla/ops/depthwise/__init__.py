@@ -25,7 +25,7 @@ def stencil(
     Args:
         x: ``[B, C, H, W]``; outside it is zero.
         taps: ``[B, C, 3, 3]``, or ``[1, C, 3, 3]`` for all samples; in the accumulation dtype.
-        scale: ``[C]``, with ``add``.
+        scale: ``[C]`` or ``[B, C]``, with ``add``.
         add: Shaped like ``x``, any strides.
         bias: ``[B, C]``, added to every pixel.
         residual: Shaped like ``x``, added.

@@ -39,7 +39,7 @@ def _row_sums(
 def _stencil_kernel(
     x_ptr, taps_ptr, scale_ptr, add_ptr, bias_ptr, residual_ptr, out_ptr,
     channels, height, width, strips,
-    taps_stride_b,
+    taps_stride_b, scale_stride_b,
     x_b, x_c, x_h, x_w,
     add_b, add_c, add_h, add_w,
     res_b, res_c, res_h, res_w,
@@ -78,7 +78,7 @@ def _stencil_kernel(
     current = started + level
     following = below
     if has_add:
-        scale = tl.load(scale_ptr + channel, mask=has_channel, other=0.0)
+        scale = tl.load(scale_ptr + sample * scale_stride_b + channel, mask=has_channel, other=0.0)
         add_at = add_ptr + sample * add_b + channel * add_c + column * add_w
     if has_bias:
         bias = tl.load(bias_ptr + sample * channels + channel, mask=has_channel, other=0.0)
@@ -193,11 +193,14 @@ def stencil(
     taps = taps.contiguous()
     if add is None or scale is None:
         scale = add = None
+    else:
+        scale = scale.contiguous()
     _stencil_kernel[grid](
         x, taps, scale if scale is not None else taps, add if add is not None else x,
         bias.contiguous() if bias is not None else taps, residual if residual is not None else x,
         out, *x.shape[1:], strips,
         0 if len(taps) == 1 else taps.stride(0),
+        0 if scale is None or scale.dim() == 1 else scale.stride(0),
         *x.stride(), *(x if add is None else add).stride(),
         *(x if residual is None else residual).stride(), *out.stride(),
         has_add=add is not None, has_bias=bias is not None, has_residual=residual is not None,

@@ -33,7 +33,8 @@ def stencil(
         maps = x[tile].to(dtype).view(view) if shape[0] > 1 else x[tile].to(dtype)
         value = F.conv2d(maps, weight, shift, padding=1, groups=len(weight)).view(shape)
         if scale is not None and add is not None:
-            value.addcmul_(add[tile].to(dtype), scale[tile[1], None, None])
+            factor = scale[tile[1]] if scale.dim() == 1 else scale[tile]
+            value.addcmul_(add[tile].to(dtype), factor[..., None, None])
         if residual is not None:
             value.add_(residual[tile])
         if whole and value.shape == x.shape and value.stride() == out.stride():

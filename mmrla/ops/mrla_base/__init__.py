@@ -11,6 +11,7 @@ from mmrla.ops.dispatch import Backend, Op, always
 from mmrla.ops.memory import check_one_device, check_weight_dtype
 from mmrla.ops.mrla_base import fused
 from mmrla.ops.mrla_base.naive import mrla_base_naive
+from mmrla.ops.mrla_base.recompute import Recipe
 from mmrla.ops.mrla_base.tail import mrla_base_tail_fused, mrla_base_tail_naive
 from mmrla.ops.query_key import check_feature_map, check_head_channels, check_query_key_value
 from mmrla.ops.residual_tail import check_tail, why_not_tail
@@ -56,12 +57,15 @@ def _check_tail(
     head_channels: int,
     out_norm: BatchNorm,
     scale: Tensor | None = None,
+    recipes: Sequence[Recipe] | None = None,
 ) -> None:
     check_tail(z, shortcut, norm, out_norm, scale)
     check_query_key_value(z, query_weight, key_weight, value_weight, head_channels)
     check_weight_dtype("value_weight", value_weight, z)
     if len(keys) != len(values):
         raise ValueError(f"one value a key, got {len(keys)} keys and {len(values)} values")
+    if recipes is not None and len(recipes) != len(values):
+        raise ValueError(f"one recipe a value, got {len(recipes)} and {len(values)} values")
     for s, (key, value) in enumerate(zip(keys, values, strict=True)):
         if key.shape != z.shape[:2] or value.shape != z.shape or value.dtype != z.dtype:
             raise ValueError(
@@ -96,7 +100,7 @@ mrla_base_tail = Op(
     ],
 )
 """``mrla_base_tail(z, shortcut, norm, query_weight, key_weight, value_weight, keys, values,
-head_channels, out_norm, scale=None)``.
+head_channels, out_norm, scale=None, recipes=None)``.
 
 ``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(o)`` with o retrieved from the values
 so far; arguments and result in :func:`mmrla.ops.mrla_base.tail.mrla_base_tail_naive`.

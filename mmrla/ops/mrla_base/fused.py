@@ -1,4 +1,11 @@
-"""MRLA-base's retrieval over a list of values, which are never stacked or copied."""
+"""MRLA-base's retrieval over a list of values, which are never stacked or copied.
+
+A value gets a gradient from every later layer of its group. Each layer's backward hands autograd
+new tensors that nothing else refers to, and autograd adds the next ones onto the first in place.
+At most two gradients a value are alive: what backward takes grows linearly with depth. Backward
+itself never writes into a gradient it was given or handed out: hooks, ``retain_graph``,
+``autograd.grad`` for some of the inputs, and values that are used elsewhere too may look at it.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.depthwise import moments, stencil
 from mmrla.ops.memory import dense
 from mmrla.ops.mrla_base.naive import mrla_base_naive
-from mmrla.ops.mrla_base.retrieve import retrieve_backward, weights_of
+from mmrla.ops.mrla_base.recompute import Again, Group, Recipe, current_group, recomputing
+from mmrla.ops.mrla_base.retrieve import weights_backward, weights_of
 from mmrla.ops.query_key import (
     accumulation_dtype,
     query_key,
@@ -32,11 +33,15 @@ from mmrla.ops.residual_tail import TailOutput
 
 
 class BaseTailOutput(NamedTuple):
-    """The tail's output, and this layer's key ``[B, C]`` and value ``[B, C, H, W]``."""
+    """The tail's output, and this layer's key ``[B, C]`` and value ``[B, C, H, W]``.
+
+    With ``recipes``, also how backward computes the value again.
+    """
 
     tail: TailOutput
     key: Tensor
     value: Tensor
+    recipe: Recipe | None = None
 
 
 def mrla_base_tail_naive(
@@ -51,6 +56,7 @@ def mrla_base_tail_naive(
     head_channels: int,
     out_norm: BatchNorm,
     scale: Tensor | None = None,
+    recipes: Sequence[Recipe] | None = None,
 ) -> BaseTailOutput:
     """The tail in plain torch.
 
@@ -66,6 +72,8 @@ def mrla_base_tail_naive(
         head_channels: d_k; divides C.
         out_norm: The norm behind the attention.
         scale: ``[B]``, drop path's factor of the attention branch; None for 1.
+        recipes: One for each of ``values``, as earlier tails returned them, so that the fused
+            version keeps no values; None: it keeps them. This version keeps them always.
 
     Returns:
         ``out`` with the batch's statistics that the norms used, and the layer's key and value.
@@ -76,6 +84,10 @@ def mrla_base_tail_naive(
     o = mrla_base_naive(query, (*keys, key), (*values, value), head_channels)
     out = tail.output_naive(y, o, out_norm, scale, (used[0], used[1]))
     return BaseTailOutput(out, key, value)
+
+
+def _value(y: Tensor, value_weight: Tensor) -> Tensor:
+    return stencil(y, value_weight.to(accumulation_dtype(y.dtype)).transpose(0, 1))
 
 
 def _forward(
@@ -93,8 +105,15 @@ def _forward(
     norm, out_norm = tail.norms_of(norms)
     y, summary, statistics = tail.residual_relu(z, shortcut, norm)
     query, key = query_key_of(summary, query_weight, key_weight)
-    value = stencil(y, value_weight.to(summary.dtype).transpose(0, 1))
+    value = _value(y, value_weight)
     weights = weights_of(query, [*keys, key], head_channels)
+    if not out_norm.uses_batch:
+        # The norm of a weighted sum goes into its weights: one pass.
+        out_used, out_statistics = tail.resolve(out_norm, y)
+        factor, shift = passes.scaled_affine(out_used, scale)
+        shift = shift.expand_as(summary)
+        out = passes.weighted_sum([*values, value], weights * factor, shift, y)
+        return out, key, value, summary, *statistics, *out_statistics
     o = passes.weighted_sum([*values, value], weights)
     out_used, out_statistics = tail.resolve(out_norm, o)
     out = passes.add_norm_(y, o, out_used, scale)
@@ -126,17 +145,29 @@ def _backward(
     norm, out_norm = tail.restored_norms(norms)
     query, key = query_key_of(summary, query_weight, key_weight)
     keys = [*keys, key]
+    y = passes.residual_relu(z, shortcut, norm, mean=False)[0]
+    if len(values) < len(keys):
+        values = [*values, _value(y, value_weight)]
     weights = weights_of(query, keys, head_channels)
-    o = passes.weighted_sum(values, weights)
-    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
-    grad_query, grad_keys = retrieve_backward(grad_o, weights, query, keys, values, head_channels)
-    grad_values = [passes.scaled(grad_o, weight) for weight in weights[:-1]]
-    own = passes.scaled(grad_o, weights[-1], grad_value)
+    if out_norm.uses_batch:
+        o = passes.weighted_sum(values, weights)
+        grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
+        grad_weights, factors = passes.dots(grad_o, values), weights
+    else:
+        # o's gradient is a factor times grad, so that factors stand for it, and sums for o.
+        grad_o = grad = passes.laid_out(grad, z)
+        with_values = passes.dots(grad, values)
+        with_o = (weights * with_values).sum(0)
+        grad_out_weight, grad_out_bias = tail.frozen_norm_grads(with_o, grad, out_norm, scale)
+        factor = passes.scaled_affine(out_norm, scale)[0]
+        grad_weights, factors = factor * with_values, factor * weights
+    grad_query, grad_keys = weights_backward(grad_weights, weights, query, keys, head_channels)
+    grad_values = [passes.scaled(grad_o, factor) for factor in factors[:-1]]
+    own = passes.scaled(grad_o, factors[-1], grad_value)
     own_key = grad_keys[-1] if grad_key is None else grad_keys[-1] + grad_key
     grad_summary, grad_query_weight, grad_key_weight = query_key_backward(
         grad_query, own_key, summary, query_weight, key_weight
     )
-    y, _ = passes.residual_relu(z, shortcut, norm)
     grad_value_weight = moments(own, y).sum(0).unsqueeze(1)
     taps = value_weight.to(summary.dtype).transpose(0, 1).flip(2, 3)
     pixels = z.shape[2] * z.shape[3]
@@ -173,11 +204,11 @@ def _backward_fake(
 ) -> list[Tensor]:
     return [
         torch.empty_like(z),
-        torch.empty_like(grad),
+        torch.empty_like(z),
         *(torch.empty_like(w) for w in (query_weight, key_weight, value_weight)),
         *(summary.new_empty(z.shape[1]) for _ in range(4)),
         *(torch.empty_like(key) for key in keys),
-        *(torch.empty_like(values[-1]) for _ in keys),
+        *(torch.empty_like(z) for _ in keys),
     ]
 
 
@@ -195,22 +226,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *tensors, keys, values, head_channels, scale = inputs[:9]
     norms, numbers = tail.saved_norms(inputs[9:], output[4:])
     own = output[3], *tensors[2:], scale, *norms
-    ctx.save_for_backward(*tensors[:2], *own, *keys, *values, output[2])
-    ctx.options = head_channels, numbers
+    group = current_group()
+    kept = [*values, output[2]] if group is None else group.sources()
+    ctx.save_for_backward(*tensors[:2], *own, *keys, *kept)
+    ctx.options = head_channels, numbers, len(keys), group and group.without_sources()
     ctx.set_materialize_grads(False)
 
 
 def _grads(
     ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    head_channels, numbers = ctx.options
+    head_channels, numbers, t, recipes = ctx.options
     saved = ctx.saved_tensors
-    tensors, scale, norms, group = saved[:6], saved[6], saved[7:15], list(saved[15:])
-    t = len(group) // 2
+    tensors, scale, norms = saved[:6], saved[6], saved[7:15]
+    keys, values = list(saved[15 : 15 + t]), list(saved[15 + t :])
+    if recipes is not None:
+        values = recipes.values(values)
     if grad is None:
         grad = torch.zeros_like(saved[0])
     found = _backward_op(
-        dense(grad), grad_key, grad_value, *tensors, group[:t], group[t:],
+        dense(grad), grad_key, grad_value, *tensors, keys, values,
         head_channels, scale, *norms, *numbers,
     )  # fmt: skip
     small, rest = found[:9], found[9:]
@@ -241,14 +276,38 @@ def mrla_base_tail_fused(
     head_channels: int,
     out_norm: BatchNorm,
     scale: Tensor | None = None,
+    recipes: Sequence[Recipe] | None = None,
 ) -> BaseTailOutput:
     """See :func:`mrla_base_tail_naive`; keeps ``z``, ``shortcut`` and the values for backward.
 
-    Has no second derivative, and no gradient of ``scale`` and of the statistics.
+    With ``recipes`` it keeps no value: backward makes them again from ``z`` and ``shortcut``. It
+    keeps them as usual inside torch.compile, which decides that by itself.
+
+    Gradients of the values are summed up by autograd, see :mod:`mmrla.ops.mrla_base.fused`. Has no
+    second derivative, and no gradient of ``scale`` and of the statistics.
     """
-    out, key, value, _, *statistics = _op(
-        dense(z), dense(shortcut), query_weight, key_weight, value_weight, list(keys),
-        [dense(v) for v in values], head_channels, tail.factors(scale, z),
-        *tail.flat_norms(norm, out_norm),
-    )  # fmt: skip
-    return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
+    z, shortcut, norms = dense(z), dense(shortcut), tail.flat_norms(norm, out_norm)
+    numbers: list[Any] = []
+
+    def value_again(z: Tensor, shortcut: Tensor, weight: Tensor, *saved: Any) -> Tensor:
+        used, _ = tail.restored_norms((*saved, *numbers))
+        return _value(passes.residual_relu(z, shortcut, used, mean=False)[0], weight)
+
+    def run() -> BaseTailOutput:
+        out, key, value, _, *statistics = _op(
+            z, shortcut, query_weight, key_weight, value_weight, list(keys),
+            [dense(v) for v in values], head_channels, tail.factors(scale, z), *norms,
+        )  # fmt: skip
+        return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
+
+    if recipes is None or torch.compiler.is_compiling():
+        return run()
+    again = Again(value_again)
+    with recomputing(Group(tuple(recipes), again)):
+        found = run()
+    saved, options = tail.saved_norms(norms, found.tail[1:])
+    numbers.extend(options)
+    sources = (z, shortcut, value_weight, *saved)
+    return found._replace(
+        recipe=Recipe(again, tuple(None if s is None else s.detach() for s in sources))
+    )

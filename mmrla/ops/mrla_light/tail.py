@@ -75,7 +75,15 @@ def _forward(
     y, summary, statistics = tail.residual_relu(z, shortcut, norm)
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     taps = gate * value_weight.to(gate.dtype).transpose(0, 1)
-    o = stencil(y, taps, lambda_t.to(gate.dtype), shortcut)
+    lam = lambda_t.to(gate.dtype)
+    if not out_norm.uses_batch:
+        # The norm of something linear in taps and lambda goes into them: one pass.
+        out_used, out_statistics = tail.resolve(out_norm, y)
+        factor, shift = passes.scaled_affine(out_used, scale)
+        taps = taps * factor.expand_as(summary)[:, :, None, None]
+        out = stencil(y, taps, factor * lam, shortcut, shift.expand_as(summary), y)
+        return out, summary, *statistics, *out_statistics
+    o = stencil(y, taps, lam, shortcut)
     out_used, out_statistics = tail.resolve(out_norm, o)
     return passes.add_norm_(y, o, out_used, scale), summary, *statistics, *out_statistics
 
@@ -100,25 +108,40 @@ def _backward(
 ) -> list[Tensor]:
     norm, out_norm = tail.restored_norms(norms)
     dtype = summary.dtype
-    y, _ = passes.residual_relu(z, shortcut, norm)
+    y = passes.residual_relu(z, shortcut, norm, mean=False)[0]
     gate = gate_of(summary, query_weight, key_weight, head_channels)[:, :, None, None]
     weight = value_weight.to(dtype).transpose(0, 1)
     lam = lambda_t.to(dtype)
-    o = stencil(y, gate * weight, lam, shortcut)
-    grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
-    grad_lambda = passes.dot(grad_o, shortcut).sum(0)
-    found = moments(grad_o, y)
+    pixels = z.shape[2] * z.shape[3]
+    if out_norm.uses_batch:
+        o = stencil(y, gate * weight, lam, shortcut)
+        grad_o, grad_out_weight, grad_out_bias = passes.norm_backward(o, grad, out_norm, scale)
+        grad_lambda = passes.dot(grad_o, shortcut).sum(0)
+        found = moments(grad_o, y)
+        taps = gate * weight
+    else:
+        # o's gradient is a factor times grad, so that factors stand for it, and sums for o.
+        grad_o = grad = passes.laid_out(grad, z)
+        found, with_shortcut = moments(grad, y), passes.dot(grad, shortcut)
+        with_o = (found * gate * weight).sum(dim=(2, 3)) + lam * with_shortcut
+        grad_out_weight, grad_out_bias = tail.frozen_norm_grads(with_o, grad, out_norm, scale)
+        factor = passes.scaled_affine(out_norm, scale)[0].expand_as(summary)
+        grad_lambda = (factor * with_shortcut).sum(0)
+        found = found * factor[:, :, None, None]
+        taps = gate * weight * factor[:, :, None, None]
     grad_summary, grad_query, grad_key = gate_backward(
         (found * weight).sum(dim=(2, 3)), summary, query_weight, key_weight, head_channels
     )
-    pixels = z.shape[2] * z.shape[3]
-    taps = (gate * weight).flip(2, 3)
-    grad_y = stencil(grad_o, taps, bias=grad_summary / pixels, residual=grad)
+    grad_y = stencil(grad_o, taps.flip(2, 3), bias=grad_summary / pixels, residual=grad)
     grad_z, grad_sum, grad_weight, grad_bias = tail.residual_relu_backward(grad_y, y, z, norm)
+    if out_norm.uses_batch:
+        grad_shortcut = passes.scale_add_(grad_o, lam, grad_sum)
+    else:
+        grad_shortcut = passes.scaled(grad_o, factor * lam, grad_sum)
     grad_value = (found * gate).sum(0).unsqueeze(1)
     return [
         grad_z,
-        passes.scale_add_(grad_o, lam, grad_sum),
+        grad_shortcut,
         grad_query,
         grad_key,
         grad_value.to(value_weight.dtype),
