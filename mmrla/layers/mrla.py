@@ -23,6 +23,7 @@ from mmrla.ops import (
     mrla_light_tail,
     query_key,
 )
+from mmrla.ops.memory import is_compiling
 from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.query_key import check_head_channels
 from mmrla.ops.residual_tail import TailOutput
@@ -214,7 +215,7 @@ class MRLABase(_MRLA):
         keys, values, *rest = ((), (), ()) if state is None else state
         recipes = None
         # A layer of the group that ran otherwise has left no recipe of its value.
-        if self.recompute_values and rest and not torch.compiler.is_compiling():
+        if self.recompute_values and rest and not is_compiling():
             recipes = rest[0]
         found, key, value, recipe = mrla_base_tail(
             z,

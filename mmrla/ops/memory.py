@@ -17,6 +17,10 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+# torch.compiler has this from 2.2 on.
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._dynamo.is_compiling
+
+
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for a type of device."""
     if hasattr(torch, "get_autocast_dtype"):
@@ -42,8 +46,7 @@ def why_not_fused(x: Tensor) -> str | None:
         return f"it takes float64, float32, float16 and bfloat16, got x.dtype={x.dtype}"
     if torch.jit.is_tracing():
         return "torch.jit.trace records plain operations alone"
-    # torch.compiler has this from 2.2 on.
-    if not CAN_REGISTER and torch._dynamo.is_compiling():
+    if not CAN_REGISTER and is_compiling():
         return f"torch.compile needs torch.library.custom_op, which torch {torch.__version__} lacks"
     return None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmrla.ops.custom_op import on_its_device
+from mmrla.ops.memory import is_compiling
 
 
 class Again:
@@ -96,4 +97,4 @@ def recomputing(group: Group) -> Iterator[None]:
 
 def current_group() -> Group | None:
     """What :func:`recomputing` was given; None: values are kept."""
-    return None if torch.compiler.is_compiling() else _current.get()
+    return None if is_compiling() else _current.get()

@@ -19,7 +19,7 @@ from mmrla.ops import residual_tail as tail
 from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.depthwise import moments, stencil
-from mmrla.ops.memory import dense
+from mmrla.ops.memory import dense, is_compiling
 from mmrla.ops.mrla_base.naive import mrla_base_naive
 from mmrla.ops.mrla_base.recompute import Again, Group, Recipe, current_group, recomputing
 from mmrla.ops.mrla_base.retrieve import weights_backward, weights_of
@@ -300,7 +300,7 @@ def mrla_base_tail_fused(
         )  # fmt: skip
         return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
 
-    if recipes is None or torch.compiler.is_compiling():
+    if recipes is None or is_compiling():
         return run()
     again = Again(value_again)
     with recomputing(Group(tuple(recipes), again)):
