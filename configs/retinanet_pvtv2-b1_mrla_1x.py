@@ -1,22 +1,12 @@
 # RetinaNet, PVTv2-B1 + MRLA-light, COCO, 1x schedule with PVTv2's optimizer.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
-
-# Makes mmcv's operations available where mmcv was installed without its compiled extension.
-custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+_base_ = "./retinanet_pvtv2-b0_mrla_1x.py"
 
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type="mmrla.MRLAPyramidVisionTransformerV2",
         arch="b1",
-        layer_attention=dict(type="MRLALight", head_channels=16),
-        # From the authors' ImageNet weights; MRLA grows in.
         init_cfg=dict(
-            type="mmrla.WarmStart",
             checkpoint="https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b1.pth",
         ),
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
-
-optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, weight_decay=0.0001))
