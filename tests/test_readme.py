@@ -55,7 +55,10 @@ def test_commands(command, coco_mini, tmp_path):
     from mmpretrain.datasets import CIFAR10
 
     for split in ("train", "val", "test"):
-        (tmp_path / "data/imagenet" / split).mkdir(parents=True)
+        for label in range(1000):
+            (tmp_path / "data/imagenet" / split / f"n{label:08d}").mkdir(parents=True)
+        image = tmp_path / "data/imagenet" / split / "n00000000/0.JPEG"
+        cv2.imwrite(str(image), np.zeros((32, 32, 3), np.uint8))
         for name in CIFAR10.METAINFO["classes"]:
             folder = tmp_path / "data/cifar10" / split / name
             folder.mkdir(parents=True)
