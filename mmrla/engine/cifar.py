@@ -102,11 +102,11 @@ class Trainer:
         self.optimizer = OPTIMIZERS.build(
             dict(cfg.optim_wrapper.optimizer, params=list(model.parameters()))
         )
-        schedule = dict(cfg.param_scheduler, optimizer=self.optimizer)
         # Halves up, so that two steps of a short schedule stay two.
         steps = [int(m * self.epochs / full + 0.5) for m in schedule["milestones"]]
-        schedule["milestones"] = steps
-        self.scheduler = PARAM_SCHEDULERS.build(schedule)
+        self.scheduler = PARAM_SCHEDULERS.build(
+            dict(schedule, optimizer=self.optimizer, milestones=steps)
+        )
         statistics = cfg.data_preprocessor
         self.mean = torch.tensor(statistics.mean, device=device)[:, None, None]
         self.std = torch.tensor(statistics.std, device=device)[:, None, None]
@@ -163,7 +163,15 @@ class Trainer:
         return 100 * right.item() / len(data.labels)
 
 
-def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) -> None:
+def run(
+    cfg: Config,
+    log: Path,
+    seed: int,
+    device: torch.device,
+    epochs: int | None = None,
+    amp: bool = False,
+    compiled: bool = False,
+) -> None:
     """Train one network with one seed and write a line of JSON an epoch; see :class:`Trainer`.
 
     A finished log of the same settings is left as it is, so that an interrupted series goes on.
@@ -171,12 +179,12 @@ def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) 
     Raises:
         ValueError: The log is of other settings.
     """
-    trainer = Trainer(cfg, seed, device, **kwargs)
+    epochs = epochs or cfg.train_cfg.max_epochs
     settings = dict(
         config=Path(cfg.filename).stem,
         seed=seed,
-        epochs=trainer.epochs,
-        amp=trainer.amp,
+        epochs=epochs,
+        amp=amp,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -186,14 +194,15 @@ def run(cfg: Config, log: Path, seed: int, device: torch.device, **kwargs: Any) 
         lines = read_log(log)
         if lines and lines[0] != settings:
             raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
-        if len(lines) == 1 + trainer.epochs:
+        if len(lines) == 1 + epochs:
             return
+    trainer = Trainer(cfg, seed, device, epochs, amp, compiled)
     train = load_split(cfg.train_dataloader.dataset, device)
     test = load_split(cfg.test_dataloader.dataset, device)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         print(json.dumps(settings), file=file, flush=True)
-        for epoch in range(trainer.epochs):
+        for epoch in range(epochs):
             start = time.perf_counter()
             lr = trainer.optimizer.param_groups[0]["lr"]
             loss = trainer.train_epoch(train, epoch)

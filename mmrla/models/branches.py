@@ -25,7 +25,8 @@ _TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _drop_path(rate: float) -> nn.Module:
+def build_drop_path(rate: float) -> nn.Module:
+    """Stochastic depth of a rate, or nothing for 0."""
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
@@ -51,7 +52,7 @@ class LayerAttentionOnMap(nn.Module):
         super().__init__()
         self.attention = build_layer_attention(layer_attention, channels, _MAP_DEFAULTS)
         self.norm = build_named_norm_layer(norm_cfg, channels)[1]
-        self.drop_path = _drop_path(drop_path_rate)
+        self.drop_path = build_drop_path(drop_path_rate)
         self.with_cp = with_cp
 
     def start_as_identity(self) -> None:
@@ -97,7 +98,7 @@ class LayerAttentionOnTokens(nn.Module):
         self.shortcut_norm = None
         if self.attention.uses_shortcut:
             self.shortcut_norm = build_norm_layer(norm_cfg, embed_dims)
-        self.drop_path = _drop_path(drop_path_rate)
+        self.drop_path = build_drop_path(drop_path_rate)
 
     def start_as_identity(self) -> None:
         """Make what is added zero: norms of zeros give a value, shortcut and extra tokens of zeros.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 
 import torch
@@ -91,6 +92,12 @@ class Variant:
         return kept_for_backward(self.model, self.loss)
 
 
+def _variants(depth: int, device: torch.device, batch: int, size: int) -> list[Variant]:
+    """The plain network, then each layer attention on each backend."""
+    kinds = [("plain", None), *product(("light", "base"), ("naive", "fused"))]
+    return [Variant(depth, attention, forced, device, batch, size) for attention, forced in kinds]
+
+
 def measure(
     device: torch.device, rounds: int, quick: bool, compiled: bool, depths=(50, 101)
 ) -> list[Row]:
@@ -98,10 +105,7 @@ def measure(
     batch, size = (256, 224) if device.type == "cuda" else (2, 224)
     rows: list[Row] = []
     for depth in depths[:1] if quick else depths:
-        variants = [Variant(depth, "plain", None, device, batch, size)]
-        for attention in ("light", "base"):
-            for forced in ("naive", "fused"):
-                variants.append(Variant(depth, attention, forced, device, batch, size))
+        variants = _variants(depth, device, batch, size)
         if compiled and depth == 50:
             for attention in ("plain", "light"):
                 variants.append(Variant(depth, attention, None, device, batch, size, True))
@@ -129,7 +133,6 @@ def measure(
                     "peak MiB": peak and round(peak / MIB),
                 }
             )
-        del variants
     return rows
 
 
@@ -139,12 +142,7 @@ def measure_scaling(device: torch.device, rounds: int, quick: bool) -> list[Row]
     size = 224 if device.type == "cuda" else 128
     rows: list[Row] = []
     for depth in (50, 101) if quick else (50, 101, 152, 305):
-        variants = [Variant(depth, "plain", None, device, batch, size)]
-        variants += [
-            Variant(depth, attention, forced, device, batch, size)
-            for attention in ("light", "base")
-            for forced in ("naive", "fused")
-        ]
+        variants = _variants(depth, device, batch, size)
         kept = [v.kept() for v in variants]
         train = side_by_side({v.name: v.train_step for v in variants}, rounds, device, warm_up=1)
         for variant, kept_bytes in zip(variants, kept, strict=True):
@@ -167,13 +165,12 @@ def measure_detector(device: torch.device, rounds: int, quick: bool) -> list[Row
     """Mask R-CNN's training step with its own frozen stage and norms, on a generated image."""
     batch, size = (2, (800, 1216)) if device.type == "cuda" else (1, (320, 416))
     steps: dict[str, Callable[[], object]] = {}
-    models, forced = {}, {"plain": None, "light naive": "naive", "light fused": "fused",
-                          "base naive": "naive", "base fused": "fused"}  # fmt: skip
+    forced = {"plain": None, "light naive": "naive", "light fused": "fused",
+              "base naive": "naive", "base fused": "fused"}  # fmt: skip
     for name, force in forced.items():
         suffix = {"plain": "", "light": "_mrla", "base": "_mrla-base"}[name.split()[0]]
         torch.manual_seed(0)
         model = _detector(Config.fromfile(ROOT / f"configs/mask_rcnn_r50{suffix}_1x.py"), device)
-        models[name] = model
         steps[name] = _detector_step(model, batch, size, device, force)
     train = side_by_side(steps, rounds, device, warm_up=1)
     return [

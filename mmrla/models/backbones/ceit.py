@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import trunc_normal_
 from mmpretrain.models.backbones import VisionTransformer
@@ -19,7 +18,7 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from mmpretrain.models.utils import resize_pos_embed, to_2tuple
 from torch import Tensor, nn
 
-from mmrla.models.branches import to_map
+from mmrla.models.branches import build_drop_path, to_map
 from mmrla.models.transformer_host import LayerAttentionTransformer
 from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS
@@ -66,7 +65,7 @@ class LocallyEnhancedFeedForward(BaseModule):
         self.conv3 = nn.Conv2d(hidden_channels, embed_dims, 1)
         self.bn3 = nn.BatchNorm2d(embed_dims)
         self.act = nn.GELU()
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = build_drop_path(drop_path_rate)
 
     def forward(self, x: Tensor, grid: tuple[int, int], extra: int, identity: Tensor) -> Tensor:
         """Map tokens ``[B, extra + H*W, C]`` and add ``identity``, which has their shape."""
@@ -156,7 +155,10 @@ class CeiT(VisionTransformer):
         for name, width in (("tiny", 192), ("small", 384), ("base", 768))
     }
 
-    _FIXED = {"with_cls_token": (True,), "pre_norm": (False,)}
+    # Arguments of the ancestor with the values that CeiT can have, if any.
+    _FIXED: dict[str, tuple] = {
+        "with_cls_token": (True,), "pre_norm": (False,), "patch_cfg": (), "layer_cfgs": (),
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -172,10 +174,9 @@ class CeiT(VisionTransformer):
         norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
         **kwargs: Any,
     ) -> None:
-        for name in ("with_cls_token", "pre_norm", "patch_cfg", "layer_cfgs"):
-            if name in kwargs and kwargs[name] not in self._FIXED.get(name, ()):
-                raise ValueError(f"CeiT has no {name}, got {name}={kwargs.pop(name)!r}")
-            kwargs.pop(name, None)
+        for name, allowed in self._FIXED.items():
+            if name in kwargs and (got := kwargs.pop(name)) not in allowed:
+                raise ValueError(f"CeiT has no {name}, got {name}={got!r}")
         if isinstance(arch, str) and arch not in self.arch_zoo:
             raise ValueError(f"arch must be one of {sorted(self.arch_zoo)}, got {arch!r}")
         # Of convolution and pooling, both of stride 2.

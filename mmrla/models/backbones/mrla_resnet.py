@@ -11,12 +11,12 @@ from typing import Any
 
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_norm_layer
-from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
 from mmrla.layers.norm import is_plain
+from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
 from mmrla.registry import MODELS
@@ -58,7 +58,7 @@ class LayerAttentionBlock:
         self.add_module(self.mrla_norm_name, norm)
         self.mrla_act = build_activation_layer(mrla_act_cfg) if mrla_act_cfg else nn.Identity()
         rate = drop_path_rate if mrla_drop_path_rate is None else mrla_drop_path_rate
-        self.mrla_drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        self.mrla_drop_path = build_drop_path(rate)
 
     @property
     def mrla_norm(self) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmrla.ops import passes
 from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.memory import dense, why_not_fused
-from mmrla.ops.mrla_base.retrieve import retrieve_backward, weights_of
+from mmrla.ops.mrla_base.retrieve import weights_backward, weights_of
 from mmrla.ops.query_key import accumulation_dtype
 
 
@@ -36,7 +36,8 @@ def _backward(
     grad: Tensor, query: Tensor, keys: list[Tensor], values: list[Tensor], head_channels: int
 ) -> list[Tensor]:
     weights = weights_of(query, keys, head_channels)
-    grad_query, grad_keys = retrieve_backward(grad, weights, query, keys, values, head_channels)
+    grad_weights = passes.dots(grad, values)
+    grad_query, grad_keys = weights_backward(grad_weights, weights, query, keys, head_channels)
     return [
         grad_query,
         *(g.clone() for g in grad_keys),

@@ -1,4 +1,4 @@
-"""MRLA-base's attention weights over layers, and its retrieval with gradients by hand."""
+"""MRLA-base's attention weights over layers, and their gradient by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from mmrla.ops import passes
 
 
 def weights_of(query: Tensor, keys: Sequence[Tensor], head_channels: int) -> Tensor:
@@ -29,16 +27,3 @@ def weights_backward(
     grad_logits = weights * (per_head - (weights * per_head).sum(0)) / math.sqrt(head_channels)
     grad_logits = grad_logits.repeat_interleave(head_channels, dim=2)
     return (grad_logits * torch.stack(list(keys))).sum(0), grad_logits * query
-
-
-def retrieve_backward(
-    grad: Tensor,
-    weights: Tensor,
-    query: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    head_channels: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query and keys of ``sum_s weights[s] * values[s]``."""
-    grad_weights = passes.dots(grad, values)
-    return weights_backward(grad_weights, weights, query, keys, head_channels)
