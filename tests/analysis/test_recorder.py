@@ -163,13 +163,17 @@ def test_leaves_the_model_as_it_was():
     model = resnet(LIGHT, 18, frozen_stages=1).train()
     modes = [module.training for module in model.modules()]
     keys = {name: set(vars(module)) for name, module in model.named_modules()}
-    with (
-        pytest.raises(RuntimeError, match="by an exception"),
-        record_layer_attention(model) as rec,
-        torch.autocast("cpu", torch.bfloat16),
-    ):
-        model(torch.randn(2, 3, 32, 32))
-        raise RuntimeError("by an exception")
+    recorders = []
+
+    def fails():
+        with record_layer_attention(model) as rec, torch.autocast("cpu", torch.bfloat16):
+            recorders.append(rec)
+            model(torch.randn(2, 3, 32, 32))
+            raise RuntimeError("by an exception")
+
+    with pytest.raises(RuntimeError, match="by an exception"):
+        fails()
+    (rec,) = recorders
     assert not hooks_of(model)
     assert [module.training for module in model.modules()] == modes
     assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
