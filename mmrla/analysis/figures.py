@@ -229,7 +229,7 @@ def similarity_figure(similarities: Mapping[str, np.ndarray], bins: int, title: 
         axis.hist(flat, edges, weights=np.full(flat.size, 1 / flat.size), color=colour)
         median = float(np.median(flat))
         axis.axvline(median, color="tab:red", linewidth=1)
-        axis.set_title(f"{name}: median {median:.2f} of {flat.size:,}")
+        axis.set_title(f"{name}: median {median:.2f} of {flat.size:,} pairs")
         axis.set_xlim(0, 1)
         axis.tick_params(labelbottom=index + columns >= len(panels))
     figure.supxlabel("absolute cosine similarity of consecutive layers' queries, per head",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import glob
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 import mmrla.registry  # noqa: F401
+from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
 from mmrla.engine.launch import fit_classes, require_config
@@ -63,6 +65,23 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="side of the crop that a classifier sees, shorter side of a detector's image; "
         "default: as the config's test pipeline",
+    )
+
+
+def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which other networks are drawn beside a config's own."""
+    parser.add_argument(
+        "--plain-checkpoint",
+        help="weights of the same network without layer attention, which is drawn first; it is "
+        "left out where only the other has a checkpoint",
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another config and its checkpoint, if any; several times for several",
     )
 
 
@@ -167,6 +186,12 @@ class Network:
     def stem(self) -> str:
         """What files about it are called."""
         return self.name.replace(" ", "_")
+
+    @property
+    def label(self) -> str:
+        """The class of its layer attention, or ``plain``."""
+        names = layer_attentions(self.model)
+        return type(self.model.get_submodule(names[0])).__name__ if names else "plain"
 
     @property
     def backbone(self) -> nn.Module:
@@ -421,9 +446,66 @@ def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
     return network, images
 
 
+def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, Network]:
+    """The networks of a command that compares some, by a short name, in the order of columns.
+
+    The plain host comes first: with the same random weights where there is no checkpoint, else
+    with ``--plain-checkpoint``, else not at all, which is said.
+
+    Args:
+        args: Of :func:`add_network_arguments` and :func:`add_beside_arguments`; ``size`` if any.
+        need_head: Whether checkpoints must fill the head too.
+
+    Raises:
+        FileNotFoundError: No such config or checkpoint.
+        ValueError: See :func:`build_network`; or a ``--plain-checkpoint`` without a checkpoint.
+    """
+    common = dict(
+        seed=args.seed,
+        device=choose_device(args.device),
+        size=args.size,
+        need_head=need_head,
+    )
+    own = build_network(args.config, args.checkpoint, options=args.cfg_options, **common)
+    found: dict[str, Network] = {}
+    if args.checkpoint is None and args.plain_checkpoint is not None:
+        raise ValueError(
+            "--plain-checkpoint without a checkpoint of the network itself would compare trained "
+            "with random weights"
+        )
+    if args.checkpoint is not None and args.plain_checkpoint is None:
+        print("no --plain-checkpoint: the plain network is left out")
+    elif layer_attentions(own.model):
+        found["plain"] = build_network(
+            args.config, args.plain_checkpoint, options=args.cfg_options, plain=True, **common
+        )
+        if args.checkpoint is None:
+            share_weights(own.model, found["plain"].model)
+    others = []
+    for files in args.beside:
+        if len(files) > 2:
+            raise ValueError(f"--beside takes a config and a checkpoint, got {' '.join(files)}")
+        others.append(build_network(*files, options=args.cfg_options, **common))
+    for network in (own, *others):
+        label = network.label
+        found[label if label not in found else f"{label} ({network.name})"] = network
+    return found
+
+
 def save_numbers(path: str | Path, **arrays: Any) -> Path:
     """Write arrays as NPZ, folders made as needed; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)
+    return path
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows, whose keys are the columns, folders made as needed; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     return path

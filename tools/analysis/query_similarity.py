@@ -7,7 +7,6 @@ MRLA-base rests. The first layer of a stage is left out, as in the paper.
 from __future__ import annotations
 
 import argparse
-import csv
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from mmrla.engine.inspection import (
     add_network_arguments,
     network_of,
     save_numbers,
+    write_csv,
 )
 
 
@@ -60,15 +60,14 @@ def main() -> None:
         names = np.array(list(map(str, images)))
         written.append(save_numbers(f"{stem}.npz", title=title, images=names, **found))
         edges = np.linspace(0, 1, args.bins + 1)
-        csv_path = stem.with_name(f"{stem.name}.csv")
-        with csv_path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["group", "from", "to", "pairs"])
-            for name, values in found.items():
-                counts = np.histogram(values.clip(0, 1), edges)[0]
-                for low, high, pairs in zip(edges[:-1], edges[1:], counts, strict=True):
-                    writer.writerow([name, round(low, 6), round(high, 6), pairs])
-        written.append(csv_path)
+        rows = [
+            {"group": name, "from": round(low, 6), "to": round(high, 6), "pairs": int(pairs)}
+            for name, values in found.items()
+            for low, high, pairs in zip(
+                edges[:-1], edges[1:], np.histogram(values.clip(0, 1), edges)[0], strict=True
+            )
+        ]
+        written.append(write_csv(f"{stem}.csv", rows))
     print("\n".join(map(str, written)))
 
 
