@@ -102,9 +102,7 @@ def _scale(groups: Sequence[GroupRecord], maps: Sequence[np.ndarray]) -> Normali
 
 def _heat_map(axis: Any, scores: np.ndarray, layers: Sequence[str], norm: Normalize) -> Any:
     """One map ``[T, T]``: the querying layer downwards, the layer it attends to to the right."""
-    colours = mpl.colormaps[HEAT].copy()
-    colours.set_bad("white")
-    drawn = axis.imshow(scores, cmap=colours, norm=norm)
+    drawn = axis.imshow(scores, cmap=HEAT, norm=norm)
     count = len(layers)
     step = max(1, math.ceil(count / 12))
     ticks = list(range(0, count, step))
@@ -185,13 +183,11 @@ def all_heads_figure(group: GroupRecord, title: str = "") -> Figure:
                     layout="constrained")  # fmt: skip
     axes = figure.subplots(rows, columns, squeeze=False)
     norm = _scale([group], [scores])
-    colours = mpl.colormaps[HEAT].copy()
-    colours.set_bad("white")
     drawn = None
     for head, axis in enumerate(axes.flat):
         axis.set_axis_off()
         if head < count:
-            drawn = axis.imshow(scores[head], cmap=colours, norm=norm)
+            drawn = axis.imshow(scores[head], cmap=HEAT, norm=norm)
             axis.set_title(f"head {head}" if columns <= 8 else str(head), fontsize=7, pad=2)
     if drawn is not None:
         figure.colorbar(drawn, ax=axes, label=group.label, shrink=0.8, aspect=30)
@@ -347,7 +343,7 @@ def overlay_figure(
     """
     count = len(columns) + 1
     aspect = np.mean([image.shape[0] / image.shape[1] for _, image, _ in rows])
-    height = 1.7 * float(aspect) + 0.25 + (0.2 if notes else 0)
+    height = 1.6 * float(aspect) + (0.22 if notes else 0.12)
     figure = Figure(figsize=(1.75 * count + 0.8, height * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for i, (name, image, maps) in enumerate(rows):
@@ -368,6 +364,6 @@ def overlay_figure(
     for axis, (network, part) in zip(axes[0, 1:], columns, strict=True):
         axis.set_title(f"{network}\n{part}")
     bar = ScalarMappable(Normalize(0, 1), WARM)
-    figure.colorbar(bar, ax=axes, label=label, shrink=0.8, aspect=30)
+    figure.colorbar(bar, ax=axes, label=label, shrink=0.9, aspect=12 + 8 * len(rows))
     figure.suptitle(title)
     return figure

@@ -319,11 +319,11 @@ def build_network(
             raise FileNotFoundError(f"no such checkpoint: {Path(checkpoint).absolute()}")
         state = state_dict_of(load_file(checkpoint))
     seed_everything(seed)
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+    scope = cfg.get("default_scope", "mmengine")
+    with DefaultScope.overwrite_default_scope(scope), _quiet():
         model = MODELS.build(model_cfg)
         if state is None:
-            with _quiet():  # it logs a paragraph for each parameter
-                model.init_weights()
+            model.init_weights()  # which logs a paragraph for each parameter
     if state is not None:
         report, fitting = compare(model, state)
         allowed = [] if need_head else allowed_heads(report, state)
@@ -490,6 +490,14 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
         label = network.label
         found[label if label not in found else f"{label} ({network.name})"] = network
     return found
+
+
+def describe(networks: Mapping[str, Network]) -> str:
+    """What a figure's title says of these networks: a line each, one for all of equal weights."""
+    own = next((n for label, n in networks.items() if label != "plain"), None)
+    if own is not None and len({network.weights for network in networks.values()}) == 1:
+        return own.title
+    return "\n".join(f"{label}: {network.title}" for label, network in networks.items())
 
 
 def save_numbers(path: str | Path, **arrays: Any) -> Path:

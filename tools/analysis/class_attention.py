@@ -20,6 +20,7 @@ from mmrla.engine.inspection import (
     add_beside_arguments,
     add_image_arguments,
     add_network_arguments,
+    describe,
     find_images,
     networks_of,
     save_numbers,
@@ -93,10 +94,8 @@ def main() -> None:
         first = list(networks.values())[-1 - len(args.beside)]
         blocks = len(first.backbone.layers)
         what = f"patch {tuple(args.query)}" if args.query else "the class token"
-        title = f"What {what} attends to, block {args.layer % blocks} of {blocks}\n{first.title}"
-        figure = overlay_figure(
-            rows, columns, "attention weight, over the map's largest", title, boxes=boxes
-        )
+        title = f"What {what} attends to in layers.{args.layer % blocks}\n{describe(networks)}"
+        figure = overlay_figure(rows, columns, "attention (1: most)", title, boxes=boxes)
         stem = args.out / f"class_attention_{first.stem}"
         print(save(figure, f"{stem}.png"))
         print(

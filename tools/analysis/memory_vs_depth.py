@@ -143,7 +143,7 @@ def measure(
         batch = torch.rand(args.batch, 3, args.size, args.size, device=device)
         peak = peak_of_step(model, batch, args.amp)
     # Two, because batch norm has to see more than one value a channel.
-    kept = activation_memory(model, one.expand(2, -1, -1, -1)) / MIB
+    kept = activation_memory(model, one.new_empty(2, *one.shape[1:])) / MIB
     row = {
         "depth": depth,
         "layer_attention": name,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS
 from tqdm import tqdm
 
 from mmrla.analysis.cam import Logits, feature_layer, score_cam
@@ -22,6 +22,7 @@ from mmrla.engine.inspection import (
     add_beside_arguments,
     add_image_arguments,
     add_network_arguments,
+    describe,
     find_images,
     networks_of,
     save_numbers,
@@ -47,7 +48,7 @@ def default_layers(network: Network) -> list[str]:
     if not stages:
         raise ValueError(
             f"{type(network.backbone).__name__} is no ResNet: name the layers with --layers, such "
-            "as layers.11.ln1 for a ViT"
+            "as layers.10 for a ViT"
         )
     return list(stages[-2:])
 
@@ -55,8 +56,10 @@ def default_layers(network: Network) -> list[str]:
 def class_names(network: Network) -> list[str] | None:
     """Names of the classes, where the config's dataset knows them."""
     dataset = network.cfg.test_dataloader.dataset
-    with DefaultScope.overwrite_default_scope(network.cfg.get("default_scope", "mmengine")):
-        cls = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    cls = dataset.type
+    if isinstance(cls, str):
+        with DATASETS.switch_scope_and_registry(network.cfg.get("default_scope")) as registry:
+            cls = registry.get(cls)
     known: Any = {**(getattr(cls, "METAINFO", None) or {}), **(dataset.get("metainfo") or {})}
     names = known.get("classes")
     count = network.model.head.num_classes
@@ -108,10 +111,8 @@ def main() -> None:
             targets.append(classes)
         progress.close()
         first = list(networks.values())[-1 - len(args.beside)]
-        title = "\n".join(["ScoreCAM at the end of layers", first.title])
-        figure = overlay_figure(
-            rows, columns, "share in the class's score, over the largest", title, notes
-        )
+        title = f"ScoreCAM\n{describe(networks)}"
+        figure = overlay_figure(rows, columns, "contribution (1: most)", title, notes)
         stem = args.out / f"score_cam_{first.stem}"
         print(save(figure, f"{stem}.png"))
         print(
