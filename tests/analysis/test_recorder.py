@@ -243,3 +243,41 @@ def test_query_similarity():
     assert query_similarity(group, include_first=True).shape == (2, 5, q.shape[2])
     assert (found <= 1 + 1e-6).all()
     assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("mode", ["predict", "loss"])
+def test_in_a_detector_on_a_real_image(mode, coco_mini):
+    """All of Mask R-CNN runs inside; its backbone attends as it does alone."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    from mmrla.engine.inspection import build_network
+    from tests.conftest import ROOT
+
+    network = build_network(str(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"), size=96)
+    model = network.model.train(mode == "loss")
+    inputs, _ = network.read(sorted((coco_mini / "val2017").glob("*.jpg"))[0])
+    size = tuple(inputs.shape[-2:])
+    meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), size)
+    meta["scale_factor"] = (1.0, 1.0)
+    sample = DetDataSample(metainfo=meta)
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[8.0, 8.0, 60.0, 70.0]]),
+        labels=torch.zeros(1, dtype=torch.long),
+        masks=BitmapMasks(torch.ones(1, *size).byte().numpy(), *size),
+    )
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with record_layer_attention(model) as rec:
+        found = model(inputs, [sample], mode=mode)
+        if mode == "loss":
+            model.parse_losses(found)[0].backward()
+    assert [group.name for group in rec.groups] == ["layer1", "layer2", "layer3", "layer4"]
+    assert all(name.startswith("backbone.") for group in rec.groups for name in group.modules)
+    assert not hooks_of(model)
+    model.load_state_dict(state)  # running statistics
+    with record_layer_attention(model.backbone) as alone, torch.no_grad():
+        model.backbone(inputs)
+    for a, b in zip(rec.groups, alone.groups, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, equal_nan=True)
