@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmrla.analysis.modules import layer_attentions
 from mmrla.layers import LayerAttention, Retrieval
+from mmrla.ops.memory import is_compiling
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,25 @@ class LayerAttentionRecorder:
     def _stop(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of what the last group's next layer would have needed."""
+        if self._passes:
+            self._passes[-1].memory = None
 
     def _hook(self, name: str) -> Any:
         def hook(attention: LayerAttention, args: tuple, output: tuple) -> None:
+            # Traced into a compiled graph, this hook would outlive its removal.
+            if is_compiling():
+                return
             # Inside backward runs what activation checkpointing computes again.
-            if torch._C._current_graph_task_id() == -1:
-                x, shortcut, state = args
-                with torch.no_grad():
-                    self._record(name, attention, x, shortcut, state)
-                self._passed_on = output[1] is not None
+            if torch._C._current_graph_task_id() != -1:
+                return
+            x, shortcut, state = args
+            with torch.no_grad():
+                self._record(name, attention, x, shortcut, state)
+            self._passed_on = output[1] is not None
 
         return hook
 
@@ -100,6 +111,7 @@ class LayerAttentionRecorder:
         self, name: str, attention: LayerAttention, x: Tensor, shortcut: Tensor, state: Any
     ) -> None:
         if not self._continues(name, state):
+            self._forget()
             self._passes.append(_Pass(attention=attention))
         current = self._passes[-1]
         found = attention.retrieval(x, shortcut, state, current.memory)

@@ -230,6 +230,21 @@ def test_errors():
         _ = rec.groups
 
 
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="needs torch.compile")
+def test_a_compiled_network_records_nothing_and_says_so():
+    """Nor does its graph keep what was there when it was compiled."""
+    model = MRLAResNetCIFAR(20, layer_attention=BASE).eval()
+    compiled = torch.compile(model, backend="eager")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), record_layer_attention(compiled) as rec:
+        found = compiled(images)
+    with pytest.raises(ValueError, match="a compiled network does not call its modules"):
+        _ = rec.groups
+    with torch.no_grad():
+        assert relative_error(model(images)[0], found[0]) < 1e-5
+    torch._dynamo.reset()
+
+
 def test_query_similarity():
     model = resnet(BASE).eval()
     with record_layer_attention(model) as rec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import re
+import shlex
 import sys
 
 import cv2
@@ -430,3 +432,24 @@ def test_as_a_command(images, tmp_path):
     assert "Traceback" not in done.stderr
     for line in done.stdout.splitlines()[-2:]:
         assert (tmp_path / line).is_file()
+
+
+TEXT = (ROOT / "docs/analysis.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)\.py`", TEXT))))
+def test_what_the_docs_show_is_there(name, monkeypatch, capsys):
+    """Every command has an example, with options that it has and configs that are there."""
+    (line,) = re.findall(rf"^python tools/analysis/{name}\.py.*$", TEXT, re.M)
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/analysis/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(line)[2:]])
+    args = module.parse_args()
+    assert (ROOT / args.config).is_file()
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        module.parse_args()
+    listed = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out))
+    section = TEXT[TEXT.index(line) :].split("\n## ")[0]
+    assert set(re.findall(r"`(--[a-z-]+)", section)) <= listed
