@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -92,12 +93,23 @@ def choose_heads(groups: Sequence[GroupRecord], heads: Sequence[int] | int) -> l
     return [list(heads)] * len(groups)
 
 
-def _scale(groups: Sequence[GroupRecord], maps: Sequence[np.ndarray]) -> Normalize:
-    """From 0 to 1 for shares, else to the largest value that is drawn."""
+def _scale(
+    groups: Sequence[GroupRecord], maps: Sequence[np.ndarray], height: float
+) -> tuple[Normalize, str]:
+    """The colours' scale and its label, in lines that fit beside a figure of this height in inches.
+
+    From 0 to 1 for shares, else to the largest value that is drawn.
+    """
+    label = groups[0].label
     if all(group.sum_to_one for group in groups):
-        return Normalize(0, 1)
-    largest = max((float(np.nanmax(one)) for one in maps), default=1.0)
-    return Normalize(0, largest if largest > 0 else 1.0)
+        norm = Normalize(0, 1)
+        if max(len(group.layers) for group in groups) > 6:
+            # Shares of many layers are small, and a few near 1 would hide how they differ.
+            norm, label = PowerNorm(0.5, 0, 1), f"{label} (square-root scale)"
+    else:
+        largest = max((float(np.nanmax(one)) for one in maps), default=1.0)
+        norm = Normalize(0, largest if largest > 0 else 1.0)
+    return norm, textwrap.fill(label, max(16, int(10 * height)))
 
 
 def _heat_map(axis: Any, scores: np.ndarray, layers: Sequence[str], norm: Normalize) -> Any:
@@ -145,13 +157,13 @@ def layer_attention_figure(
         [("mean of heads", mean.mean(0)), *((f"head {head}", mean[head]) for head in own)]
         for mean, own in zip(means, chosen, strict=True)
     ]
-    norm = _scale(groups, [scores for own in maps for _, scores in own])
     # The longer side of the grid lies across.
     across = len(groups) >= panels
     shape = (panels, len(groups)) if across else (len(groups), panels)
     side = 2.5 if max(len(group.layers) for group in groups) > 6 else 1.85
-    figure = Figure(figsize=(side * shape[1] + 1.2, side * 1.13 * shape[0] + 0.9),
-                    layout="constrained")  # fmt: skip
+    height = side * 1.13 * shape[0] + 0.9
+    norm, label = _scale(groups, [scores for own in maps for _, scores in own], height)
+    figure = Figure(figsize=(side * shape[1] + 1.4, height), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     drawn = None
     for i, (group, own) in enumerate(zip(groups, maps, strict=True)):
@@ -166,7 +178,7 @@ def layer_attention_figure(
     figure.supxlabel("layer attended to (block of the group)", fontsize=9)
     figure.supylabel("querying layer (block of the group)", fontsize=9)
     if drawn is not None:
-        figure.colorbar(drawn, ax=axes, label=groups[0].label, shrink=0.8, aspect=30)
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=30)
     figure.suptitle(title)
     return figure
 
@@ -179,10 +191,10 @@ def all_heads_figure(group: GroupRecord, title: str = "") -> Figure:
     columns = min(count, 16 if count > 64 else 8)
     rows = math.ceil(count / columns)
     side = 0.85 if layers <= 6 else 1.3
-    figure = Figure(figsize=(max(side * columns + 1.4, 4.5), (side + 0.22) * rows + 1.2),
-                    layout="constrained")  # fmt: skip
+    height = (side + 0.22) * rows + 1.2
+    norm, label = _scale([group], [scores], height)
+    figure = Figure(figsize=(max(side * columns + 1.6, 4.5), height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    norm = _scale([group], [scores])
     drawn = None
     for head, axis in enumerate(axes.flat):
         axis.set_axis_off()
@@ -190,7 +202,7 @@ def all_heads_figure(group: GroupRecord, title: str = "") -> Figure:
             drawn = axis.imshow(scores[head], cmap=HEAT, norm=norm)
             axis.set_title(f"head {head}" if columns <= 8 else str(head), fontsize=7, pad=2)
     if drawn is not None:
-        figure.colorbar(drawn, ax=axes, label=group.label, shrink=0.8, aspect=30)
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=30)
     names = f"{group.layers[0]} to {group.layers[-1]}"
     figure.supxlabel(f"layer attended to, blocks {names}", fontsize=9)
     figure.supylabel(f"querying layer, blocks {names}", fontsize=9)
