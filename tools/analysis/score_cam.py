@@ -7,6 +7,7 @@ channel of a layer and image: 3072 times an image for ResNet-50, minutes on a CP
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,11 @@ def main() -> None:
                 target = int(scores.argmax()) if args.target is None else args.target
                 labels = class_names(network)
                 word = labels[target].split(",")[0] if labels else f"class {target}"
+                word = textwrap.shorten(word, 20, placeholder="...")
                 for name in names:
                     layer = feature_layer(network.model, name, inputs)
                     found.append(score_cam(network.model, layer, inputs, target, args.batch_size))
-                    words.append(f"{word[:18]}, p = {scores[target]:.3f}")
+                    words.append(f"{word}, p = {scores[target]:.3f}")
                     classes.append(target)
                     progress.update()
             rows.append((path.name, picture, found))
