@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseDataPreprocessor, BaseModel
-from mmengine.registry import VISBACKENDS
+from mmengine.registry import VISBACKENDS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.visualization import BaseVisBackend
 from torch import nn
@@ -91,6 +91,15 @@ class PicturesInMemory(BaseVisBackend):
         self.pictures.append((name, image, step))
 
 
+@pytest.fixture
+def scopes():
+    """A runner leaves its scope behind as the current one, where later tests would build."""
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
+
+
 def train(tmp_path, layer_attention, hooks, name, **kwargs):
     torch.manual_seed(0)
     PicturesInMemory.pictures = []
@@ -118,7 +127,7 @@ def train(tmp_path, layer_attention, hooks, name, **kwargs):
     ("attention", "kwargs"),
     [(LIGHT, {}), (dict(type="MRLABase", head_channels=4), dict(with_cp=True, frozen_stages=1))],
 )
-def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path):
+def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path, scopes):
     """Pictures every second iteration, and the same weights as without the hook, bit for bit."""
     hook = dict(type="mmrla.LayerAttentionVisHook", interval=2, heads=[0, 1])
     model = train(tmp_path, attention, [hook], "with", **kwargs)
@@ -142,7 +151,7 @@ def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_layer_attention_hook_refuses_before_training(tmp_path):
+def test_layer_attention_hook_refuses_before_training(tmp_path, scopes):
     hook = dict(type="mmrla.LayerAttentionVisHook", interval=2)
     with pytest.raises(ValueError, match="Classifier has no layer attention"):
         train(tmp_path, None, [hook], "plain")
