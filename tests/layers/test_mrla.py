@@ -80,5 +80,5 @@ def test_bad_arguments(cls):
     with pytest.raises(ValueError, match="kernel_size=4"):
         cls(64, kernel_size=4)
     if cls is MRLALight:
-        with pytest.raises(ValueError, match=r"one of \('shortcut', 'output'\), got 'input'"):
+        with pytest.raises(ValueError, match=r"one of \('shortcut', 'output', None\), got 'input'"):
             cls(64, recurrence="input")
