@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from mmrla.models import (
     MRLAResNeXt,
     MRLAVisionTransformer,
 )
+from tests.conftest import relative_error
+from tests.layers import test_equations as equations
 from tests.models.test_hosts import flat
 
 ARCH = dict(embed_dims=32, num_layers=5, num_heads=2, feedforward_channels=48)
@@ -163,6 +167,41 @@ def test_the_fused_tail_runs_where_it_can_and_agrees_with_the_plain_path(
         grads.append([out.detach(), x.grad, *(p.grad for p in model.parameters())])
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["mla", "linear-rla", "dwconv", "lambda-1", "no-previous"])
+def test_a_stage_on_real_images_by_its_equations(attention, coco_mini):
+    """``out = x + drop_path(BN(o))`` around each o, with the second stage's strided projection."""
+    paths = sorted(coco_mini.rglob("*.jpg"))[:2]
+    images = [mmcv.imresize(mmcv.imread(path), (48, 40)) for path in paths]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).double() / 255
+    model = build("resnet", attention).double().train()
+    with torch.no_grad():
+        x = model.layer1(model.maxpool(model.relu(model.norm1(model.conv1(x)))))
+    got = model.layer2(x)
+    y, previous, layers, outputs = x, None, [], []
+    for block in model.layer2:
+        shortcut = y if block.downsample is None else block.downsample(y)
+        y = torch.relu(block.norm2(block.conv2(torch.relu(block.norm1(block.conv1(y))))) + shortcut)
+        layer = block.mrla
+        outputs.append(y)
+        if attention == "dwconv":
+            o = equations.convolved(y, layer.value.weight)
+        elif attention in ("mla", "linear-rla"):
+            layers.append((layer.query.weight, layer.key.weight, layer.value.weight))
+            o = equations.retrieved(type(layer), layers, outputs, 8)[-1]
+        else:
+            previous = shortcut if attention == "lambda-1" else 0
+            o = previous + equations.gated(layer, y)
+        y = y + block.mrla_norm(o)
+    assert relative_error(got, y.detach()) < 1e-10
+    grad = torch.randn_like(y)
+    weights = list(model.layer2.parameters())
+    mine, theirs = (torch.autograd.grad(out, weights, grad) for out in (got, y))
+    assert all(
+        (a - b).abs().max() <= 1e-8 * b.abs().max().clamp(min=1e-3)
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 @pytest.mark.slow
