@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import copy
+import functools
+import re
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.structures import DataSample
 
 import mmrla.registry  # noqa: F401
-from mmrla.layers import MRLABase, MRLALight
+from mmrla.layers import LayerAttention, MRLABase, MRLALight
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -37,6 +44,47 @@ CIFAR = [
     for classes in (10, 100)
 ]
 
+LIGHT = {"resnet50": dict(type="MRLALight", head_channels=32),
+         "deit-tiny": dict(type="MRLALight", head_channels=16)}  # fmt: skip
+# Of an ablation: what its backbone has other than that of MRLA-light's config.
+VARIANTS = {
+    "mla": lambda light: dict(type="MLA", head_channels=light["head_channels"]),
+    "dwconv": lambda light: dict(type="DWConv"),
+    "mrla_no-previous": lambda light: dict(light, recurrence=None),
+    "mrla_no-dwconv": lambda light: dict(light, value_conv=False),
+    "mrla_fc": lambda light: dict(light, projection="fc"),
+    "mrla_lambda1": lambda light: dict(light, fixed_lambda=1),
+    "mrla_dk-all": lambda light: dict(light, head_channels="all"),
+}
+ABLATION = {
+    f"{network}_{name}": dict(layer_attention=make(LIGHT[network]))
+    for name, make in VARIANTS.items()
+    for network in LIGHT
+}
+for network, sweep in (
+    ("resnet50", (1, 2, 4, 8, 16, 64, 128, 256)),
+    ("deit-tiny", (1, 4, 8, 32, 64)),
+):
+    for d in sweep:
+        found = dict(LIGHT[network], head_channels=d)
+        ABLATION[f"{network}_mrla_dk{d}"] = dict(layer_attention=found)
+for name, d in (("linear-rla", 32), ("linear-rla_dk1", 1)):
+    found = dict(type="LinearRLA", head_channels=d)
+    ABLATION[f"resnet50_{name}"] = dict(layer_attention=found)
+BASE16 = dict(type="MRLABase", head_channels=16)
+ABLATION["resnet50_dwconv_sd"] = ABLATION["resnet50_dwconv"]
+ABLATION["resnet50_mrla_output"] = dict(
+    layer_attention=dict(LIGHT["resnet50"], recurrence="output")
+)
+ABLATION["resnet50_mrla-base_dk32"] = dict(layer_attention=dict(BASE16, head_channels=32))
+OFF = dict(mrla_drop_path_rate=0.0)
+for name in ("resnet50_dwconv", "resnet50_mla"):
+    ABLATION[f"{name}_no-sd"] = ABLATION[name] | OFF
+ABLATION["resnet50_dwconv"] = ABLATION.pop("resnet50_dwconv_no-sd")
+ABLATION["resnet50_mrla_no-sd"] = ABLATION["resnet50_mrla_no-sd_mixup-ls"] = dict(OFF)
+ABLATION["resnet50_mrla-base_no-sd"] = dict(layer_attention=BASE16) | OFF
+ABLATION["deit-tiny_mrla_sd"] = dict(mrla_drop_path_rate=None)
+
 
 def load(name: str) -> Config:
     return Config.fromfile(ROOT / "configs" / f"{name}.py")
@@ -49,6 +97,7 @@ def test_every_promised_config_is_there():
     assert found(".") == {*COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
     assert found("imagenet") == set(IMAGENET)
     assert found("cifar") == set(CIFAR)
+    assert found("ablation") == {f"{name}_in1k" for name in ABLATION}
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -183,6 +232,68 @@ def test_cifar_recipe(name):
     optimizer = cfg.optim_wrapper.optimizer
     assert holds(optimizer, type="SGD", lr=0.1, momentum=0.9, weight_decay=0.0001)
     assert transform_types(cfg) == ["RandomCrop", "RandomFlip", "PackInputs"]
+
+
+@functools.cache
+def load_once(path: Path) -> dict:
+    return Config.fromfile(path).to_dict()
+
+
+def merged(path: Path) -> dict:
+    """What ``Config.fromfile`` gives, with the recipes that ablations inherit from read once."""
+    if path.parent.name != "ablation":
+        return copy.deepcopy(load_once(path))
+    own = runpy.run_path(str(path))
+    own = {k: v for k, v in own.items() if k == "_base_" or not k.startswith("_")}
+    base = Config(merged((path.parent / own.pop("_base_")).resolve()))
+    base.merge_from_dict(own)
+    return base.to_dict()
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_ablation_changes_what_it_says_and_nothing_else(name):
+    """Beside MRLA-light's config; its first line says where the paper has it."""
+    path, network = ROOT / "configs" / "ablation" / f"{name}_in1k.py", name.split("_")[0]
+    light = load_once(ROOT / "configs" / "imagenet" / f"{network}_mrla_in1k.py")
+    cfg, expected = merged(path), copy.deepcopy(light)
+    expected["model"]["backbone"].update(ABLATION[name])
+    if name.endswith("mixup-ls"):
+        loss = cfg["model"]["head"]["loss"]
+        assert (loss["type"], loss["label_smooth_val"]) == ("LabelSmoothLoss", 0.1)
+        assert cfg["model"]["train_cfg"] == dict(augments=dict(type="Mixup", alpha=0.2))
+        expected["model"]["head"]["loss"] = loss
+        expected["model"]["train_cfg"] = cfg["model"]["train_cfg"]
+    assert cfg == expected
+    assert cfg != light
+    networks = {"resnet50": "ResNet-50", "deit-tiny": "DeiT-T"}
+    where = r"(Like )?(Table (4 \([a-g]\)|11|12 \([ab]\))|B\.4|A\.3|Eq\. 8)"
+    assert re.match(rf"# {where}: {networks[network]} \+ ", path.read_text())
+
+
+def test_ablation_is_read_as_mmengine_reads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet50_mla_no-sd", "resnet50_mrla_no-sd_mixup-ls", "deit-tiny_mrla_sd"):
+        path = ROOT / "configs" / "ablation" / f"{name}_in1k.py"
+        assert merged(path) == Config.fromfile(path).to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLATION)
+def test_ablation_trains(name):
+    """A step of the whole classifier on two images: every parameter gets a gradient."""
+    cfg = load(f"ablation/{name}_in1k")
+    if cfg.model.backbone.type.endswith("VisionTransformer"):
+        cfg.model.backbone.img_size = 64
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+        model = MODELS.build(cfg.model).train()
+        samples = [DataSample().set_gt_label(i) for i in (1, 2)]
+        images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
+        data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
+        model.loss(data["inputs"], data["data_samples"])["loss"].backward()
+    assert not [k for k, p in model.named_parameters() if p.grad is None]
+    layer = next(m for m in model.modules() if isinstance(m, LayerAttention))
+    assert type(layer).__name__ == cfg.model.backbone.layer_attention.type
 
 
 def test_inherits_what_it_does_not_change(tmp_path):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrla.layers.layer_attention import LayerAttention, Retrieval
+from mmrla.layers.layer_attention import Retrieval
 from mmrla.layers.norm import batch_norm_of, is_plain, update_running_statistics
+from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import (
     Op,
-    eca_kernel_size,
     mrla_base,
     mrla_base_tail,
     mrla_light,
@@ -27,7 +27,6 @@ from mmrla.ops import (
 from mmrla.ops.memory import is_compiling
 from mmrla.ops.mrla_base.retrieve import weights_of
 from mmrla.ops.mrla_light import VALUE_ACTS
-from mmrla.ops.query_key import check_head_channels
 from mmrla.ops.residual_tail import TailOutput
 
 MRLABaseState = tuple[Any, ...]
@@ -35,40 +34,21 @@ MRLABaseState = tuple[Any, ...]
 one."""
 
 
-class _MRLA(LayerAttention):
-    """Query, key and value of a layer (section 4), common to MRLA-light and MRLA-base."""
+class _MRLA(QueryKeyValue):
+    """MRLA-light and MRLA-base: with a fused tail, unless an option asks what it cannot do."""
 
     tail_op: Op
-
-    def __init__(self, channels: int, head_channels: int, kernel_size: int | None = None) -> None:
-        super().__init__(channels)
-        check_head_channels(channels, head_channels)
-        if kernel_size is None:
-            kernel_size = eca_kernel_size(channels)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size=}")
-        self.head_channels = head_channels
-        self.query = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.key = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        nn.init.kaiming_normal_(self.value.weight, mode="fan_out", nonlinearity="relu")
 
     def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
         """See :class:`LayerAttention`: between plain batch norms, which no hook watches."""
         return (
-            type(norm) is nn.BatchNorm2d
+            self.projection == "conv1d"
+            and self.value is not None
+            and type(norm) is nn.BatchNorm2d
             and type(out_norm) is nn.BatchNorm2d
             and is_plain(self, norm, out_norm)
             and self.tail_op.select(z).backend.name == "fused"
         )
-
-    def _heads(self, of: Tensor) -> Tensor:
-        """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""
-        return of.unflatten(1, (-1, self.head_channels))
-
-    def extra_repr(self) -> str:
-        """What ``print(module)`` shows."""
-        return f"channels={self.channels}, head_channels={self.head_channels}"
 
 
 class MRLALight(_MRLA):
@@ -78,47 +58,71 @@ class MRLALight(_MRLA):
 
     Args:
         channels: C of the layer it sits after.
-        head_channels: d_k, channels of one head; divides C.
+        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head; 1: CRLA.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
         recurrence: What stands for ``o_{t-1}``. ``'shortcut'`` (the released code): the layer's
             identity branch, which a group's first layer has too. ``'output'`` (Eq. 8 to the
-            letter): the previous layer's o, zero in a group's first layer.
+            letter): the previous layer's o, zero in a group's first layer. None: nothing, no
+            previous information and no lambda.
         value_act: ``'gelu'`` applies it to the value, as vision transformers do (Algorithm 4);
             None, nothing.
+        fixed_lambda: The value of all of lambda_t, which is not learned then.
+        projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
+        value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
 
     Raises:
-        ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, an unknown
-            ``recurrence`` or ``value_act``.
+        TypeError: An argument of the wrong type.
+        ValueError: As :class:`QueryKeyValue`; an unknown ``recurrence`` or ``value_act``, or a
+            ``fixed_lambda`` without recurrence.
     """
 
-    RECURRENCES = ("shortcut", "output")
+    RECURRENCES = ("shortcut", "output", None)
+    lambda_t: Tensor | None
     scores_sum_to_one = False
     tail_op = mrla_light_tail
 
     def __init__(
         self,
         channels: int,
-        head_channels: int = 32,
+        head_channels: int | str = 32,
         kernel_size: int | None = None,
-        recurrence: str = "shortcut",
+        recurrence: str | None = "shortcut",
         value_act: str | None = None,
+        fixed_lambda: float | None = None,
+        projection: str = "conv1d",
+        value_conv: bool = True,
     ) -> None:
-        super().__init__(channels, head_channels, kernel_size)
+        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
         if recurrence not in self.RECURRENCES:
             raise ValueError(f"recurrence must be one of {self.RECURRENCES}, got {recurrence!r}")
         if value_act not in VALUE_ACTS:
             raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
         self.recurrence = recurrence
         self.uses_shortcut = recurrence == "shortcut"
+        if fixed_lambda is not None:
+            if isinstance(fixed_lambda, bool) or not isinstance(fixed_lambda, (int, float)):
+                raise TypeError(f"fixed_lambda must be a number or None, got {fixed_lambda!r}")
+            if recurrence is None:
+                raise ValueError(
+                    f"fixed_lambda needs a recurrence, got {fixed_lambda=} with recurrence=None"
+                )
         self.value_act = value_act
-        self.lambda_t = nn.Parameter(torch.randn(channels))
+        self.fixed_lambda = fixed_lambda
+        if recurrence is None:
+            self.lambda_t = None
+        elif fixed_lambda is None:
+            self.lambda_t = nn.Parameter(torch.randn(channels))
+        else:
+            fixed = torch.full((channels,), float(fixed_lambda))
+            self.register_buffer("lambda_t", fixed, persistent=False)
 
     def forward(
         self, x: Tensor, shortcut: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`LayerAttention`; the state is ``o_t`` with ``'output'``, else None."""
         previous = shortcut if self.uses_shortcut else state
-        if previous is None:
+        lambda_t = self.lambda_t
+        if previous is None and self.fixed_lambda is None and lambda_t is not None:
             # Nothing to add yet. A zero that takes no memory keeps lambda_t in the graph, so that
             # DDP sees every parameter used.
             previous = x.new_zeros(1).expand_as(x)
@@ -127,8 +131,8 @@ class MRLALight(_MRLA):
             previous,
             self.query.weight,
             self.key.weight,
-            self.value.weight,
-            self.lambda_t,
+            self.value_weight,
+            None if previous is None else lambda_t,
             self.head_channels,
             self.value_act,
         )
@@ -162,19 +166,20 @@ class MRLALight(_MRLA):
             state: Not looked at.
             memory: The previous layer's weights, ``[B, C, t - 1]``.
         """
-        query, key = map(self._heads, query_key(x, self.query.weight, self.key.weight))
+        query, key = map(self.heads, query_key(x, self.query.weight, self.key.weight))
         gate = torch.sigmoid((query * key).sum(-1) / math.sqrt(self.head_channels))
         weights = gate.repeat_interleave(self.head_channels, dim=1)[..., None]
         if memory is not None:
-            scale = self.lambda_t.to(weights.dtype)[:, None]
+            # Without a recurrence nothing of earlier layers comes through.
+            scale = 0 if self.lambda_t is None else self.lambda_t.to(weights.dtype)[:, None]
             weights = torch.cat([scale * memory, weights], dim=-1)
         scores = weights.abs().unflatten(1, (-1, self.head_channels)).mean(2)
         return Retrieval(query, scores, weights)
 
     def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """See :class:`LayerAttention`; only as in the released code, without ``value_act``."""
-        released = self.uses_shortcut and self.value_act is None
-        return released and super().fuses_tail(z, norm, out_norm)
+        """See :class:`LayerAttention`; only with the shortcut and without ``value_act``."""
+        fits = self.uses_shortcut and self.value_act is None
+        return fits and super().fuses_tail(z, norm, out_norm)
 
     def tail(
         self,
@@ -192,7 +197,7 @@ class MRLALight(_MRLA):
             batch_norm_of(norm),
             self.query.weight,
             self.key.weight,
-            self.value.weight,
+            self.value_weight,
             self.lambda_t,
             self.head_channels,
             batch_norm_of(out_norm),
@@ -202,7 +207,8 @@ class MRLALight(_MRLA):
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
-        return f"{super().extra_repr()}, recurrence={self.recurrence!r}"
+        shown = f"{super().extra_repr()}, recurrence={self.recurrence!r}"
+        return shown if self.fixed_lambda is None else f"{shown}, fixed_lambda={self.fixed_lambda}"
 
 
 class MRLABase(_MRLA):
@@ -213,16 +219,19 @@ class MRLABase(_MRLA):
 
     Args:
         channels: C of the layer it sits after; the same in a whole group.
-        head_channels: d_k, channels of one head; divides C. 16 in the released code, 32 in the
-            paper.
+        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. 16 in
+            the released code, 32 in the paper.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
         recompute_values: Keep no value for backward where the end of a residual block runs as one
             fused operation: backward computes each once more, so that only one group's are there
             at a time. Takes time for memory. Of no use with ``with_cp``, nor inside torch.compile,
             which itself decides what it keeps.
+        projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
+        value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
 
     Raises:
-        ValueError: ``head_channels`` does not divide C, or an even ``kernel_size``.
+        TypeError: As :class:`QueryKeyValue`.
+        ValueError: As :class:`QueryKeyValue`.
     """
 
     tail_op = mrla_base_tail
@@ -230,11 +239,13 @@ class MRLABase(_MRLA):
     def __init__(
         self,
         channels: int,
-        head_channels: int = 16,
+        head_channels: int | str = 16,
         kernel_size: int | None = None,
         recompute_values: bool = False,
+        projection: str = "conv1d",
+        value_conv: bool = True,
     ) -> None:
-        super().__init__(channels, head_channels, kernel_size)
+        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
         self.recompute_values = recompute_values
 
     def forward(
@@ -243,7 +254,7 @@ class MRLABase(_MRLA):
         """See :class:`LayerAttention`; the state holds the keys and values of the group."""
         query, key = query_key(x, self.query.weight, self.key.weight)
         keys, values = ((), ()) if state is None else state[:2]
-        keys, values = (*keys, key), (*values, self.value(x))
+        keys, values = (*keys, key), (*values, self.value_of(x))
         return mrla_base(query, keys, values, self.head_channels), (keys, values)
 
     def retrieval(
@@ -253,7 +264,7 @@ class MRLABase(_MRLA):
         query, key = query_key(x, self.query.weight, self.key.weight)
         keys = (key,) if state is None else (*state[0], key)
         scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
-        return Retrieval(self._heads(query), scores.permute(1, 2, 0))
+        return Retrieval(self.heads(query), scores.permute(1, 2, 0))
 
     def tail(
         self,
@@ -276,7 +287,7 @@ class MRLABase(_MRLA):
             batch_norm_of(norm),
             self.query.weight,
             self.key.weight,
-            self.value.weight,
+            self.value_weight,
             keys,
             values,
             self.head_channels,

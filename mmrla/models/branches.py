@@ -18,10 +18,14 @@ from mmrla.models.builder import build_layer_attention
 _MAP_DEFAULTS: dict[str, dict[str, Any]] = {
     "MRLALight": dict(head_channels=8),
     "MRLABase": dict(head_channels=8),
+    "MLA": dict(head_channels=8),
+    "LinearRLA": dict(head_channels=8),
 }
 _TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
     "MRLALight": dict(head_channels=16, value_act="gelu"),
     "MRLABase": dict(head_channels=16),
+    "MLA": dict(head_channels=16),
+    "LinearRLA": dict(head_channels=16),
 }
 
 

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from mmrla.layers import LayerAttention, MRLABase, MRLALight
+from mmrla.layers import MLA, DWConv, LayerAttention, LinearRLA, MRLABase, MRLALight
 from mmrla.registry import LAYER_ATTENTIONS
 
 # Registered here, not by decorators there: the layers' floor knows torch alone.
-for _layer_attention in (MRLALight, MRLABase):
+for _layer_attention in (MRLALight, MRLABase, MLA, LinearRLA, DWConv):
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
 
@@ -50,7 +50,8 @@ def build_layer_attention(
     kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
     heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
     if heads is not None:
-        kwargs["head_channels"] = min(kwargs.get("head_channels", heads.default), channels)
+        wanted = kwargs.get("head_channels", heads.default)
+        kwargs["head_channels"] = min(wanted, channels) if isinstance(wanted, int) else wanted
     try:
         return cls(channels=channels, **kwargs)
     except TypeError as error:

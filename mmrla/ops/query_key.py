@@ -35,6 +35,31 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def summary_of(x: Tensor) -> Tensor:
+    """``GAP(x)``, ``[B, C]``, in float32 or wider."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.mean(dim=(2, 3), dtype=accumulation_dtype(x.dtype))
+
+
+def project(summary: Tensor, weight: Tensor) -> Tensor:
+    """One projection of a summary: a Conv1D along the channels, or a fully connected layer.
+
+    Args:
+        summary: ``[B, C]``, float32 or wider.
+        weight: ``[1, 1, k]`` with odd k, or ``[C, C]``; taken in the summary's dtype.
+
+    Returns:
+        ``[B, C]``.
+    """
+    with torch.autocast(summary.device.type, enabled=False):
+        weight = weight.to(summary.dtype)
+        if weight.dim() == 2:
+            return F.linear(summary, weight)
+        # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
+        padding = int(weight.shape[-1]) // 2
+        return F.conv1d(summary.unsqueeze(1), weight, padding=padding).squeeze(1)
+
+
 def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Query and key of a layer: ``Q = Conv1D(GAP(x))``, ``K = Conv1D'(GAP(x))`` (section 4).
 
@@ -43,20 +68,14 @@ def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tens
 
     Args:
         x: The layer's output, ``[B, C, H, W]``.
-        query_weight: ``[1, 1, k]`` with odd k.
+        query_weight: ``[1, 1, k]`` with odd k, or ``[C, C]`` for a fully connected layer.
         key_weight: Like ``query_weight``.
 
     Returns:
         Query and key, each ``[B, C]``.
     """
-    dtype = accumulation_dtype(x.dtype)
-    # int: under torch.jit.trace sizes are tensors, which old versions refuse as padding.
-    query_padding, key_padding = (int(w.shape[-1]) // 2 for w in (query_weight, key_weight))
-    with torch.autocast(x.device.type, enabled=False):
-        summary = x.mean(dim=(2, 3), dtype=dtype).unsqueeze(1)
-        query = F.conv1d(summary, query_weight.to(dtype), padding=query_padding)
-        key = F.conv1d(summary, key_weight.to(dtype), padding=key_padding)
-    return query.squeeze(1), key.squeeze(1)
+    summary = summary_of(x)
+    return project(summary, query_weight), project(summary, key_weight)
 
 
 def _kernels(query_weight: Tensor, key_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,6 +157,16 @@ def check_feature_map(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has no pixels, got {name}.shape={tuple(x.shape)}")
 
 
+def check_projection(name: str, weight: Tensor, channels: int) -> None:
+    """Raise unless a query's or key's weight is a Conv1D's or a fully connected layer's."""
+    conv1d = weight.dim() == 3 and weight.shape[:2] == (1, 1) and weight.shape[2] % 2 == 1
+    if not conv1d and weight.shape != (channels, channels):
+        raise ValueError(
+            f"{name} must be [1, 1, odd] (Conv1D) or [{channels}, {channels}] (fully connected), "
+            f"got shape {tuple(weight.shape)}"
+        )
+
+
 def check_query_key_value(
     x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, head_channels: int
 ) -> None:
@@ -147,6 +176,12 @@ def check_query_key_value(
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         if weight.dim() != 3 or weight.shape[:2] != (1, 1) or weight.shape[2] % 2 == 0:
             raise ValueError(f"{name} must be [1, 1, odd], got shape {tuple(weight.shape)}")
+    check_value_weight(x, value_weight)
+
+
+def check_value_weight(x: Tensor, value_weight: Tensor) -> None:
+    """Raise unless the value's depthwise convolution fits ``x`` ``[B, C, H, W]``."""
+    channels = x.shape[1]
     if value_weight.shape != (channels, 1, 3, 3):
         raise ValueError(
             f"value_weight must be [{channels}, 1, 3, 3] for x.shape={tuple(x.shape)}, "

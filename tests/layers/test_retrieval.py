@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrla.layers import LayerAttention, MRLABase, MRLALight
+from mmrla.layers import MLA, LayerAttention, LinearRLA, MRLABase, MRLALight
 from tests.conftest import relative_error
 
 BATCH, CHANNELS, HEADS = 3, 24, 4
@@ -61,6 +61,44 @@ def test_base_is_the_softmax_over_layers():
         weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
         total = (weights * torch.stack(values, 2)).sum(2)
         assert relative_error(o, total) < 1e-5
+
+
+def test_mla_is_the_softmax_over_keys_made_anew():
+    layers, maps = layers_and_maps(MLA)
+    outputs, retrievals = run(layers, maps)
+    for t, (layer, o, found) in enumerate(zip(layers, outputs, retrievals, strict=True)):
+        query, _ = query_and_key(layer, maps[t])
+        keys = [query_and_key(layer, x)[1] for x in maps[: t + 1]]
+        logits = np.stack([(query * k).sum(-1) for k in keys], -1) / math.sqrt(D_K)
+        expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        assert relative_error(found.scores, torch.from_numpy(expected).float()) < 1e-5
+        values = torch.stack([layer.value(x) for x in maps[: t + 1]], 2)
+        weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
+        assert relative_error(o, (weights * values).sum(2)) < 1e-5
+
+
+def test_linear_rla_is_a_share_of_each_value():
+    layers, maps = layers_and_maps(LinearRLA)
+    outputs, retrievals = run(layers, maps)
+    values, phis = [], []
+    for layer, x, o, found in zip(layers, maps, outputs, retrievals, strict=True):
+        query, key = (np.where(v > 0, v + 1, np.exp(v)) for v in query_and_key(layer, x))
+        values.append(layer.value(x))
+        phis.append(key)
+        shares = np.stack([(query * k).sum(-1) for k in phis], -1)
+        shares /= shares.sum(-1, keepdims=True)
+        assert relative_error(found.scores, torch.from_numpy(shares).float()) < 1e-5
+        weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
+        assert relative_error(o, (weights * torch.stack(values, 2)).sum(2)) < 1e-5
+
+
+def test_light_without_previous_information_looks_at_its_own_layer():
+    layers, maps = layers_and_maps(MRLALight, recurrence=None)
+    outputs, retrievals = run(layers, maps)
+    for layer, x, o, found in zip(layers, maps, outputs, retrievals, strict=True):
+        assert not found.scores[..., :-1].any()
+        weights = found.memory[..., -1, None, None]
+        assert relative_error(o, weights * layer.value(x)) < 1e-5
 
 
 def test_light_is_the_unrolled_recurrence():

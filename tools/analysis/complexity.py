@@ -41,10 +41,29 @@ BACKBONES = {
     "CeiT": "CeiT",
     "PyramidVisionTransformerV2": "PVTv2",
 }
-DEFAULTS = ("imagenet/*.py", "cifar/*_cifar10.py", "*.py")
+# Tables of the README, and what is in them.
+GROUPS = {
+    "imagenet": ("imagenet/*.py",),
+    "cifar": ("cifar/*_cifar10.py",),
+    "coco": ("*.py",),
+    "ablation": ("ablation/*.py",),
+}
+# What the ablations are compared with stands in their table too.
+REFERENCES = tuple(
+    f"imagenet/{network}_{kind}_in1k.py"
+    for network in ("resnet50", "deit-tiny")
+    for kind in ("mrla", "mrla-base")
+)
 SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
 DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
-ATTENTIONS = {"": "", "MRLALight": " + MRLA-light", "MRLABase": " + MRLA-base"}
+ATTENTIONS = {
+    "": "",
+    "MRLALight": " + MRLA-light",
+    "MRLABase": " + MRLA-base",
+    "MLA": " + MLA",
+    "LinearRLA": " + linear RLA",
+    "DWConv": " + DWConv",
+}
 
 # What MRLA adds to parameters (M) and FLOPs (B), from the abstract and section 4.1 of "Cross-Layer
 # Retrospective Retrieving via Layer Attention", ICLR 2023. Where the text does not say which MRLA,
@@ -123,6 +142,13 @@ def attention_of(model: nn.Module) -> str:
     return next((type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)), "")
 
 
+def options_of(backbone: ConfigDict) -> dict[str, Any]:
+    """What a config says of its layer attention beside the type."""
+    attention = backbone.get("layer_attention") or {}
+    found = {key: value for key, value in attention.items() if key != "type"}
+    return found | {k: v for k, v in backbone.items() if k == "mrla_drop_path_rate"}
+
+
 def plain(model: ConfigDict) -> ConfigDict:
     """The same network without layer attention."""
     model = copy.deepcopy(model)
@@ -134,6 +160,9 @@ def network(model: ConfigDict) -> str:
     """The same text for configs whose plain hosts are the same network."""
     found = plain(model).to_dict()
     found.pop("data_preprocessor", None)
+    if short_type(model) == "ImageClassifier":  # what only training sees
+        found.pop("train_cfg", None)
+        found.get("head", {}).pop("loss", None)
     backbone = found["backbone"]
     for key in [key for key in backbone if key.startswith("mrla_") or key == "init_cfg"]:
         del backbone[key]
@@ -162,6 +191,8 @@ class Row:
     backbone: str
     detector: str
     attention: str
+    options: dict[str, Any]
+    """Of the layer attention and its stochastic depth, as the config says."""
     config: Path | None
     schedule: str
     network: str
@@ -192,11 +223,14 @@ def measure(
         # Two, because batch norm has to see more than one value a channel.
         memory = activation_memory(built, image.new_empty(2, 3, *size))
     schedule = re.search(r"_(\d+x)(_|$)", path.stem) if path else None
+    if path is not None and path.resolve().parent.name == "ablation":
+        group = "ablation"
     return Row(
         group=group,
         backbone=backbone_name(model.backbone),
         detector=short_type(model) if group == "coco" else "",
         attention=attention_of(built),
+        options=options_of(model.backbone),
         config=path,
         schedule=schedule[1] if schedule else "",
         network=network(model),
@@ -239,12 +273,43 @@ def _position(row: Row) -> tuple:
         (row.plain or row).whole.params,
         row.network,
         attentions.index(row.attention) if row.attention in attentions else len(attentions),
-        str(row.config),
+        row.config is not None and row.group == "ablation",
+        [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(row.config))],
     )
 
 
 def _name(row: Row) -> str:
     return row.backbone + ATTENTIONS.get(row.attention, f" + {row.attention}")
+
+
+# How an option is named in a table; others go by their own name.
+OPTIONS = {
+    "head_channels": "d_k = {}",
+    "recurrence": "previous: {}",
+    "value_conv": "DWConv: {}",
+    "projection": "query and key: {}",
+    "fixed_lambda": "lambda = {}",
+    "mrla_drop_path_rate": "stochastic depth {}",
+}
+WORDS = {None: "none", False: "no", True: "yes", "all": "C", "fc": "FC"}
+
+
+def _variant(row: Row) -> str:
+    """A name that tells a network from others of the same type by its options."""
+    shown = []
+    for key, value in row.options.items():
+        if key == "mrla_drop_path_rate" and value is None:
+            value = "as the layer"
+        word = WORDS.get(value, value) if isinstance(value, (str, bool, type(None))) else value
+        shown.append(OPTIONS.get(key, key + " = {}").format(word))
+    return ", ".join([_name(row), *shown])
+
+
+def _source(row: Row) -> str:
+    """Where the paper has an ablation: what its config's first line says before the colon."""
+    if row.config is None or row.group != "ablation":
+        return ""
+    return row.config.read_text().splitlines()[0].removeprefix("# ").split(": ")[0]
 
 
 def _link(row: Row) -> str:
@@ -267,16 +332,17 @@ DETECTOR_TITLES = ["backbone", "detector", "schedule", "params", "GFLOPs", "of t
                    "config"]  # fmt: skip
 
 
-def _classifier(row: Row) -> list[str]:
+def _classifier(row: Row, ablation: bool = False) -> list[str]:
     digits = 4 if row.group == "cifar" else 3
     added, added_macs, inside = "", "", ""
     if row.plain:
         added = f"{(row.whole.params - row.plain.whole.params) / 1e6:+.3f}"
         added_macs = f"{(row.whole.macs - row.plain.whole.macs) / 1e9:+.{digits}f}"
         inside = f"{row.whole.attention_macs / 1e9:.{digits}f}"
-    paper = PAPER.get((row.backbone, row.attention), ("", "")) if row.group == "imagenet" else None
+    with_paper = row.group == "imagenet" and not ablation
+    paper = PAPER.get((row.backbone, row.attention), ("", "")) if with_paper else None
     return [
-        _name(row),
+        *([_source(row), _variant(row)] if ablation else [_name(row)]),
         f"{row.whole.params / 1e6:.3f} M",
         added,
         *([paper[0]] if paper else []),
@@ -305,12 +371,30 @@ def _detector(row: Row) -> list[str]:
     ]
 
 
+def tables(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by group, each with the plain hosts of its rows."""
+    found: dict[str, list[Row]] = {}
+    for group in GROUPS:
+        own = [row for row in rows if row.group == group and (row.plain or row.config)]
+        if group == "ablation" and own:
+            references = {ROOT / "configs" / name for name in REFERENCES}
+            own += [row for row in rows if row.config and row.config.resolve() in references]
+        hosts = {id(row.plain) for row in own if row.plain}
+        chosen = {id(row) for row in own} | hosts
+        if chosen:
+            found[group] = [row for row in rows if id(row) in chosen]
+    return found
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table of one group, and the operators that no number in it holds."""
     titles = DETECTOR_TITLES if rows[0].group == "coco" else CLASSIFIER_TITLES
-    if rows[0].group == "imagenet":
+    ablation = any(row.group == "ablation" for row in rows)
+    if ablation:
+        titles = ["in the paper", *titles]
+    elif rows[0].group == "imagenet":
         titles = [*titles[:3], "in the paper", *titles[3:5], "in the paper", *titles[5:]]
-    cells = [_detector(row) if row.group == "coco" else _classifier(row) for row in rows]
+    cells = [_detector(row) if row.group == "coco" else _classifier(row, ablation) for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in [titles, *cells]]
     lines.insert(1, "|---" * len(titles) + "|")
     skipped: Counter[str] = sum((row.whole.skipped for row in rows), Counter())
@@ -320,10 +404,13 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
-def default_configs() -> list[Path]:
+def default_configs(groups: Iterable[str] = GROUPS) -> list[Path]:
     """All but the demo; of CIFAR those with 10 classes, as the others are the same networks."""
     folder = ROOT / "configs"
-    found = (path for pattern in DEFAULTS for path in folder.glob(pattern))
+    patterns = [pattern for group in groups for pattern in GROUPS[group]]
+    if "ablation" in groups:
+        patterns += REFERENCES
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(path for path in found if not path.name.startswith("demo"))
 
 
@@ -350,6 +437,10 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
     parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
+        help=f"without configs: the tables to make, of {', '.join(GROUPS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"),
         help="of the image; default: the test pipeline's crop, 32 32 for CIFAR, "
         "800 1280 for detectors",
@@ -358,11 +449,11 @@ def main() -> None:
     if args.write and (args.configs or args.size):
         parser.error("--write writes the README's tables: all configs, at their own sizes")
     MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
-    paths = list(_expand(args.configs, parser)) if args.configs else default_configs()
+    asked = GROUPS if args.configs else args.groups
+    paths = list(_expand(args.configs, parser)) if args.configs else default_configs(asked)
     rows = measure_all(paths, tuple(args.size) if args.size else None)
-    for group in ("imagenet", "cifar", "coco"):
-        table = [row for row in rows if row.group == group]
-        if not table:
+    for group, table in tables(rows).items():
+        if group not in asked:
             continue
         print(markdown(table), end="\n\n", flush=True)
         if args.write:

@@ -10,7 +10,13 @@ from mmrla.ops.memory import check_one_device, check_weight_dtype
 from mmrla.ops.mrla_light import fused
 from mmrla.ops.mrla_light.naive import mrla_light_naive
 from mmrla.ops.mrla_light.tail import mrla_light_tail_fused, mrla_light_tail_naive
-from mmrla.ops.query_key import check_feature_map, check_query_key_value
+from mmrla.ops.query_key import (
+    check_feature_map,
+    check_head_channels,
+    check_projection,
+    check_query_key_value,
+    check_value_weight,
+)
 from mmrla.ops.residual_tail import check_tail, why_not_tail
 
 VALUE_ACTS = (None, "gelu")
@@ -21,7 +27,7 @@ def _check(
     previous: Tensor | None,
     query_weight: Tensor,
     key_weight: Tensor,
-    value_weight: Tensor,
+    value_weight: Tensor | None,
     lambda_t: Tensor | None,
     head_channels: int,
     value_act: str | None = None,
@@ -30,8 +36,12 @@ def _check(
     channels = x.shape[1]
     if value_act not in VALUE_ACTS:
         raise ValueError(f"value_act must be one of {VALUE_ACTS}, got {value_act!r}")
-    check_query_key_value(x, query_weight, key_weight, value_weight, head_channels)
-    check_weight_dtype("value_weight", value_weight, x)
+    check_head_channels(channels, head_channels)
+    check_projection("query_weight", query_weight, channels)
+    check_projection("key_weight", key_weight, channels)
+    if value_weight is not None:
+        check_value_weight(x, value_weight)
+        check_weight_dtype("value_weight", value_weight, x)
     if (previous is None) != (lambda_t is None):
         raise ValueError(
             "previous and lambda_t come together, got "

@@ -166,6 +166,19 @@ def mrla_light_fused(
     )[0]  # fmt: skip
 
 
-def why_not(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def why_not(
+    x: Tensor,
+    previous: Tensor | None,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
     """Why :func:`mrla_light_fused` cannot run, or None; see :class:`mmrla.ops.Backend`."""
+    if value_weight is None:
+        return "it convolves the value, got value_weight=None"
+    if query_weight.dim() != 3 or key_weight.dim() != 3:
+        shapes = f"{tuple(query_weight.shape)} and {tuple(key_weight.shape)}"
+        return f"it takes query and key of Conv1D, got fully connected ones, {shapes}"
     return why_not_fused(x)

@@ -1,0 +1,6 @@
+# Table 4 (g): ResNet-50 + a 3x3 DWConv and a norm after each layer, without stochastic depth.
+_base_ = "../imagenet/resnet50_mrla_in1k.py"
+
+model = dict(
+    backbone=dict(layer_attention=dict(_delete_=True, type="DWConv"), mrla_drop_path_rate=0.0)
+)

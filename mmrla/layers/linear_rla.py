@@ -1,0 +1,80 @@
+"""Recurrent layer attention, linearised by a feature map.
+
+Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql, appendix A.3; the feature map is that of Transformers
+are RNNs, ICML 2020, https://arxiv.org/abs/2006.16236.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrla.layers.layer_attention import Retrieval
+from mmrla.layers.query_key_value import QueryKeyValue
+from mmrla.ops import linear_rla, query_key
+from mmrla.ops.linear_rla import LinearRLAState
+from mmrla.ops.linear_rla.naive import feature_map_of
+
+
+class LinearRLA(QueryKeyValue):
+    """Linear recurrent layer attention (A.3): linear in depth, its state d_k times a value.
+
+    ``U_t = U_{t-1} + phi(K_t)^T V_t``, ``Z_t = Z_{t-1} + phi(K_t)^T``,
+    ``o_t = phi(Q_t) U_t / (phi(Q_t) Z_t)`` in each head, with ``phi = elu + 1``.
+
+    A layer keeps ``d_k * C * H * W`` values for each image, so one head of all channels is for
+    narrow layers and small maps. Channel-wise, phi(Q_t) cancels: o_t is the mean of the values so
+    far, weighted by phi(K_s), and the query's gradient is zero but for rounding.
+
+    Args:
+        channels: C of the layer it sits after; the same in a whole group.
+        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head; 1:
+            channel-wise.
+        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+        projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
+        value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
+
+    Raises:
+        TypeError: As :class:`QueryKeyValue`.
+        ValueError: As :class:`QueryKeyValue`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int | str = 32,
+        kernel_size: int | None = None,
+        projection: str = "conv1d",
+        value_conv: bool = True,
+    ) -> None:
+        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor, state: LinearRLAState | None
+    ) -> tuple[Tensor, LinearRLAState]:
+        """See :class:`LayerAttention`; the state is ``(U_t, Z_t)``."""
+        query, key = query_key(x, self.query.weight, self.key.weight)
+        return linear_rla(query, key, self.value_of(x), state, self.head_channels)
+
+    def retrieval(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        state: LinearRLAState | None,
+        memory: Tensor | None = None,
+    ) -> Retrieval:
+        """See :class:`LayerAttention`; scores are ``phi(q_t) phi(k_s)^T`` over their sum.
+
+        Args:
+            x: As in :meth:`forward`.
+            shortcut: Not looked at.
+            state: Not looked at: it holds sums over layers.
+            memory: phi of the earlier layers' keys, ``[B, heads, t - 1, d_k]``.
+        """
+        query, key = map(self.heads, query_key(x, self.query.weight, self.key.weight))
+        keys = feature_map_of(key)[:, :, None]
+        if memory is not None:
+            keys = torch.cat([memory, keys], dim=2)
+        scores = (feature_map_of(query)[:, :, None] * keys).sum(-1)
+        return Retrieval(query, scores / scores.sum(-1, keepdim=True), keys)

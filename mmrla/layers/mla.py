@@ -1,0 +1,68 @@
+"""Multi-head layer attention.
+
+Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql, section 3.2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmrla.layers.layer_attention import Retrieval
+from mmrla.layers.query_key_value import QueryKeyValue
+from mmrla.ops import mla
+from mmrla.ops.mrla_base.retrieve import weights_of
+from mmrla.ops.query_key import project, summary_of
+
+MLAState = tuple[Tensor, ...]
+"""The features of a group so far, each ``[B, C, H, W]``."""
+
+
+class MLA(QueryKeyValue):
+    """Multi-head layer attention (Eq. 3 and 4): quadratic in depth.
+
+    ``o_t = sum_{s<=t} softmax_s(<f_Q^t(X_t), f_K^t(X_s)>_head / sqrt(d_k)) * f_V^t(X_s)``: like
+    MRLA-base, but layer t makes the keys and values of all earlier layers anew, with its own
+    functions. (The released file mixes up heads and layers from the second layer on; this follows
+    the equation.)
+
+    Args:
+        channels: C of the layer it sits after; the same in a whole group.
+        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. 32 in
+            the paper, which takes MRLA-light's.
+        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+        projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
+        value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
+
+    Raises:
+        TypeError: As :class:`QueryKeyValue`.
+        ValueError: As :class:`QueryKeyValue`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int | str = 32,
+        kernel_size: int | None = None,
+        projection: str = "conv1d",
+        value_conv: bool = True,
+    ) -> None:
+        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor, state: MLAState | None
+    ) -> tuple[Tensor, MLAState]:
+        """See :class:`LayerAttention`; the state holds the features of the group."""
+        features = (*(state or ()), x)
+        weights = (self.query.weight, self.key.weight, self.value_weight)
+        return mla(features, *weights, self.head_channels), features
+
+    def retrieval(
+        self, x: Tensor, shortcut: Tensor, state: MLAState | None, memory: None = None
+    ) -> Retrieval:
+        """See :class:`LayerAttention`; the scores are the softmax of Eq. 4."""
+        summaries = [summary_of(feature) for feature in (*(state or ()), x)]
+        query = project(summaries[-1], self.query.weight)
+        keys = [project(summary, self.key.weight) for summary in summaries]
+        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
+        return Retrieval(self.heads(query), scores.permute(1, 2, 0))

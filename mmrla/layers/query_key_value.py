@@ -1,0 +1,106 @@
+"""What layer attentions with a query, a key and a value have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmrla.layers.layer_attention import LayerAttention
+from mmrla.ops import eca_kernel_size
+from mmrla.ops.memory import autocast_dtype
+from mmrla.ops.query_key import check_head_channels
+
+ALL = "all"
+"""``head_channels`` of one head: as many channels as the layer has."""
+
+
+class QueryKeyValue(LayerAttention):
+    """Query, key and value of a layer (section 4), common to MRLA and its relatives.
+
+    Args:
+        channels: C of the layer it sits after.
+        head_channels: d_k, channels of one head, which divides C; or ``'all'``: C, one head.
+        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
+        projection: ``'conv1d'``: query and key are Conv1D of the summary along its channels.
+            ``'fc'``: each is a fully connected layer, C x C.
+        value_conv: Whether the value is a depthwise 3x3 convolution of x; else it is x.
+
+    Raises:
+        TypeError: ``head_channels`` is neither an int nor ``'all'``, ``value_conv`` no bool.
+        ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, one with ``'fc'``,
+            or an unknown ``projection``.
+    """
+
+    PROJECTIONS = ("conv1d", "fc")
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int | str,
+        kernel_size: int | None = None,
+        projection: str = "conv1d",
+        value_conv: bool = True,
+    ) -> None:
+        super().__init__(channels)
+        self.head_channels = head_channels_of(channels, head_channels)
+        if projection not in self.PROJECTIONS:
+            raise ValueError(f"projection must be one of {self.PROJECTIONS}, got {projection!r}")
+        if not isinstance(value_conv, bool):
+            raise TypeError(f"value_conv must be a bool, got {value_conv!r}")
+        self.projection = projection
+        self.query: nn.Conv1d | nn.Linear
+        self.key: nn.Conv1d | nn.Linear
+        self.value: nn.Conv2d | None = None
+        if projection == "fc":
+            if kernel_size is not None:
+                raise ValueError(f"projection='fc' has no kernel_size, got {kernel_size=}")
+            self.query = nn.Linear(channels, channels, bias=False)
+            self.key = nn.Linear(channels, channels, bias=False)
+        else:
+            if kernel_size is None:
+                kernel_size = eca_kernel_size(channels)
+            if kernel_size < 1 or kernel_size % 2 == 0:
+                raise ValueError(f"kernel_size must be odd and positive, got {kernel_size=}")
+            self.query = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+            self.key = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        if value_conv:
+            self.value = depthwise_conv(channels)
+
+    @property
+    def value_weight(self) -> Tensor | None:
+        """The value's convolution, ``[C, 1, 3, 3]``, or None where the value is x."""
+        return None if self.value is None else self.value.weight
+
+    def value_of(self, x: Tensor) -> Tensor:
+        """The value of ``x``, shaped like it."""
+        return x.to(autocast_dtype(x)) if self.value is None else self.value(x)
+
+    def heads(self, of: Tensor) -> Tensor:
+        """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""
+        return of.unflatten(1, (-1, self.head_channels))
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        shown = f"channels={self.channels}, head_channels={self.head_channels}"
+        return shown if self.projection == "conv1d" else f"{shown}, projection={self.projection!r}"
+
+
+def depthwise_conv(channels: int) -> nn.Conv2d:
+    """A depthwise 3x3 convolution without bias, Kaiming normal (fan_out)."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def head_channels_of(channels: int, head_channels: int | str) -> int:
+    """d_k as a number: ``'all'`` is C.
+
+    Raises:
+        TypeError: ``head_channels`` is neither an int nor ``'all'``.
+        ValueError: It does not divide C.
+    """
+    if isinstance(head_channels, str):
+        if head_channels != ALL:
+            raise TypeError(f"head_channels must be an int or {ALL!r}, got {head_channels!r}")
+        return channels
+    check_head_channels(channels, head_channels)
+    return head_channels
