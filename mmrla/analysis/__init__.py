@@ -1,5 +1,19 @@
 """Looking at networks that carry a layer attention: what they cost, what they attend to."""
 
 from mmrla.analysis.complexity import Complexity, activation_memory, complexity
+from mmrla.analysis.recorder import (
+    GroupRecord,
+    LayerAttentionRecorder,
+    query_similarity,
+    record_layer_attention,
+)
 
-__all__ = ["Complexity", "activation_memory", "complexity"]
+__all__ = [
+    "Complexity",
+    "GroupRecord",
+    "LayerAttentionRecorder",
+    "activation_memory",
+    "complexity",
+    "query_similarity",
+    "record_layer_attention",
+]

@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from mmrla.layers import LayerAttention
+from mmrla.analysis.modules import eval_mode, layer_attentions
 from mmrla.ops.dispatch import ENV_VAR
 
 
@@ -106,21 +106,6 @@ _HANDLES = {
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        # Backbones with frozen stages freeze them again with each change of mode.
-        for parameter in trainable:
-            parameter.requires_grad = True
-
-
-@contextmanager
 def _visible_attention() -> Iterator[None]:
     """Keep ``nn.MultiheadAttention`` off its inference kernel, which shows no products."""
     mha = getattr(torch.backends, "mha", None)  # newer than torch 2.1
@@ -133,12 +118,6 @@ def _visible_attention() -> Iterator[None]:
     finally:
         if mha:
             mha.set_fastpath_enabled(before)
-
-
-def _outermost(model: nn.Module) -> list[str]:
-    """Names of the layer attentions that are in no other one."""
-    names = [name for name, m in model.named_modules() if isinstance(m, LayerAttention)]
-    return [n for n in names if not any(n != o and n.startswith(f"{o}.") for o in names)]
 
 
 def _products(counts: Counter[str]) -> int:
@@ -175,12 +154,12 @@ def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
     """
     # The plain implementations show their work to the counter, whatever runs otherwise.
     naive = mock.patch.dict(os.environ, {ENV_VAR: "naive"})
-    with _random_state(inputs), _eval_mode(model), _visible_attention(), naive:
+    with _random_state(inputs), eval_mode(model), _visible_attention(), naive:
         counter = FlopAnalyzer(model, inputs).set_op_handle(**_HANDLES)
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counter.tracer_warnings("none")
         counts = counter.by_module_and_operator()
-    attention: Counter[str] = sum((counts[name] for name in _outermost(model)), Counter())
+    attention: Counter[str] = sum((counts[name] for name in layer_attentions(model)), Counter())
     elementwise = attention[_MUL]
     skipped: Counter[str] = Counter()
     for op, calls in counter.unsupported_ops().items():

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
+from mmrla.analysis import LayerAttentionRecorder, record_layer_attention
+from mmrla.analysis.modules import eval_mode
 from mmrla.checkpoints.files import state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
+from mmrla.engine.inspection import extract_features, preprocess
 from mmrla.registry import HOOKS
 
 
@@ -40,7 +45,7 @@ class CheckLoadHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Called by the runner between reading a checkpoint and filling the model."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner.model)
         state = state_dict_of(checkpoint)
         report, fitting = compare(model, state)
         # A runner that tests has no training loop built.
@@ -51,6 +56,73 @@ class CheckLoadHook(Hook):
         report.require("checkpoint", allowed, model, state, fresh_mrla=fine_tuning)
         checkpoint["state_dict"] = fitting
         print_log(f"checkpoint: {report.summary()}", logger="current")
+
+
+@HOOKS.register_module()
+class LayerAttentionVisHook(Hook):
+    """Draws what each layer attends to while the network trains, as tools/analysis do.
+
+    Every ``interval`` iterations the first images of the batch go through the network once more, in
+    evaluation mode and without gradients, and the visualizer gets the picture ``layer_attention``:
+    TensorBoard, the local folder, whatever backends the config has. Training itself is not touched:
+    no hook of a module outlives that forward, and weights come out the same bit for bit.
+
+    Args:
+        interval: Iterations between pictures.
+        heads: Heads to draw of each group of layers, besides their mean: their numbers, or how
+            many, spread evenly.
+        max_images: Images of the batch to take the mean over.
+
+    Raises:
+        ValueError: A number below 1; before training, a network without layer attention; with the
+            first picture, a head that a group does not have.
+        TypeError: Before training, a layer attention that does not tell what it attends to.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self, interval: int = 500, heads: Sequence[int] | int = 3, max_images: int = 4
+    ) -> None:
+        for name, value in (("interval", interval), ("max_images", max_images)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(heads, int) and heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        self.interval = interval
+        self.heads = heads
+        self.max_images = max_images
+
+    def before_train(self, runner: Runner) -> None:
+        """Refuse a network that cannot be recorded before anything has been trained."""
+        LayerAttentionRecorder(_unwrapped(runner.model))
+
+    @master_only
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Called by the runner after each iteration."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        from mmrla.analysis.figures import as_array, layer_attention_figure
+
+        model = _unwrapped(runner.model)
+        with eval_mode(model), torch.no_grad(), record_layer_attention(model) as rec:
+            images = preprocess(model, data_batch["inputs"][: self.max_images])
+            extract_features(model, images)
+        step = runner.iter + 1
+        count = len(rec.groups[0].scores)
+        title = f"What each layer attends to\niteration {step}, mean of {count} training images"
+        figure = layer_attention_figure(rec.groups, self.heads, title)
+        runner.visualizer.add_image("layer_attention", as_array(figure), step=step)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()

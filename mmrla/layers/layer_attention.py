@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+
+class Retrieval(NamedTuple):
+    """What one layer asks for, and how much it takes from each layer of its group so far."""
+
+    query: Tensor
+    """``[B, heads, d_k]``."""
+    scores: Tensor
+    """``[B, heads, t]``: the weight of layer s = 1 ... t in what layer t retrieves."""
+    memory: Any = None
+    """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
 
 
 class LayerAttention(nn.Module, metaclass=ABCMeta):
@@ -23,6 +34,9 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     uses_shortcut: bool = False
     """Whether ``forward`` looks at its ``shortcut``; hosts skip what only prepares it otherwise."""
 
+    scores_sum_to_one: bool = True
+    """Whether the scores of :meth:`retrieval` are shares, as a softmax gives them."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
@@ -39,6 +53,30 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         Returns:
             ``(o, state)``: what was retrieved, shaped like ``x``, and the state for the next layer.
         """
+
+    @property
+    def scores_label(self) -> str:
+        """What the scores of :meth:`retrieval` are, in the few words that fit beside a figure."""
+        return "attention score"
+
+    def retrieval(self, x: Tensor, shortcut: Tensor, state: Any, memory: Any = None) -> Retrieval:
+        """Tell what :meth:`forward` attends to, given the same arguments; changes nothing.
+
+        Not needed to train or run a network: :mod:`mmrla.analysis` draws what it tells.
+
+        Args:
+            x: As in :meth:`forward`.
+            shortcut: As in :meth:`forward`.
+            state: As in :meth:`forward`: what the previous layer's ``forward`` returned.
+            memory: ``memory`` of the previous layer's retrieval, None for a group's first layer.
+
+        Returns:
+            Query and scores, in float32 or wider.
+
+        Raises:
+            NotImplementedError: This type does not tell.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what it attends to")
 
     def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
         """Whether :meth:`tail` can run on ``z`` with these norms. Default: never."""

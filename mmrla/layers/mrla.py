@@ -7,12 +7,13 @@ released behaviour is the default here; see each class.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmrla.layers.layer_attention import LayerAttention
+from mmrla.layers.layer_attention import LayerAttention, Retrieval
 from mmrla.layers.norm import batch_norm_of, is_plain, update_running_statistics
 from mmrla.ops import (
     Op,
@@ -24,6 +25,7 @@ from mmrla.ops import (
     query_key,
 )
 from mmrla.ops.memory import is_compiling
+from mmrla.ops.mrla_base.retrieve import weights_of
 from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.query_key import check_head_channels
 from mmrla.ops.residual_tail import TailOutput
@@ -60,6 +62,10 @@ class _MRLA(LayerAttention):
             and self.tail_op.select(z).backend.name == "fused"
         )
 
+    def _heads(self, of: Tensor) -> Tensor:
+        """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""
+        return of.unflatten(1, (-1, self.head_channels))
+
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"channels={self.channels}, head_channels={self.head_channels}"
@@ -86,6 +92,7 @@ class MRLALight(_MRLA):
     """
 
     RECURRENCES = ("shortcut", "output")
+    scores_sum_to_one = False
     tail_op = mrla_light_tail
 
     def __init__(
@@ -126,6 +133,43 @@ class MRLALight(_MRLA):
             self.value_act,
         )
         return o, (o if self.recurrence == "output" else None)
+
+    @property
+    def scores_label(self) -> str:
+        """See :class:`LayerAttention`."""
+        label = "mean |beta x gate| of a head's channels"
+        # What is drawn holds for Eq. 8; the released recurrence is another one.
+        return label + (", shortcut read as previous o" if self.uses_shortcut else "")
+
+    def retrieval(
+        self, x: Tensor, shortcut: Tensor, state: Any, memory: Tensor | None = None
+    ) -> Retrieval:
+        """The weights of Eq. 8, unrolled: ``o_t = sum_s beta_{t-s} * gate_s * V_s``.
+
+        ``beta_{t-s} = lambda_t * ... * lambda_{s+1}`` (1 for s = t) has a value a channel, with its
+        sign; ``memory`` holds these weights, ``[B, C, t]``. A head's score is the mean of their
+        absolute values over its channels. They do not sum to one.
+
+        With ``recurrence='output'`` that is exactly what ``forward`` computes. With ``'shortcut'``
+        only the last weight, the gate of the layer's own value, is: lambda multiplies the layer's
+        shortcut there, which holds the previous layer's normalised o beside that layer's own
+        output. The weights then tell how far lambda lets earlier layers through if the shortcut is
+        read as the previous o, as the paper does; the group's first shortcut has no score.
+
+        Args:
+            x: As in :meth:`forward`.
+            shortcut: Not looked at.
+            state: Not looked at.
+            memory: The previous layer's weights, ``[B, C, t - 1]``.
+        """
+        query, key = map(self._heads, query_key(x, self.query.weight, self.key.weight))
+        gate = torch.sigmoid((query * key).sum(-1) / math.sqrt(self.head_channels))
+        weights = gate.repeat_interleave(self.head_channels, dim=1)[..., None]
+        if memory is not None:
+            scale = self.lambda_t.to(weights.dtype)[:, None]
+            weights = torch.cat([scale * memory, weights], dim=-1)
+        scores = weights.abs().unflatten(1, (-1, self.head_channels)).mean(2)
+        return Retrieval(query, scores, weights)
 
     def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
         """See :class:`LayerAttention`; only as in the released code, without ``value_act``."""
@@ -201,6 +245,15 @@ class MRLABase(_MRLA):
         keys, values = ((), ()) if state is None else state[:2]
         keys, values = (*keys, key), (*values, self.value(x))
         return mrla_base(query, keys, values, self.head_channels), (keys, values)
+
+    def retrieval(
+        self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None, memory: None = None
+    ) -> Retrieval:
+        """See :class:`LayerAttention`; the scores are the softmax of Eq. 9."""
+        query, key = query_key(x, self.query.weight, self.key.weight)
+        keys = (key,) if state is None else (*state[0], key)
+        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
+        return Retrieval(self._heads(query), scores.permute(1, 2, 0))
 
     def tail(
         self,

@@ -4,10 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from mmengine.dataset import pseudo_collate
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.registry import VISBACKENDS, DefaultScope
+from mmengine.runner import Runner
+from mmengine.visualization import BaseVisBackend
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmrla.checkpoints.files import CheckpointError
-from mmrla.engine import CheckLoadHook
+from mmrla.engine import CheckLoadHook, LayerAttentionVisHook
 from mmrla.models import MRLAResNet
 
 SMALL = dict(depth=18, stem_channels=8, base_channels=8)
@@ -50,3 +57,108 @@ def test_testing_and_resuming_need_every_tensor(how):
     # and a network that has no place for layer attentions is another network
     with pytest.raises(CheckpointError, match="of layer attentions that the model has no place"):
         CheckLoadHook().after_load_checkpoint(runner(Detector(None), **how), dict(whole))
+
+
+class Classifier(BaseModel):
+    def __init__(self, layer_attention, **kwargs) -> None:
+        super().__init__(BaseDataPreprocessor())
+        self.backbone = MRLAResNet(**SMALL, layer_attention=layer_attention, **kwargs)
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        features = self.backbone(torch.stack(list(inputs)))[-1].mean((2, 3))
+        if mode == "loss":
+            return dict(loss=F.cross_entropy(features, torch.stack(list(data_samples))))
+        return features
+
+    def extract_feat(self, inputs):
+        return self.backbone(torch.stack(list(inputs)))
+
+
+@VISBACKENDS.register_module()
+class PicturesInMemory(BaseVisBackend):
+    """What a visualizer hands to its backends, TensorBoard's or another."""
+
+    pictures: list = []
+
+    def _init_env(self):
+        pass
+
+    @property
+    def experiment(self):
+        return self
+
+    def add_image(self, name, image, step=0, **kwargs):
+        self.pictures.append((name, image, step))
+
+
+@pytest.fixture
+def scopes():
+    """A runner leaves its scope behind as the current one, where later tests would build."""
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
+
+
+def train(tmp_path, layer_attention, hooks, name, **kwargs):
+    torch.manual_seed(0)
+    PicturesInMemory.pictures = []
+    model = Classifier(layer_attention, **kwargs)
+    data = [dict(inputs=torch.randn(3, 32, 32), data_samples=torch.tensor(i % 4)) for i in range(8)]
+    runner = Runner(
+        model,
+        str(tmp_path / name),
+        train_dataloader=DataLoader(data, batch_size=4, collate_fn=pseudo_collate),
+        train_cfg=dict(by_epoch=True, max_epochs=3),
+        randomness=dict(seed=0),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        custom_hooks=hooks,
+        visualizer=dict(
+            type="Visualizer",
+            vis_backends=[dict(type="LocalVisBackend"), dict(type="PicturesInMemory")],
+        ),
+        experiment_name=f"{tmp_path.name}_{name}",
+    )
+    runner.train()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("attention", "kwargs"),
+    [(LIGHT, {}), (dict(type="MRLABase", head_channels=4), dict(with_cp=True, frozen_stages=1))],
+)
+def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path, scopes):
+    """Pictures every second iteration, and the same weights as without the hook, bit for bit."""
+    hook = dict(type="mmrla.LayerAttentionVisHook", interval=2, heads=[0, 1])
+    model = train(tmp_path, attention, [hook], "with", **kwargs)
+    pictures = list(PicturesInMemory.pictures)
+    assert [(name, step) for name, _, step in pictures] == [
+        ("layer_attention", step) for step in (2, 4, 6)
+    ]
+    for _, image, _ in pictures:
+        assert image.dtype.name == "uint8"
+        assert image.shape[2] == 3
+        assert min(image.shape[:2]) > 200
+    assert (pictures[0][1] != pictures[-1][1]).any()
+    files = sorted(path.name for path in tmp_path.glob("with/*/vis_data/vis_image/*.png"))
+    assert files == [f"layer_attention_{step}.png" for step in (2, 4, 6)]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    plain = train(tmp_path, attention, [], "without", **kwargs)
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_layer_attention_hook_refuses_before_training(tmp_path, scopes):
+    hook = dict(type="mmrla.LayerAttentionVisHook", interval=2)
+    with pytest.raises(ValueError, match="Classifier has no layer attention"):
+        train(tmp_path, None, [hook], "plain")
+    for kwargs, message in (
+        (dict(interval=0), "interval must be at least 1, got 0"),
+        (dict(heads=0), "heads must be at least 1, got 0"),
+        (dict(max_images=0), "max_images must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LayerAttentionVisHook(**kwargs)

@@ -74,17 +74,21 @@ class LayerAttentionBlock:
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Map the layer's input and the group's state to the layer's output and the new state."""
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, state, use_reentrant=False)
+            # Told to the recomputation, so that it goes the same way when the hook is gone by then.
+            watched = self.mrla is not None and not is_plain(self.mrla)
+            return cp.checkpoint(self._forward, x, state, watched, use_reentrant=False)
         return self._forward(x, state)
 
-    def _forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _forward(self, x: Tensor, state: Any, watched: bool = False) -> tuple[Tensor, Any]:
         # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
         z = self.residual(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self._tail(z, shortcut, state)
+        return self._tail(z, shortcut, state, watched)
 
-    def _tail(self, z: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if self._fuses_tail(z, shortcut):
+    def _tail(
+        self, z: Tensor, shortcut: Tensor, state: Any, watched: bool = False
+    ) -> tuple[Tensor, Any]:
+        if not watched and self._fuses_tail(z, shortcut):
             scale = None
             if not isinstance(self.mrla_drop_path, nn.Identity) and self.training:
                 scale = self.mrla_drop_path(z.new_ones(z.shape[0]))

@@ -1,0 +1,381 @@
+"""Figures of what :mod:`mmrla.analysis` finds, in one style; no screen and no pyplot needed."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from mmrla.analysis.recorder import GroupRecord
+
+# Any: newer matplotlib spells out every name in its types, older has none.
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "image.interpolation": "nearest",
+}
+HEAT = "viridis"
+WARM = "inferno"
+DPI = 160
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    @wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, folders made as needed; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure.savefig(path, dpi=DPI)
+    return path
+
+
+def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
+    """A figure as pixels ``[H, W, 3]`` of uint8 in RGB."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    with mpl.rc_context(STYLE):
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def choose_heads(groups: Sequence[GroupRecord], heads: Sequence[int] | int) -> list[list[int]]:
+    """Which heads of each group to draw.
+
+    Args:
+        groups: The groups.
+        heads: The heads themselves; or how many, spread evenly over those that a group has.
+
+    Raises:
+        ValueError: A head that a group does not have, or a number below 1.
+    """
+    if isinstance(heads, int):
+        if heads < 1:
+            raise ValueError(f"the number of heads must be at least 1, got {heads}")
+        counts = [group.scores.shape[1] for group in groups]
+        return [
+            sorted({round(i) for i in np.linspace(0, count - 1, min(heads, count))})
+            for count in counts
+        ]
+    for group in groups:
+        count = group.scores.shape[1]
+        bad = [head for head in heads if not 0 <= head < count]
+        if bad:
+            raise ValueError(
+                f"no head {bad[0]} in {group.name}, which has {count}: 0 to {count - 1}"
+            )
+    return [list(heads)] * len(groups)
+
+
+def _scale(
+    groups: Sequence[GroupRecord], maps: Sequence[np.ndarray], height: float
+) -> tuple[Normalize, str]:
+    """The colours' scale and its label, in lines that fit beside a figure of this height in inches.
+
+    From 0 to 1 for shares, else to the largest value that is drawn.
+    """
+    label = groups[0].label
+    if all(group.sum_to_one for group in groups):
+        norm = Normalize(0, 1)
+        if max(len(group.layers) for group in groups) > 6:
+            # Shares of many layers are small, and a few near 1 would hide how they differ.
+            norm, label = PowerNorm(0.5, 0, 1), f"{label} (square-root scale)"
+    else:
+        largest = max((float(np.nanmax(one)) for one in maps), default=1.0)
+        norm = Normalize(0, largest if largest > 0 else 1.0)
+    return norm, textwrap.fill(label, max(16, int(10 * height)))
+
+
+def _heat_map(axis: Any, scores: np.ndarray, layers: Sequence[str], norm: Normalize) -> Any:
+    """One map ``[T, T]``: the querying layer downwards, the layer it attends to to the right."""
+    drawn = axis.imshow(scores, cmap=HEAT, norm=norm)
+    count = len(layers)
+    step = max(1, math.ceil(count / 12))
+    ticks = list(range(0, count, step))
+    axis.set_xticks(ticks, [layers[i] for i in ticks])
+    axis.set_yticks(ticks, [layers[i] for i in ticks])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    axis.tick_params(length=2)
+    if count <= 6:
+        for t in range(count):
+            for s in range(t + 1):
+                shade = norm(scores[t, s])
+                axis.text(
+                    s, t, f"{scores[t, s]:.2f}", ha="center", va="center", fontsize=7,
+                    color="black" if shade > 0.6 else "white",
+                )  # fmt: skip
+    return drawn
+
+
+@_styled
+def layer_attention_figure(
+    groups: Sequence[GroupRecord], heads: Sequence[int] | int = 3, title: str = ""
+) -> Figure:
+    """Scores of layers over layers as heat maps, mean over images: Fig. 1a of the paper.
+
+    For each group the mean over all heads, then single heads; the colour scale is one for all.
+
+    Args:
+        groups: As recorded.
+        heads: See :func:`choose_heads`.
+        title: Of the figure.
+
+    Raises:
+        ValueError: A head that a group does not have.
+    """
+    chosen = choose_heads(groups, heads)
+    panels = 1 + max(map(len, chosen))
+    means = [group.scores.mean(0).numpy() for group in groups]
+    maps = [
+        [("mean of heads", mean.mean(0)), *((f"head {head}", mean[head]) for head in own)]
+        for mean, own in zip(means, chosen, strict=True)
+    ]
+    # The longer side of the grid lies across.
+    across = len(groups) >= panels
+    shape = (panels, len(groups)) if across else (len(groups), panels)
+    side = 2.5 if max(len(group.layers) for group in groups) > 6 else 1.85
+    height = side * 1.13 * shape[0] + 0.9
+    norm, label = _scale(groups, [scores for own in maps for _, scores in own], height)
+    figure = Figure(figsize=(side * shape[1] + 1.4, height), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
+    drawn = None
+    for i, (group, own) in enumerate(zip(groups, maps, strict=True)):
+        for j in range(panels):
+            axis = axes[j, i] if across else axes[i, j]
+            if j >= len(own):
+                axis.set_axis_off()
+                continue
+            name, scores = own[j]
+            drawn = _heat_map(axis, scores, group.layers, norm)
+            axis.set_title(f"{group.name}, {name}")
+    figure.supxlabel("layer attended to (block of the group)", fontsize=9)
+    figure.supylabel("querying layer (block of the group)", fontsize=9)
+    if drawn is not None:
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=30)
+    figure.suptitle(title)
+    return figure
+
+
+@_styled
+def all_heads_figure(group: GroupRecord, title: str = "") -> Figure:
+    """Every head of one group as a small heat map, mean over images."""
+    scores = group.scores.mean(0).numpy()
+    count, layers = len(scores), len(group.layers)
+    columns = min(count, 16 if count > 64 else 8)
+    rows = math.ceil(count / columns)
+    side = 0.85 if layers <= 6 else 1.3
+    height = (side + 0.22) * rows + 1.2
+    norm, label = _scale([group], [scores], height)
+    figure = Figure(figsize=(max(side * columns + 1.6, 4.5), height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    drawn = None
+    for head, axis in enumerate(axes.flat):
+        axis.set_axis_off()
+        if head < count:
+            drawn = axis.imshow(scores[head], cmap=HEAT, norm=norm)
+            axis.set_title(f"head {head}" if columns <= 8 else str(head), fontsize=7, pad=2)
+    if drawn is not None:
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=30)
+    names = f"{group.layers[0]} to {group.layers[-1]}"
+    figure.supxlabel(f"layer attended to, blocks {names}", fontsize=9)
+    figure.supylabel(f"querying layer, blocks {names}", fontsize=9)
+    figure.suptitle(f"{group.name}, all heads\n{title}")
+    return figure
+
+
+@_styled
+def similarity_figure(similarities: Mapping[str, np.ndarray], bins: int, title: str = "") -> Figure:
+    """Histograms of values in [0, 1], one panel for each name and one for all: Fig. 2b.
+
+    Args:
+        similarities: Values by name, of any shape.
+        bins: How many bins [0, 1] is cut into.
+        title: Of the figure.
+    """
+    panels = {"all layers": np.concatenate([v.ravel() for v in similarities.values()])}
+    if len(similarities) > 1:
+        panels.update(similarities)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.9 * columns + 0.6, 2.2 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    edges = np.linspace(0, 1, bins + 1)
+    for index, axis in enumerate(axes.flat):
+        if index >= len(panels):
+            axis.set_axis_off()
+            continue
+        name, values = list(panels.items())[index]
+        flat = values.ravel()
+        colour = "tab:blue" if index == 0 else "0.45"
+        axis.hist(flat, edges, weights=np.full(flat.size, 1 / flat.size), color=colour)
+        median = float(np.median(flat))
+        axis.axvline(median, color="tab:red", linewidth=1)
+        axis.set_title(f"{name}: median {median:.2f} of {flat.size:,} pairs")
+        axis.set_xlim(0, 1)
+        axis.tick_params(labelbottom=index + columns >= len(panels))
+    figure.supxlabel("absolute cosine similarity of consecutive layers' queries, per head",
+                     fontsize=9)  # fmt: skip
+    figure.supylabel("share of query pairs", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+@_styled
+def flops_figure(
+    sizes: Sequence[int],
+    whole: Mapping[str, Sequence[float]],
+    added: Mapping[str, Sequence[float]],
+    title: str = "",
+) -> Figure:
+    """GFLOPs against resolution: whole networks left, what layer attention adds right: Fig. 5.
+
+    The axis is even in pixels, so that what is linear in them is a straight line.
+
+    Args:
+        sizes: Sides of square images, px.
+        whole: GFLOPs by network, one for each size.
+        added: GFLOPs by what they are of, one for each size.
+        title: Of the figure.
+    """
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    pixels = [size**2 for size in sizes]
+    for axis, lines, name in (
+        (left, whole, "GFLOPs of the backbone"),
+        (right, added, "GFLOPs of layer attention"),
+    ):
+        for index, (label, values) in enumerate(lines.items()):
+            axis.plot(pixels, values, "os^"[index % 3] + "-", label=label, markersize=4)
+        axis.set_xlabel("input resolution, px (axis even in pixels)")
+        axis.set_ylabel(name)
+        # Labels of neighbours that are close in pixels would overlap.
+        ticks, last = [], -math.inf
+        for size in sizes:
+            if size**2 - last >= (pixels[-1] - pixels[0]) / 9:
+                ticks.append(size)
+                last = size**2
+        axis.set_xticks([size**2 for size in ticks], [f"{size}²" for size in ticks])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+@_styled
+def memory_figure(
+    depths: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
+) -> Figure:
+    """Memory against depth, a panel for each way of measuring: the table of appendix B.2.
+
+    Args:
+        depths: Of the network.
+        panels: Values by label of the axis and by network, one for each depth; NaN where there is
+            none.
+        title: Of the figure.
+    """
+    figure = Figure(figsize=(4.3 * len(panels) + 0.4, 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        for index, (label, values) in enumerate(lines.items()):
+            style = "k--" if label == "plain" else "os^Dv"[index % 5] + "-"
+            axis.plot(depths, values, style, label=label, markersize=5)
+        axis.set_xlabel("depth of the network, layers")
+        axis.set_ylabel(name)
+        axis.set_xticks(depths)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def overlay(image: np.ndarray, values: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """An image under a map in warm colours.
+
+    Args:
+        image: ``[H, W, 3]`` of uint8.
+        values: ``[h, w]`` in [0, 1], enlarged to the image.
+        strength: How opaque the map is.
+
+    Returns:
+        ``[H, W, 3]`` of uint8.
+    """
+    large = cv2.resize(values.astype(np.float32), image.shape[1::-1])
+    colours = mpl.colormaps[WARM](np.clip(large, 0, 1))[..., :3] * 255
+    grey = image.mean(-1, keepdims=True)
+    return ((1 - strength) * grey + strength * colours).round().astype(np.uint8)
+
+
+@_styled
+def overlay_figure(
+    rows: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]],
+    columns: Sequence[tuple[str, str]],
+    label: str,
+    title: str = "",
+    notes: Sequence[Sequence[str]] | None = None,
+    boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
+) -> Figure:
+    """Images with maps over them, a row an image and a column a map.
+
+    Args:
+        rows: Of each image its name, its pixels ``[H, W, 3]`` and maps in [0, 1], one a column.
+        columns: Of each map the network, which neighbours share, and what it is of.
+        label: Of the colour bar.
+        title: Of the figure.
+        notes: A few words below each map.
+        boxes: Of each image a rectangle (x, y, width, height in pixels) to mark in red.
+    """
+    count = len(columns) + 1
+    aspect = np.mean([image.shape[0] / image.shape[1] for _, image, _ in rows])
+    height = 1.6 * float(aspect) + (0.22 if notes else 0.12)
+    figure = Figure(figsize=(1.75 * count + 0.8, height * len(rows) + 1.0), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for i, (name, image, maps) in enumerate(rows):
+        shown = [image, *(overlay(image, one) for one in maps)]
+        for j, (axis, pixels) in enumerate(zip(axes[i], shown, strict=True)):
+            axis.imshow(pixels, interpolation="antialiased")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            box = None if boxes is None else boxes[i]
+            if box is not None:
+                axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, color="red", linewidth=1.2))
+            if notes is not None and j:
+                axis.set_xlabel(notes[i][j - 1], fontsize=7)
+        axes[i, 0].set_ylabel(name if len(name) <= 22 else f"{name[:20]}...", fontsize=7)
+    axes[0, 0].set_title("image")
+    for axis, (network, part) in zip(axes[0, 1:], columns, strict=True):
+        axis.set_title(f"{network}\n{part}")
+    bar = ScalarMappable(Normalize(0, 1), WARM)
+    figure.colorbar(bar, ax=axes, label=label, shrink=0.9, aspect=12 + 8 * len(rows))
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,519 @@
+"""What the commands that look at networks share: networks, images, devices, their options."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import glob
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dataset import Compose
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+import mmrla.registry  # noqa: F401
+from mmrla.analysis.modules import layer_attentions
+from mmrla.checkpoints import compare, load_file, state_dict_of
+from mmrla.checkpoints.report import allowed_heads
+from mmrla.engine.launch import fit_classes, require_config
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Config, checkpoint, and how the network is built and where it runs."""
+    parser.add_argument("config", help="config of a classifier or a detector")
+    parser.add_argument("checkpoint", nargs="?", help="its weights; default: random weights")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a network is built, where it runs, and where results go."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config, such as model.backbone.depth=18",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: a GPU if any")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights; default 0")
+    parser.add_argument(
+        "--out", type=Path, default=Path("work_dirs/analysis"), help="folder for what is written"
+    )
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images a command looks at, and how large the network sees them."""
+    parser.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="files, folders or globs"
+    )
+    parser.add_argument("--max-images", type=int, help="take the first so many")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="side of the crop that a classifier sees, shorter side of a detector's image; "
+        "default: as the config's test pipeline",
+    )
+
+
+def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which other networks are drawn beside a config's own."""
+    parser.add_argument(
+        "--plain-checkpoint",
+        help="weights of the same network without layer attention, which is drawn first; it is "
+        "left out where only the other has a checkpoint",
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another config and its checkpoint, if any; several times for several",
+    )
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: ``'auto'``: a GPU where there is one; else what :class:`torch.device` takes.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: no such device here ({reason})") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def find_images(patterns: Sequence[str], limit: int | None = None) -> list[Path]:
+    """Files that patterns name, in their order, each once.
+
+    Args:
+        patterns: Files; folders, of which all images below are taken, by name; globs.
+        limit: Take the first so many.
+
+    Raises:
+        FileNotFoundError: A pattern matches nothing, or a folder holds no image.
+        ValueError: A ``limit`` below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--max-images must be at least 1, got {limit}")
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+            if not files:
+                raise FileNotFoundError(
+                    f"--images: no image ({', '.join(IMAGE_SUFFIXES)}) below {path.absolute()}"
+                )
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [
+                Path(f) for f in sorted(glob.glob(pattern, recursive=True)) if Path(f).is_file()
+            ]
+            if not files:
+                raise FileNotFoundError(f"--images: nothing matches {path.absolute()}")
+        found.update(dict.fromkeys(files))
+    return list(found)[:limit]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as ``[H, W, 3]`` of uint8 in BGR.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such image: {Path(path).absolute()}")
+    data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is None:
+        raise ValueError(f"not an image that OpenCV can read: {Path(path).absolute()}")
+    return image
+
+
+@dataclass
+class Network:
+    """A model of a config in evaluation mode, with what prepares its images."""
+
+    model: Any
+    cfg: Config
+    name: str
+    """The config's name, and whether it is its plain host."""
+    weights: str
+    """``checkpoint NAME`` or ``random weights (seed N)``, for a figure's title."""
+    device: torch.device
+    pipeline: Compose
+    rgb: bool
+    """Whether the pipeline takes RGB."""
+
+    @property
+    def title(self) -> str:
+        """Name and weights in a line."""
+        return f"{self.name}, {self.weights}"
+
+    @property
+    def stem(self) -> str:
+        """What files about it are called."""
+        return self.name.replace(" ", "_")
+
+    @property
+    def label(self) -> str:
+        """The class of its layer attention, or ``plain``."""
+        names = layer_attentions(self.model)
+        return type(self.model.get_submodule(names[0])).__name__ if names else "plain"
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model's backbone."""
+        return self.model.backbone
+
+    def read(self, path: str | Path) -> tuple[Tensor, np.ndarray]:
+        """An image file as the network sees it.
+
+        Returns:
+            Its input ``[1, 3, H, W]``, normalised, on the device; and the image that was cut from
+            the file, ``[H', W', 3]`` of uint8 in RGB, before normalisation and padding.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not an image.
+        """
+        image = read_image(path)
+        if self.rgb:
+            image = np.ascontiguousarray(image[..., ::-1])
+        shape = image.shape[:2]
+        with DefaultScope.overwrite_default_scope(self.cfg.get("default_scope", "mmengine")):
+            packed = self.pipeline(
+                dict(img=image, img_shape=shape, ori_shape=shape, img_path=str(path), img_id=0)
+            )["inputs"]
+        shown = packed.permute(1, 2, 0).numpy()
+        return (
+            preprocess(self.model, [packed]),
+            np.ascontiguousarray(shown if self.rgb else shown[..., ::-1]),
+        )
+
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Any:
+        """Run what makes features of images ``[B, 3, H, W]``."""
+        return extract_features(self.model, inputs)
+
+
+def preprocess(model: Any, images: Sequence[Tensor] | Tensor) -> Tensor:
+    """Images as a data loader gives them, ``[3, H, W]`` each, as the model's input."""
+    data = dict(inputs=images, data_samples=None)
+    return model.data_preprocessor(data, False)["inputs"]
+
+
+def extract_features(model: Any, inputs: Tensor) -> Any:
+    """Run a detector or classifier without its head, or a bare backbone."""
+    return (getattr(model, "extract_feat", None) or getattr(model, "backbone", model))(inputs)
+
+
+def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config of a model, and override settings.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: It has no model with a backbone.
+    """
+    require_config(path)
+    cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(dict(options))
+    if "backbone" not in (cfg.get("model") or {}):
+        raise ValueError(f"{path}: not a config of a classifier or detector, it has no backbone")
+    fit_classes(cfg)
+    return cfg
+
+
+def plain_model(model: ConfigDict) -> ConfigDict:
+    """The config of the same network without layer attention.
+
+    Raises:
+        ValueError: The backbone takes no layer attention.
+    """
+    from mmrla.models.host import LayerAttentionHost
+
+    kind = model.backbone.type
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    if cls is None or not issubclass(cls, LayerAttentionHost):
+        raise ValueError(
+            f"model.backbone {kind!r} has no layer attention to leave out; take a config whose "
+            "backbone is one of mmrla's"
+        )
+    model = copy.deepcopy(model)
+    model.backbone.layer_attention = None
+    return model
+
+
+def build_network(
+    path: str,
+    checkpoint: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    plain: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    size: int | None = None,
+    need_head: bool = False,
+) -> Network:
+    """Build a config's model with its weights, ready to look at.
+
+    Args:
+        path: The config.
+        checkpoint: A file or URL; None: random weights, nothing is downloaded.
+        options: Settings that override the config's.
+        plain: Leave the layer attention out.
+        seed: Of the random weights.
+        device: Where the model goes.
+        size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
+        need_head: Whether a checkpoint must fill the head too.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: No such config or checkpoint.
+        ValueError: The config has no backbone, or ``plain`` is asked of one that is not mmrla's;
+            the checkpoint cannot be read safely, or would leave parts of the model random.
+    """
+    cfg = read_config(path, options)
+    model_cfg = plain_model(cfg.model) if plain else copy.deepcopy(cfg.model)
+    _drop_pretrained(model_cfg)
+    if cfg.get("data_preprocessor") is not None:
+        model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
+    state = None
+    if checkpoint is not None:
+        if "://" not in checkpoint and not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"no such checkpoint: {Path(checkpoint).absolute()}")
+        state = state_dict_of(load_file(checkpoint))
+    seed_everything(seed)
+    scope = cfg.get("default_scope", "mmengine")
+    with DefaultScope.overwrite_default_scope(scope), _quiet():
+        model = MODELS.build(model_cfg)
+        if state is None:
+            model.init_weights()  # which logs a paragraph for each parameter
+    if state is not None:
+        report, fitting = compare(model, state)
+        allowed = [] if need_head else allowed_heads(report, state)
+        report.require(str(checkpoint), allowed, model, state)
+        model.load_state_dict(fitting, strict=False)
+    pipeline, rgb = _pipeline(cfg, size)
+    return Network(
+        model=model.to(device).eval(),
+        cfg=cfg,
+        name=Path(path).stem + (" without layer attention" if plain else ""),
+        weights=f"random weights (seed {seed})" if state is None else Path(str(checkpoint)).name,
+        device=torch.device(device),
+        pipeline=pipeline,
+        rgb=rgb,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("WARNING")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _drop_pretrained(node: Any) -> None:
+    """Forget what would be loaded or downloaded: a checkpoint fills all of it, or nothing does."""
+    if isinstance(node, Mapping):
+        init = node.get("init_cfg")
+        entries = init if isinstance(init, (list, tuple)) else [init]
+        if any(isinstance(e, Mapping) and "checkpoint" in e for e in entries) or any(
+            isinstance(e, Mapping)
+            and str(e.get("type")).rpartition(".")[2] in ("Pretrained", "WarmStart")
+            for e in entries
+        ):
+            node["init_cfg"] = None  # type: ignore[index]
+        if node.get("pretrained") is not None:
+            node["pretrained"] = None  # type: ignore[index]
+        for value in node.values():
+            _drop_pretrained(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _drop_pretrained(value)
+
+
+def _kind(step: Mapping[str, Any]) -> str:
+    kind = step["type"]
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _steps(cfg: Config, split: str) -> list[dict]:
+    dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
+    while "pipeline" not in dataset and isinstance(dataset.get("dataset"), Mapping):
+        dataset = dataset["dataset"]
+    return list(dataset.get("pipeline") or ())
+
+
+def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
+    """What makes a network's input of an image array, and whether that array is RGB."""
+    scope = cfg.get("default_scope", "mmengine")
+    steps = _steps(cfg, "test")
+    if not steps:
+        raise ValueError(f"{cfg.filename}: no test_dataloader with a pipeline for images")
+    # Where no step reads a file, as with CIFAR, the dataset gives arrays, and those are RGB.
+    rgb = not any(_kind(step).startswith("LoadImage") for step in steps)
+    steps = [copy.deepcopy(step) for step in steps if not _kind(step).startswith("Load")]
+    if size is None and rgb and not any("scale" in s or "crop_size" in s for s in steps):
+        crops = [step["crop_size"] for step in _steps(cfg, "train") if "crop_size" in step]
+        if not crops or not isinstance(crops[-1], int):
+            raise ValueError(f"{cfg.filename}: its pipelines tell no size of images; give --size")
+        size = crops[-1]
+    if size is not None:
+        if size < 1:
+            raise ValueError(f"--size must be at least 1, got {size}")
+        pack = steps[-1]
+        if scope == "mmpretrain":
+            resize = dict(type="ResizeEdge", scale=size, edge="short")
+            steps = [resize, dict(type="CenterCrop", crop_size=size), pack]
+        else:
+            steps = [dict(type="Resize", scale=(8 * size, size), keep_ratio=True), pack]
+    if _kind(steps[-1]) == "PackDetInputs":
+        steps[-1]["meta_keys"] = ("img_path", "ori_shape", "img_shape")
+    with DefaultScope.overwrite_default_scope(scope):
+        return Compose(steps), rgb
+
+
+def share_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the weights of ``source`` that both have, for networks of random weights."""
+    own = target.state_dict()
+    shared = {
+        key: value
+        for key, value in source.state_dict().items()
+        if key in own and own[key].shape == value.shape
+    }
+    target.load_state_dict(shared, strict=False)
+
+
+def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
+    """The network and the images of a command's options.
+
+    Args:
+        args: Of :func:`add_network_arguments` and :func:`add_image_arguments`.
+
+    Raises:
+        FileNotFoundError: No such config, checkpoint or image.
+        ValueError: See :func:`build_network`, :func:`choose_device`, :func:`find_images`.
+    """
+    images = find_images(args.images, args.max_images)
+    network = build_network(
+        args.config,
+        args.checkpoint,
+        options=args.cfg_options,
+        seed=args.seed,
+        device=choose_device(args.device),
+        size=args.size,
+    )
+    return network, images
+
+
+def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, Network]:
+    """The networks of a command that compares some, by a short name, in the order of columns.
+
+    The plain host comes first: with the same random weights where there is no checkpoint, else
+    with ``--plain-checkpoint``, else not at all, which is said.
+
+    Args:
+        args: Of :func:`add_network_arguments` and :func:`add_beside_arguments`; ``size`` if any.
+        need_head: Whether checkpoints must fill the head too.
+
+    Raises:
+        FileNotFoundError: No such config or checkpoint.
+        ValueError: See :func:`build_network`; or a ``--plain-checkpoint`` without a checkpoint.
+    """
+    common = dict(
+        seed=args.seed,
+        device=choose_device(args.device),
+        size=args.size,
+        need_head=need_head,
+    )
+    own = build_network(args.config, args.checkpoint, options=args.cfg_options, **common)
+    found: dict[str, Network] = {}
+    if args.checkpoint is None and args.plain_checkpoint is not None:
+        raise ValueError(
+            "--plain-checkpoint without a checkpoint of the network itself would compare trained "
+            "with random weights"
+        )
+    if args.checkpoint is not None and args.plain_checkpoint is None:
+        print("no --plain-checkpoint: the plain network is left out")
+    elif layer_attentions(own.model):
+        found["plain"] = build_network(
+            args.config, args.plain_checkpoint, options=args.cfg_options, plain=True, **common
+        )
+        if args.checkpoint is None:
+            share_weights(own.model, found["plain"].model)
+    others = []
+    for files in args.beside:
+        if len(files) > 2:
+            raise ValueError(f"--beside takes a config and a checkpoint, got {' '.join(files)}")
+        others.append(build_network(*files, options=args.cfg_options, **common))
+    for network in (own, *others):
+        label = network.label
+        found[label if label not in found else f"{label} ({network.name})"] = network
+    return found
+
+
+def describe(networks: Mapping[str, Network]) -> str:
+    """What a figure's title says of these networks: a line each, one for all of equal weights."""
+    own = next((n for label, n in networks.items() if label != "plain"), None)
+    if own is not None and len({network.weights for network in networks.values()}) == 1:
+        return own.title
+    return "\n".join(f"{label}: {network.title}" for label, network in networks.items())
+
+
+def save_numbers(path: str | Path, **arrays: Any) -> Path:
+    """Write arrays as NPZ, folders made as needed; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows, whose keys are the columns, folders made as needed; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
