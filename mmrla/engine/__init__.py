@@ -2,21 +2,14 @@
 
 from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import reporting_errors
-<<<<<<< HEAD
 from mmrla.engine.evaluation import FasterCocoMetric
-from mmrla.engine.hooks import CheckLoadHook
-=======
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
->>>>>>> figures
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 
 __all__ = [
     "CheckLoadHook",
-<<<<<<< HEAD
     "FasterCocoMetric",
-=======
     "LayerAttentionVisHook",
->>>>>>> figures
     "build_runner",
     "check_data",
     "init_cpu_distributed",
