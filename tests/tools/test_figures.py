@@ -285,9 +285,7 @@ def by_hand(network, layer, inputs, target):
         )[0]
         low, high = masks.amin((1, 2), True), masks.amax((1, 2), True)
         masks = (masks - low) / (high - low + 1e-8)
-        scores = torch.stack(
-            [network.model(inputs * mask, mode="tensor")[0, target] for mask in masks]
-        )
+        scores = network.model(inputs * masks[:, None], mode="tensor")[:, target]
         cam = (scores.softmax(0)[:, None, None] * features).sum(0).relu().numpy()
     cam = cv2.resize(cam, inputs.shape[-1:-3:-1])
     return (cam - cam.min()) / (cam.max() - cam.min())
@@ -314,18 +312,18 @@ def test_score_cam(tool, images):
 
 def test_score_cam_of_tokens(tool, images):
     pytest.importorskip("pytorch_grad_cam")
-    args = ["--images", images[0], "--size", 96]
+    args = ["--images", images[0], "--size", 64]
     tool("score_cam", DEIT, *args, fails="name the layers with --layers")
     found = tool("score_cam", DEIT, *args, "--layers", "layers.10", "--target", 3)["npz"]
-    assert found["maps"].shape == (1, 2, 96, 96)
-    network = build_network(str(DEIT), size=96)
+    assert found["maps"].shape == (1, 2, 64, 64)
+    network = build_network(str(DEIT), size=64)
     inputs = network.read(images[0])[0]
-    # As a map of 6 x 6, without the class token.
+    # As a map of 4 x 4, without the class token.
     block = network.backbone.layers[10]
     as_map = torch.nn.Identity()
     handle = block.register_forward_hook(
         lambda module, inputs, out: [
-            as_map(out[:, 1:].transpose(1, 2).unflatten(2, (6, 6))),
+            as_map(out[:, 1:].transpose(1, 2).unflatten(2, (4, 4))),
             None,
         ][1]
     )
