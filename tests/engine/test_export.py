@@ -82,3 +82,11 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs onnxscript.*mmrla\[onnx\]"):
         export_onnx(flat, tmp_path / "net.onnx", (32, 32))
+
+
+def test_a_traced_backbone_computes_the_same():
+    backbone = exportable(network(CIFAR), "backbone")
+    with torch.no_grad():
+        traced = torch.jit.trace(backbone, torch.rand(2, 3, 32, 32))
+        x = torch.rand(1, 3, 40, 24)
+        torch.testing.assert_close(traced(x), backbone(x))
