@@ -2,11 +2,13 @@
 
 from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import reporting_errors
+from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 
 __all__ = [
     "CheckLoadHook",
+    "FasterCocoMetric",
     "LayerAttentionVisHook",
     "build_runner",
     "check_data",

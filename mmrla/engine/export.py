@@ -1,0 +1,164 @@
+"""Networks as ONNX, and whether onnxruntime computes with them what torch does."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from mmrla.engine.inspection import Network
+from mmrla.ops.dispatch import ENV_VAR
+
+OPSET = 18
+PARTS = ("backbone", "model")
+
+
+class Flat(nn.Module):
+    """A network whose outputs come as one tuple of tensors.
+
+    Args:
+        function: Takes images ``[B, 3, H, W]``; may return nested tuples, lists and dicts.
+        module: The module that ``function`` belongs to.
+    """
+
+    def __init__(self, function: Any, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map images ``[B, 3, H, W]`` to all tensors of the output, in order."""
+        return tuple(_tensors(self.function(x)))
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    if isinstance(found, dict):
+        found = list(found.values())
+    return [tensor for part in found for tensor in _tensors(part)]
+
+
+def exportable(network: Network, part: str) -> Flat:
+    """What of a network can become a graph.
+
+    Args:
+        network: In evaluation mode.
+        part: ``'backbone'``: its feature maps; ``'model'``: a classifier's scores before softmax,
+            or a single-stage detector's maps of scores and boxes, without decoding and NMS.
+
+    Raises:
+        ValueError: An unknown part, or the whole of a detector whose course depends on the image.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {PARTS}, got {part!r}")
+    model = network.model
+    if part == "backbone":
+        return Flat(model.backbone, model.backbone)
+    if hasattr(model, "roi_head") or hasattr(model, "rpn_head"):
+        raise ValueError(
+            f"{type(model).__name__} of {network.name} goes from proposals on by what is in the "
+            "image, which is no graph of one input; export its backbone"
+        )
+    return Flat(lambda x: model(x, mode="tensor"), model)
+
+
+def export_onnx(
+    network: Flat, path: str | Path, size: tuple[int, int], dynamic: bool = True
+) -> Path:
+    """Write a network as ONNX, by torch's exporter.
+
+    The layer attentions are exported as plain operations (their naive backend), which any runtime
+    knows.
+
+    Args:
+        network: In evaluation mode, on the CPU.
+        path: The file, ``.onnx``.
+        size: H and W of the images that it is recorded with.
+        dynamic: Leave batch, H and W open; else the graph takes one image of ``size``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+        ValueError: ``path`` does not end in ``.onnx``, or the network's graph depends on the size
+            and ``dynamic`` is asked for.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"the file must end in .onnx, got {path.name!r}")
+    _require("onnx", "onnxscript")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.zeros(2 if dynamic else 1, 3, *size)
+    open_axis = torch.export.Dim.DYNAMIC
+    axes = {0: open_axis, 2: open_axis, 3: open_axis}
+    with mock.patch.dict(os.environ, {ENV_VAR: "naive"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                network, (images,), str(path), input_names=["images"], opset_version=OPSET,
+                dynamo=True, dynamic_shapes=(axes,) if dynamic else None, verbose=False,
+                external_data=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            if not dynamic:
+                raise
+            raise ValueError(
+                "the network cannot be exported with batch, H and W left open; ask for one size "
+                f"(--static). torch says: {str(error).strip().splitlines()[0]}"
+            ) from error
+    return path
+
+
+def onnx_error(
+    path: str | Path, network: Flat, sizes: Sequence[tuple[int, int]], batch: int = 1
+) -> list[float]:
+    """How far onnxruntime's outputs lie from torch's, on random images of each size.
+
+    Args:
+        path: What :func:`export_onnx` wrote.
+        network: The network that was exported.
+        sizes: H and W.
+        batch: Images of each size.
+
+    Returns:
+        For each size the largest absolute difference of any output, over that output's largest
+        absolute value.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    _require("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for size in sizes:
+        images = torch.rand(batch, 3, *size, generator=generator) * 4 - 2
+        with torch.no_grad():
+            expected = network(images)
+        outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        errors = [
+            (torch.from_numpy(got) - want).abs().max() / want.abs().max().clamp(min=1e-30)
+            for got, want in zip(outputs, expected, strict=True)
+        ]
+        found.append(max(error.item() for error in errors))
+    return found
+
+
+def _require(*names: str) -> None:
+    for name in names:
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'exporting needs {name}, which is not installed: pip install "mmrla[onnx]"'
+            ) from error

@@ -1,0 +1,92 @@
+"""Networks as ONNX: onnxruntime computes what torch computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmrla.engine.export import export_onnx, exportable, onnx_error
+from mmrla.engine.inspection import build_network
+from tests.conftest import ROOT
+
+CIFAR = "configs/cifar/resnet20_mrla_cifar10.py"
+BASE = {"model.backbone.layer_attention": dict(_delete_=True, type="MRLABase", head_channels=16)}
+R18 = {"model.backbone.depth": 18}
+
+
+def network(config: str, **kwargs):
+    return build_network(str(ROOT / config), **kwargs)
+
+
+def test_a_classifier_at_any_size(tmp_path):
+    """The size it was recorded with, odd and not square ones, and a batch."""
+    flat = exportable(network(CIFAR), "model")
+    path = export_onnx(flat, tmp_path / "net.onnx", (32, 40))
+    sizes = [(32, 40), (33, 47), (64, 32)]
+    assert max(onnx_error(path, flat, sizes)) < 1e-5
+    assert max(onnx_error(path, flat, sizes[1:2], batch=3)) < 1e-5
+    # Random weights that are other ones than those of the file are told apart.
+    other = exportable(network(CIFAR, seed=1), "model")
+    assert max(onnx_error(path, other, sizes[:1])) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MRLALight", "MRLABase"])
+def test_backbones_at_any_size(kind, tmp_path):
+    options = {**R18, "model.backbone.out_indices": (0, 1, 2, 3)}
+    if kind == "MRLABase":
+        options.update(BASE)
+    flat = exportable(
+        network("configs/imagenet/resnet50_mrla_in1k.py", options=options), "backbone"
+    )
+    assert len(flat(torch.zeros(1, 3, 64, 64))) == 4
+    path = export_onnx(flat, tmp_path / "backbone.onnx", (64, 96))
+    assert max(onnx_error(path, flat, [(64, 96), (224, 160), (75, 101)], batch=2)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deit-tiny_mrla", "deit-tiny_mrla-base", "pvtv2-b0_mrla"])
+def test_transformers_at_one_size(name, tmp_path):
+    flat = exportable(network(f"configs/imagenet/{name}_in1k.py"), "backbone")
+    path = export_onnx(flat, tmp_path / "net.onnx", (224, 224), dynamic=False)
+    assert max(onnx_error(path, flat, [(224, 224)])) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_single_stage_detector_by_the_tool(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
+         "--size", "128", "160", "--out", tmp_path, "--cfg-options", "model.backbone.depth=18",
+         "model.neck.in_channels=[64,128,256,512]"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6
+    for size in ("128x160", "160x160", "128x224"):
+        assert f"{size}: onnxruntime differs from torch by" in done.stdout
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    two_stage = network("configs/mask_rcnn_r50_mrla_1x.py", options={
+        **R18, "model.neck.in_channels": [64, 128, 256, 512]})  # fmt: skip
+    with pytest.raises(ValueError, match=r"MaskRCNN of mask_rcnn_r50_mrla_1x .*its backbone"):
+        exportable(two_stage, "model")
+    with pytest.raises(ValueError, match=r"part must be one of .*got 'neck'"):
+        exportable(two_stage, "neck")
+    flat = exportable(network(CIFAR), "backbone")
+    with pytest.raises(ValueError, match=r"must end in \.onnx, got 'net\.pt'"):
+        export_onnx(flat, tmp_path / "net.pt", (32, 32))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs onnxscript.*mmrla\[onnx\]"):
+        export_onnx(flat, tmp_path / "net.onnx", (32, 32))
+
+
+def test_a_traced_backbone_computes_the_same():
+    backbone = exportable(network(CIFAR), "backbone")
+    with torch.no_grad():
+        traced = torch.jit.trace(backbone, torch.rand(2, 3, 32, 32))
+        x = torch.rand(1, 3, 40, 24)
+        torch.testing.assert_close(traced(x), backbone(x))
