@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mmrla.analysis import activation_memory, complexity
 from mmrla.layers import LayerAttention
+from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS
 from tests.conftest import ROOT
 
@@ -80,6 +81,47 @@ def test_figures_of_the_released_networks(depth, layer_attention, params, gmacs)
     assert round(got.macs / 1e9, 3) == gmacs
     assert model.training  # left as it was
     assert all(m.training for m in model.modules())
+
+
+# Of layer t of a group with n = channels * pixels elements, kernel k and d = 8 channels a head: the
+# work that is counted (GAP, query and key, their product, value, what follows), and the
+# element-wise part of it.
+TERMS = {
+    "MLA": lambda t, c, n, k: (t * n + (1 + t) * k * c + t * c + t * 9 * n + t * n, 0),
+    # U and its product with phi(Q): d * n each; phi(Q) Z is element-wise.
+    "LinearRLA": lambda t, c, n, k: (n + 2 * k * c + 9 * n + 2 * 8 * n + c, c),
+    "DWConv": lambda t, c, n, k: (9 * n, 0),
+    "projection": lambda t, c, n, k: (n + 2 * c * c + c + 9 * n + 2 * n, 2 * n),
+    "value_conv": lambda t, c, n, k: (n + 2 * k * c + c + 2 * n, 2 * n),
+    "recurrence": lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + n, n),
+    "fixed_lambda": lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + 2 * n, 2 * n),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer_attention", "terms"),
+    [
+        (dict(type="MLA", head_channels=8), "MLA"),
+        (dict(type="LinearRLA", head_channels=8), "LinearRLA"),
+        (dict(type="DWConv"), "DWConv"),
+        (dict(LIGHT, projection="fc"), "projection"),
+        (dict(LIGHT, value_conv=False), "value_conv"),
+        (dict(LIGHT, recurrence=None), "recurrence"),
+        (dict(LIGHT, fixed_lambda=1), "fixed_lambda"),
+    ],
+)
+def test_the_other_attentions_are_counted_term_by_term(layer_attention, terms):
+    backbone = MODELS.build(
+        dict(type="mmrla.MRLAResNet", depth=18, layer_attention=layer_attention)
+    )
+    got = complexity(backbone, torch.rand(1, 3, 64, 96))
+    expected, elementwise = 0, 0
+    for channels, pixels in ((64, 384), (128, 96), (256, 24), (512, 6)):
+        for t in (1, 2):
+            work, part = TERMS[terms](t, channels, channels * pixels, eca_kernel_size(channels))
+            expected, elementwise = expected + work, elementwise + part
+    assert got.attention_macs == expected
+    assert got.elementwise_macs == elementwise
 
 
 @pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
@@ -277,6 +319,36 @@ def test_table_of_other_networks(tool, tmp_path):
     assert re.match(r"\| DeiT-T \+ MRLA-light \| 5.557 M \| \+0.032 \| \+0.03 \|", light)
 
 
+def test_table_of_ablations(tool):
+    """Beside the plain network and, where it is counted too, what they are compared with."""
+    configs = ROOT / "configs"
+    names = ("ablation/deit-tiny_mrla_no-previous", "ablation/deit-tiny_mrla_dk-all")
+    paths = [configs / f"{name}_in1k.py" for name in (*names, "imagenet/deit-tiny_mrla")]
+    rows = tool.measure_all(paths, (32, 32))
+    found = tool.tables(rows)
+    assert {group: len(own) for group, own in found.items()} == {"imagenet": 2, "ablation": 4}
+    assert " 5.750 M | +0.032 | +0.03 |" in tool.markdown(found["imagenet"])
+    titles, line, *table, _, _ = tool.markdown(found["ablation"]).splitlines()
+    assert len({text.count("|") for text in (titles, line, *table)}) == 1
+    assert [row.split(" | ")[:2] for row in table] == [
+        ["| ", "DeiT-T"],
+        ["| ", "DeiT-T + MRLA-light, d_k = 16"],
+        ["| Like Table 4 (f)", "DeiT-T + MRLA-light, d_k = C"],
+        ["| Like Table 4 (b)", "DeiT-T + MRLA-light, d_k = 16, previous: none"],
+    ]
+    assert [row.split(" | ")[3] for row in table] == ["", "+0.032", "+0.032", "+0.025"]
+
+
+def test_no_two_ablations_have_one_name():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("<!-- ablation:begin -->")[1].split("<!-- ablation:end -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if "](configs/" in line]
+    listed = {re.search(r"configs/(.*)\)", row[-1])[1] for row in rows}
+    there = {f"ablation/{path.name}" for path in (ROOT / "configs" / "ablation").glob("*.py")}
+    assert there <= listed
+    assert len({row[1] for row in rows}) == len(rows)
+
+
 def test_names(tool):
     name = tool.backbone_name
     assert name(dict(type="mmrla.MRLAResNeXt", depth=50)) == "ResNeXt-50 (32x4d)"
@@ -292,14 +364,14 @@ def test_write_replaces_a_table_and_nothing_else(tool, tmp_path):
     readme = tmp_path / "README.md"
     text = (ROOT / "README.md").read_text()
     readme.write_text(text)
-    for group in ("imagenet", "cifar", "coco"):
+    for group in tool.GROUPS:
         tool.write(group, f"the {group} table", readme)
         assert f"begin -->\nthe {group} table\n<!-- {group}:end" in readme.read_text()
     assert readme.read_text().split("<!--")[0] == text.split("<!--")[0]
     assert readme.read_text().split("-->")[-1] == text.split("-->")[-1]
 
 
-@pytest.mark.parametrize("group", ["imagenet", "cifar", "coco"])
+@pytest.mark.parametrize("group", ["imagenet", "cifar", "coco", "ablation"])
 def test_readme_is_up_to_date(group, tool):
     """Parameters of the first and the last config in its table."""
     text = (ROOT / "README.md").read_text()

@@ -144,7 +144,9 @@ def attention_of(model: nn.Module) -> str:
 
 def options_of(backbone: ConfigDict) -> dict[str, Any]:
     """What a config says of its layer attention beside the type."""
-    attention = backbone.get("layer_attention") or {}
+    attention = backbone.get("layer_attention")
+    if not attention:
+        return {}
     found = {key: value for key, value in attention.items() if key != "type"}
     return found | {k: v for k, v in backbone.items() if k == "mrla_drop_path_rate"}
 
@@ -294,15 +296,21 @@ OPTIONS = {
 WORDS = {None: "none", False: "no", True: "yes", "all": "C", "fc": "FC"}
 
 
-def _variant(row: Row) -> str:
-    """A name that tells a network from others of the same type by its options."""
+def _variant(row: Row, rows: Sequence[Row] = ()) -> str:
+    """A name that tells a network from others of the same type by its options.
+
+    Where training alone sets it off from another of ``rows``, the config's name is in it too.
+    """
     shown = []
     for key, value in row.options.items():
         if key == "mrla_drop_path_rate" and value is None:
             value = "as the layer"
         word = WORDS.get(value, value) if isinstance(value, (str, bool, type(None))) else value
         shown.append(OPTIONS.get(key, key + " = {}").format(word))
-    return ", ".join([_name(row), *shown])
+    name = ", ".join([_name(row), *shown])
+    if row.config and any(other is not row and _variant(other) == name for other in rows):
+        name += f" ({row.config.stem.split('_', 1)[1].removesuffix('_in1k')})"
+    return name
 
 
 def _source(row: Row) -> str:
@@ -332,17 +340,17 @@ DETECTOR_TITLES = ["backbone", "detector", "schedule", "params", "GFLOPs", "of t
                    "config"]  # fmt: skip
 
 
-def _classifier(row: Row, ablation: bool = False) -> list[str]:
+def _classifier(row: Row, ablations: Sequence[Row] = ()) -> list[str]:
     digits = 4 if row.group == "cifar" else 3
     added, added_macs, inside = "", "", ""
     if row.plain:
         added = f"{(row.whole.params - row.plain.whole.params) / 1e6:+.3f}"
         added_macs = f"{(row.whole.macs - row.plain.whole.macs) / 1e9:+.{digits}f}"
         inside = f"{row.whole.attention_macs / 1e9:.{digits}f}"
-    with_paper = row.group == "imagenet" and not ablation
+    with_paper = row.group == "imagenet" and not ablations
     paper = PAPER.get((row.backbone, row.attention), ("", "")) if with_paper else None
     return [
-        *([_source(row), _variant(row)] if ablation else [_name(row)]),
+        *([_source(row), _variant(row, ablations)] if ablations else [_name(row)]),
         f"{row.whole.params / 1e6:.3f} M",
         added,
         *([paper[0]] if paper else []),
@@ -394,7 +402,8 @@ def markdown(rows: Sequence[Row]) -> str:
         titles = ["in the paper", *titles]
     elif rows[0].group == "imagenet":
         titles = [*titles[:3], "in the paper", *titles[3:5], "in the paper", *titles[5:]]
-    cells = [_detector(row) if row.group == "coco" else _classifier(row, ablation) for row in rows]
+    ablations = rows if ablation else ()
+    cells = [_detector(row) if row.group == "coco" else _classifier(row, ablations) for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in [titles, *cells]]
     lines.insert(1, "|---" * len(titles) + "|")
     skipped: Counter[str] = sum((row.whole.skipped for row in rows), Counter())
