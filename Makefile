@@ -19,6 +19,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmrla-installed
 DEMO_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
+# Two processes of one thread each: most tests are Python, which a second thread does not help.
+TEST_WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: help env demo test test-slow lint format config-table bench clean
 
@@ -36,10 +39,10 @@ demo: $(STAMP)
 	$(PY) tools/demo.py --work-dir $(DEMO_DIR)
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

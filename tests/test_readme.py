@@ -90,12 +90,15 @@ def test_the_configs_build(tmp_path):
     for code in blocks("python"):
         if "model = dict(" not in code:
             continue
-        path = ROOT / "configs" / "_readme_example.py"  # _base_ is relative to configs/
-        try:
-            path.write_text(code)
-            cfg = Config.fromfile(path)
-        finally:
-            path.unlink()
+        # _base_ is relative to configs/, which other tests list
+        folder = tmp_path / "configs"
+        if not folder.exists():
+            folder.mkdir()
+            for entry in (ROOT / "configs").iterdir():
+                (folder / entry.name).symlink_to(entry)
+        path = folder / "_readme_example.py"
+        path.write_text(code)
+        cfg = Config.fromfile(path)
         from mmengine.registry import MODELS, DefaultScope
 
         with DefaultScope.overwrite_default_scope("mmdet"):
