@@ -7,19 +7,12 @@ odd number that follows ``|log2(C) / gamma + b / gamma|``, gamma = 2 and b = 1.
 
 from __future__ import annotations
 
-from math import log2
-
 import torch
 from torch import Tensor, nn
 
 from mmrla.models.plugins.checks import check_counts, check_odd
+from mmrla.ops.query_key import eca_kernel_size
 from mmrla.registry import MODELS
-
-
-def adaptive_kernel_size(channels: int) -> int:
-    """Eq. 12: the kernel size for ``channels``, odd."""
-    t = int(abs((log2(channels) + 1) / 2))
-    return t if t % 2 else t + 1
 
 
 @MODELS.register_module()
@@ -41,7 +34,7 @@ class ECA(nn.Module):
         super().__init__()
         check_counts("ECA", in_channels=in_channels)
         if kernel_size is None:
-            kernel_size = adaptive_kernel_size(in_channels)
+            kernel_size = eca_kernel_size(in_channels)
         check_odd("ECA", kernel_size=kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
