@@ -44,7 +44,7 @@ class AttentionAugmentedConv(ConvPlugin):
             large images; the paper's way to save memory.
 
     Raises:
-        ValueError: An argument is not positive, or attention would leave the convolution no channel.
+        ValueError: An argument is not positive, or attention leaves the convolution no channel.
     """
 
     _abbr_ = "attention_augmented_conv"

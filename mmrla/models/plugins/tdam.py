@@ -94,6 +94,10 @@ class TDAM(BranchPlugin):
             for _ in range(steps - 1)
         )
 
+    def last_norms(self) -> list[nn.Module]:
+        """Of each further run the norm that ends the residual branch."""
+        return [norms[-1] for norms in self.norms]  # type: ignore[index]
+
     def forward(self, x: Tensor, features: Sequence[Tensor], rerun: Rerun) -> Tensor:
         """Map the branch's output ``[B, C, H, W]`` to that of its last run."""
         bottom = features[self.first]
