@@ -55,13 +55,15 @@ class PluginBlock:
     def _plugin_arguments(self, cls: type[nn.Module], position: str) -> dict[str, Any]:
         if issubclass(cls, ConvPlugin):
             conv: Any = getattr(self, position)
-            names = ("in_channels", "out_channels", "stride", "padding", "dilation", "groups")
+            names = ("kernel_size", "stride", "padding", "dilation")
             # The convolutions of these blocks are square, so one number says it.
-            first = {
-                name: value[0] if isinstance(value := getattr(conv, name), tuple) else value
-                for name in (*names, "kernel_size")
-            }
-            return first
+            square = {name: getattr(conv, name)[0] for name in names}
+            return dict(
+                in_channels=conv.in_channels,
+                out_channels=conv.out_channels,
+                groups=conv.groups,
+                **square,
+            )
         if position == "after_block":
             return dict(in_channels=self.out_channels)  # type: ignore[attr-defined]
         channels: list[int] = [self.in_channels]  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(f"a plugin's cfg must be a dict with a type, got {cfg!r}")
     kind = cfg["type"]
-    if inspect.isclass(kind):
+    if isinstance(kind, type):
         return kind
     # mmrla's first, whatever the default scope; its registry asks its parent, mmengine's, then.
     found = MODELS.get(kind)
