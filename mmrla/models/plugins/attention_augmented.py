@@ -66,10 +66,10 @@ class AttentionAugmentedConv(ConvPlugin):
         downsample: int = 1,
     ) -> None:
         super().__init__()
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         check_counts(
             "AttentionAugmentedConv", num_heads=num_heads, min_key_channels=min_key_channels,
-            downsample=downsample, **{f"size[{i}]": value for i, value in enumerate(size)},
+            downsample=downsample, **{f"size[{i}]": value for i, value in enumerate(self.size)},
         )  # fmt: skip
         for name, ratio in (("key_ratio", key_ratio), ("value_ratio", value_ratio)):
             if not ratio > 0:
@@ -77,7 +77,6 @@ class AttentionAugmentedConv(ConvPlugin):
         self.num_heads = num_heads
         self.stride = stride
         self.downsample = downsample
-        self.size = size
         self.head_channels = max(int(key_ratio * out_channels) // num_heads, min_key_channels)
         unit = lcm(num_heads, groups)
         self.value_channels = max(int(value_ratio * out_channels) // unit, 1) * unit
@@ -95,8 +94,8 @@ class AttentionAugmentedConv(ConvPlugin):
         self.splits = (keys, keys, self.value_channels)
         self.query_key_value = nn.Conv2d(in_channels, sum(self.splits), 1, bias=False)
         self.project = nn.Conv2d(self.value_channels, self.value_channels, 1, bias=False)
-        self.relative_height = nn.Parameter(torch.empty(2 * size[0] - 1, self.head_channels))
-        self.relative_width = nn.Parameter(torch.empty(2 * size[1] - 1, self.head_channels))
+        self.relative_height = nn.Parameter(torch.empty(2 * self.size[0] - 1, self.head_channels))
+        self.relative_width = nn.Parameter(torch.empty(2 * self.size[1] - 1, self.head_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -65,18 +65,18 @@ class PluginBlock:
                 **square,
             )
         if position == "after_block":
-            return dict(in_channels=self.out_channels)  # type: ignore[attr-defined]
-        channels: list[int] = [self.in_channels]  # type: ignore[attr-defined]
+            return dict(in_channels=self.out_channels)
+        channels: list[int] = [self.in_channels]
         for i in range(self.convs - 1):
             channels.append(self._norm_channels(i))
         if issubclass(cls, BranchPlugin):
             return dict(
-                in_channels=self.out_channels,  # type: ignore[attr-defined]
+                in_channels=self.out_channels,
                 branch_channels=channels,
-                norm_cfg=self.norm_cfg,  # type: ignore[attr-defined]
+                norm_cfg=self.norm_cfg,
             )
         index = int(position.removeprefix("after_conv"))
-        channels.append(self.out_channels)  # type: ignore[attr-defined]
+        channels.append(self.out_channels)
         return dict(in_channels=channels[index])
 
     def _norm_channels(self, index: int) -> int:
@@ -99,7 +99,7 @@ class PluginBlock:
         return x, features
 
     def _between(self, x: Tensor, index: int, norm: nn.Module) -> Tensor:
-        x = self.relu(norm(x))  # type: ignore[attr-defined]
+        x = self.relu(norm(x))
         return self._run_plugins(x, f"after_conv{index + 1}")
 
     def _run_plugins(self, x: Tensor, position: str, features: Sequence[Tensor] = ()) -> Tensor:

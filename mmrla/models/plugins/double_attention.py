@@ -43,8 +43,8 @@ class DoubleAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start as identity, as a block put into a network that works without it."""
-        nn.init.zeros_(self.extend.weight)
-        nn.init.zeros_(self.extend.bias)
+        for parameter in self.extend.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""

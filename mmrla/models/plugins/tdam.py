@@ -105,5 +105,5 @@ class TDAM(BranchPlugin):
             searchlight = self.searchlight(x, bottom)
             bottom = torch.sigmoid(searchlight) * bottom
             bottom = torch.sigmoid((searchlight * bottom).sum(1, keepdim=True)) * bottom
-            x = rerun(self.first, bottom, norms)
+            x = rerun(self.first, bottom, list(norms.children()))
         return x
