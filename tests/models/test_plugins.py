@@ -423,6 +423,17 @@ def test_kernel_sizes_of_eca_are_the_papers():
         assert ECA(channels).conv.kernel_size[0] == int(t) + (int(t) % 2 == 0)
 
 
+def test_stochastic_depth_of_eca_passes_samples_by():
+    module = randomise(ECA(16, drop_path_rate=0.25))
+    x = torch.rand(400, 16, 2, 3) + 0.1
+    scaled = module.eval()(x) / x
+    ratio = module.train()(x) / x
+    dropped = (ratio - 1).abs().amax((1, 2, 3)) < 1e-6
+    assert 60 < dropped.sum() < 140
+    kept = 1 + (scaled - 1) / 0.75
+    assert relative_error(ratio[~dropped], kept[~dropped]) < 1e-5
+
+
 @pytest.mark.parametrize("name", FRESH_IS_IDENTITY)
 def test_added_blocks_start_as_identity(name):
     """In spite of the ancestor, which gives all convolutions Kaiming's initialisation."""
@@ -586,6 +597,7 @@ def plugin(kind: str = "mmrla.ECA", *, more: dict | None = None, **cfg) -> dict:
         (lambda: resnet(plugin(), plugin()), ValueError, "two are called 'eca'"),
         (lambda: resnet(plugin(size=3)), TypeError, "plugin ECA: .*'size'"),
         (lambda: resnet(plugin(kernel_size=4)), ValueError, "kernel_size must be odd, got 4"),
+        (lambda: resnet(plugin(drop_path_rate=1)), ValueError, r"drop_path_rate.*\[0, 1\), got 1"),
         (lambda: resnet(plugin("mmrla.SE", ratio=0)), ValueError, "SE: ratio.*got 0"),
         (lambda: resnet(plugin("mmrla.CBAM", reduction=1.5)), ValueError, "reduction.*got 1.5"),
         (lambda: resnet(plugin("mmrla.CBAM", kernel_size=2)), ValueError, "must be odd, got 2"),
