@@ -341,17 +341,17 @@ def test_squeeze_and_excitation_is_mmpretrains():
 # --- in the hosts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer_attention", [None, LIGHT], ids=["alone", "with MRLA"])
 @pytest.mark.parametrize("name", PLUGINS)
 @pytest.mark.parametrize(
-    ("cls", "depth", "kwargs"),
+    ("cls", "depth", "layer_attention", "kwargs"),
     [
-        (MRLAResNet, 50, dict(norm_cfg=dict(type="GN", num_groups=2))),
-        (MRLAResNet, 18, dict(deep_stem=True, avg_down=True)),
-        (MRLAResNeXt, 50, dict(groups=2, base_channels=8, width_per_group=8)),
-        (MRLAResNetCIFAR, 20, {}),
+        (MRLAResNet, 50, None, dict(norm_cfg=dict(type="GN", num_groups=2))),
+        (MRLAResNet, 50, dict(type="MRLABase", head_channels=8), {}),
+        (MRLAResNet, 18, LIGHT, dict(deep_stem=True, avg_down=True)),
+        (MRLAResNeXt, 50, None, dict(groups=2, base_channels=8, width_per_group=8)),
+        (MRLAResNetCIFAR, 20, LIGHT, {}),
     ],
-    ids=["resnet", "basic", "resnext", "cifar"],
+    ids=["resnet", "resnet with base", "basic with light", "resnext", "cifar with light"],
 )
 def test_every_parameter_gets_a_gradient(cls, depth, kwargs, name, layer_attention):
     model = network(name, depth, cls, layer_attention=layer_attention, **kwargs).train()
@@ -591,7 +591,7 @@ def plugin(kind: str = "mmrla.ECA", *, more: dict | None = None, **cfg) -> dict:
             ValueError, r"position of TDAM must be one of \['after_conv3'\]",
         ),
         (
-            lambda: resnet(plugin("mmrla.AttentionAugmentedConv", more=dict(position="after_conv2"))),
+            lambda: resnet(dict(cfg=AA, position="after_conv2")),
             ValueError, r"AttentionAugmentedConv must be one of \['conv1', 'conv2', 'conv3'\]",
         ),
         (lambda: resnet(plugin(), plugin()), ValueError, "two are called 'eca'"),

@@ -127,10 +127,7 @@ def backbone_name(cfg: dict) -> str:
 
 
 def attention_of(model: nn.Module) -> str:
-    """The model's layer attention and plugins: ``MRLALight``, ``ECA``, ``MRLALight + ECA``, ``1 GC``.
-
-    Empty without any.
-    """
+    """The model's layer attention and plugins, such as ``MRLALight + ECA``, ``1 GC`` or nothing."""
     layers = [type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)]
     plugins = Counter(
         type(getattr(module, name)).__name__
