@@ -24,6 +24,25 @@ COCO = [
     for depth in (50, 101)
     for suffix in ("", "_mrla", "_mrla-base")
 ]
+# Within-layer attentions: how many plugins of which class ResNet-50 and ResNet-56 have.
+WITHIN = {
+    "se": ("SE", 16, 27),
+    "eca": ("ECA", 16, 27),
+    "cbam": ("CBAM", 16, 27),
+    "a2": ("DoubleAttention", 5, 5),
+    "aa": ("AttentionAugmentedConv", 13, 18),
+    "ba": ("BridgeAttention", 16, 27),
+    "tdam": ("TDAM", 9, 18),
+    "nl": ("NonLocal2d", 1, 1),
+    "gc": ("ContextBlock", 13, 27),
+    "gc1": ("ContextBlock", 1, 1),
+}
+WITHIN_COCO = [
+    f"{detector}_r50_{name}_1x"
+    for detector in ("mask_rcnn", "faster_rcnn", "retinanet")
+    for name in ("se", "eca", "ba", "nl", "gc")
+]
+COMPOSED = ("mrla_se", "mrla_eca")
 
 
 TRANSFORMERS = [
@@ -94,10 +113,64 @@ def test_every_promised_config_is_there():
     def found(folder: str) -> set[str]:
         return {p.stem for p in (ROOT / "configs" / folder).glob("*.py")}
 
-    assert found(".") == {*COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
-    assert found("imagenet") == set(IMAGENET)
-    assert found("cifar") == set(CIFAR)
-    assert found("ablation") == {f"{name}_in1k" for name in ABLATION}
+    within = (*WITHIN, *COMPOSED)
+    assert found(".") == {*COCO, *WITHIN_COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
+    assert found("imagenet") == {*IMAGENET, *(f"resnet50_{name}_in1k" for name in within)}
+    assert found("cifar") == {*CIFAR, *(f"resnet56_{name}_cifar10" for name in within)}
+    eca = {"resnet50_eca_in1k", "resnet50_eca_drop-path_in1k"}
+    assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), *eca}
+
+
+def plugins_of(model) -> list:
+    return [getattr(m, n) for m in model.modules() for n in getattr(m, "plugin_names", ())]
+
+
+def without(cfg: Config, *keys: str) -> dict:
+    found = cfg.to_dict()
+    for key in keys:
+        found["model"]["backbone"].pop(key, None)
+    return found
+
+
+@pytest.mark.parametrize("name", [*WITHIN, *COMPOSED])
+def test_within_layer_attention_is_all_that_differs(name):
+    """From the network with MRLA on ImageNet, from the plain one on CIFAR; and it is all there."""
+    kind, many, many_cifar = WITHIN[name.removeprefix("mrla_")]
+    hosts = (
+        (f"imagenet/resnet50_{name}_in1k", "imagenet/resnet50_mrla_in1k", many),
+        (f"cifar/resnet56_{name}_cifar10", "cifar/resnet56_plain_cifar10", many_cifar),
+    )
+    for path, base, count in hosts:
+        cfg = load(path)
+        ours = ("plugins", "layer_attention", "mrla_drop_path_rate")
+        assert without(cfg, *ours) == without(load(base), *ours)
+        attention = cfg.model.backbone.layer_attention
+        assert (attention and attention.type) == ("MRLALight" if name in COMPOSED else None)
+        assert cfg.model.backbone.get("mrla_drop_path_rate") == (0.2 if attention else None)
+        narrow = dict(stem_channels=16, base_channels=16)
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
+            backbone = MODELS.build({**cfg.model.backbone, **narrow})
+        assert [type(m).__name__ for m in plugins_of(backbone)] == [kind] * count
+
+
+def test_ecas_stochastic_depth_is_an_ablation():
+    base, dropped = load("ablation/resnet50_eca_in1k"), load("ablation/resnet50_eca_drop-path_in1k")
+    assert base.to_dict() == load("imagenet/resnet50_eca_in1k").to_dict()
+    assert without(base, "plugins") == without(dropped, "plugins")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        plugins = plugins_of(MODELS.build(dropped.model.backbone))
+    assert [m.drop_path.drop_prob for m in plugins] == [0.2] * 16
+
+
+@pytest.mark.parametrize("name", WITHIN_COCO)
+def test_detectors_with_within_layer_attention(name, tmp_path, monkeypatch):
+    """As the plain detector but for the plugins, from the same checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load(name)
+    detector, attention = name.removesuffix("_1x").rsplit("_r50_", 1)
+    assert without(cfg, "plugins") == without(load(f"{detector}_r50_1x"), "plugins")
+    imagenet = load(f"imagenet/resnet50_{attention}_in1k")
+    assert cfg.model.backbone.plugins == imagenet.model.backbone.plugins
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -132,7 +205,11 @@ def test_recipe(name, tmp_path, monkeypatch):
     assert cfg.val_evaluator.metric == metrics
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+# Other detectors with within-layer attentions have the same backbones.
+BUILT = [path for path in CONFIGS if path.stem not in WITHIN_COCO[5:]]
+
+
+@pytest.mark.parametrize("path", BUILT, ids=lambda p: p.stem)
 def test_builds_from_anywhere(path, tmp_path, monkeypatch):
     """A dumped copy in an empty folder builds the same model as the config in its place."""
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,8 @@
-"""Whether the MRLA parts of frozen stages stay trainable."""
+"""Whether the parts of frozen stages that a plain network lacks stay trainable."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def is_warm_start(init_cfg: Any) -> bool:
     return getattr(kind, "__name__", str(kind)).removeprefix("mmrla.") == WARM_START
 
 
-def keeps_mrla_trainable(init_cfg: Any) -> bool:
+def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_key) -> bool:
     """Tell from a host's ``init_cfg`` whether freezing leaves its MRLA parts out.
 
     That has to be known when the network is built: DDP and optimizers look at what is trainable
@@ -40,9 +40,10 @@ def keeps_mrla_trainable(init_cfg: Any) -> bool:
 
     Args:
         init_cfg: What the host was given.
+        is_own: Which keys belong to the parts in question, by default those of layer attentions.
 
     Returns:
-        True for a warm start from a checkpoint without MRLA weights, unless the user froze them.
+        True for a warm start from a checkpoint without such weights, unless the user froze them.
 
     Raises:
         ValueError: ``freeze_mrla`` is none of True, False and None.
@@ -57,13 +58,13 @@ def keeps_mrla_trainable(init_cfg: Any) -> bool:
     path = str(init_cfg.get("checkpoint", ""))
     if "://" in path or not Path(path).is_file():
         return True
-    return not has_mrla(path)
+    return not _holds(path, is_own)
 
 
-def has_mrla(path: str) -> bool:
-    """Whether a local checkpoint holds weights of a layer attention."""
+def _holds(path: str, is_own: Callable[[str], bool]) -> bool:
+    """Whether a local checkpoint holds keys of a kind."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # an old format or more than tensors: read it with all its checks
         checkpoint = load_file(path)
-    return any(is_mrla_key(key) for key in state_dict_of(checkpoint))
+    return any(is_own(key) for key in state_dict_of(checkpoint))

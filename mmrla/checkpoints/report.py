@@ -17,6 +17,16 @@ def is_mrla_key(key: str) -> bool:
     return "mrla" in key
 
 
+def plugin_keys(model: nn.Module) -> set[str]:
+    """The state-dict keys of a model's plugins: what its modules name in ``plugin_names``."""
+    prefixes = tuple(
+        f"{name}.{plugin}." if name else f"{plugin}."
+        for name, module in model.named_modules()
+        for plugin in getattr(module, "plugin_names", ())
+    )
+    return {key for key in model.state_dict() if key.startswith(prefixes)} if prefixes else set()
+
+
 @dataclass
 class LoadReport:
     """What became of each tensor of a load."""
@@ -70,7 +80,8 @@ class LoadReport:
                 norms never need to.
             model: The module that the report is about.
             state: The checkpoint that the report is about.
-            fresh_mrla: Whether layer attentions may start fresh, all of them together.
+            fresh_mrla: Whether layer attentions may start fresh, all of them together, and so may
+                plugins.
         """
         if not self.matched:
             raise CheckpointError(
@@ -90,6 +101,9 @@ class LoadReport:
             # A plain checkpoint: its layer attentions may start fresh, but only all of them.
             patterns += ["*mrla*"] if fresh_mrla else []
         unfilled = [*self.missing, *self.wrong_shape]
+        plugins = plugin_keys(model) if fresh_mrla else set()
+        if not plugins.intersection(self.matched):
+            unfilled = [key for key in unfilled if key not in plugins]
         bad = [key for key in unfilled if not _matches(key, patterns)]
         if bad:
             raise CheckpointError(
@@ -131,7 +145,7 @@ def load_into(
         state: Tensors by key.
         allow_missing: Patterns (as in :mod:`fnmatch`) of keys that need not fit. Counters of batch
             norms never need to, nor do heads (see :func:`allowed_heads`), nor layer attentions if
-            the checkpoint has none.
+            the checkpoint has none, nor plugins in the same way.
         source: What the messages call the checkpoint.
 
     Returns:

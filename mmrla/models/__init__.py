@@ -15,10 +15,26 @@ from mmrla.models.backbones import (
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.heads import DropoutLinearClsHead
 from mmrla.models.necks import SimpleFeaturePyramid
+from mmrla.models.plugins import (
+    CBAM,
+    ECA,
+    SE,
+    TDAM,
+    AttentionAugmentedConv,
+    BridgeAttention,
+    DoubleAttention,
+)
 from mmrla.models.warm_start import WarmStart
 
 __all__ = [
+    "CBAM",
+    "ECA",
+    "SE",
+    "TDAM",
+    "AttentionAugmentedConv",
+    "BridgeAttention",
     "CeiT",
+    "DoubleAttention",
     "DropoutLinearClsHead",
     "MRLACeiT",
     "MRLADistilledVisionTransformer",

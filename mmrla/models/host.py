@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmcv.cnn.bricks import DropPath
 from mmengine.config import ConfigDict
+from mmengine.model import BaseModule
 from torch import nn
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
 
 
@@ -21,6 +23,7 @@ class LayerAttentionHost:
         layer_attention: Config of the layer attention, None for the plain network.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
+        plugins: Checked plugins of a host that has some; they are fresh parts in the same way.
         **kwargs: The backbone's.
     """
 
@@ -28,6 +31,7 @@ class LayerAttentionHost:
         self,
         *args: Any,
         layer_attention: Mapping[str, Any] | None = None,
+        plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ) -> None:
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
@@ -36,27 +40,48 @@ class LayerAttentionHost:
         if "init_cfg" in kwargs:
             kwargs["init_cfg"] = _simple(kwargs["init_cfg"])
         self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
+        names = {plugin_name(plugin) for plugin in plugins}
+        self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
+            kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
+        )
         super().__init__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
         super().train(mode)
-        if mode and self.keep_mrla_trainable:
-            for part in self._mrla_parts():
+        if mode:
+            for part in self._trainable_parts():
                 part.train()
         return self
 
     def init_weights(self) -> None:
         """As the ancestor's, or a warm start."""
-        if not init_weights_warm(self):
-            super().init_weights()
+        if init_weights_warm(self):
+            return
+        super().init_weights()
+        if getattr(self.init_cfg, "get", lambda _: None)("type") != "Pretrained":
+            # The ancestor initialises every convolution alike, also what starts at zero.
+            for plugin in self._plugin_parts():
+                start_plugin(plugin, zero_residual=getattr(self, "zero_init_residual", False))
 
     def _freeze_stages(self) -> None:
-        parts = self._mrla_parts() if self.keep_mrla_trainable else ()
+        parts = self._trainable_parts()
         before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         super()._freeze_stages()
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
+
+    def _trainable_parts(self) -> Iterator[nn.Module]:
+        """What freezing leaves alone."""
+        if self.keep_mrla_trainable:
+            yield from self._mrla_parts()
+        if self.keep_plugins_trainable:
+            yield from self._plugin_parts()
+
+    def _plugin_parts(self) -> Iterator[nn.Module]:
+        for module in self.modules():
+            for name in getattr(module, "plugin_names", ()):
+                yield getattr(module, name)
 
     def _mrla_parts(self) -> Iterator[nn.Module]:
         """The layer attentions with the norms and drop paths around them."""
@@ -74,6 +99,23 @@ def _simple(init_cfg: Any) -> Any:
     if isinstance(only, Mapping) and str(only.get("type")).rpartition(".")[2] == "Pretrained":
         return ConfigDict(only, type="Pretrained")
     return init_cfg
+
+
+def start_plugin(plugin: nn.Module, zero_residual: bool) -> None:
+    """Give a plugin the start of its own paper where it has one.
+
+    Args:
+        plugin: Of mmrla (``reset_parameters``) or of mmcv (``init_weights`` of non-local blocks).
+        zero_residual: Whether residual branches start at zero.
+    """
+    for name in ("reset_parameters", "init_weights"):
+        if hasattr(type(plugin), name) and not isinstance(plugin, BaseModule):
+            getattr(plugin, name)()
+            break
+    last_norms = getattr(plugin, "last_norms", None)
+    if zero_residual and last_norms is not None:
+        for norm in last_norms():
+            nn.init.zeros_(norm.weight)
 
 
 def check_drop_path_rate(rate: float | None) -> None:

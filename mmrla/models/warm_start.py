@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmrla.checkpoints import convert_state_dict, load_file, load_into, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.checkpoints.plan import is_warm_start
-from mmrla.checkpoints.report import is_mrla_key
+from mmrla.checkpoints.report import is_mrla_key, plugin_keys
 from mmrla.registry import WEIGHT_INITIALIZERS
 
 
@@ -36,6 +36,7 @@ class WarmStart:
         checkpoint: A local file, ``torchvision://resnet50``, an http(s) address, ...
         freeze_mrla: True freezes the MRLA parts of frozen stages (and their norms, with
             ``norm_eval``) whatever the checkpoint holds, False never does. Default None: as above.
+            The same holds for plugins, which a plain checkpoint has not either.
         allow_missing: Patterns of keys of the model that the checkpoint may lack.
 
     Raises:
@@ -67,6 +68,14 @@ class WarmStart:
                 f"{self.checkpoint}: holds MRLA weights, which could not be known when the network "
                 "was built; say freeze_mrla=True (as the paper) or freeze_mrla=False in init_cfg"
             )
+        plugins = plugin_keys(module)
+        has_plugins = any(f"backbone.{key}" in converted for key in plugins)
+        keeps = self.freeze_mrla is None and getattr(module, "keep_plugins_trainable", False)
+        if has_plugins and keeps:
+            raise CheckpointError(
+                f"{self.checkpoint}: holds weights of plugins, which could not be known when the "
+                "network was built; say freeze_mrla=True or freeze_mrla=False in init_cfg"
+            )
         load_into(
             module,
             converted,
@@ -76,6 +85,8 @@ class WarmStart:
         fresh = sorted(k for k in own if is_mrla_key(k) and f"backbone.{k}" not in converted)
         if fresh:
             print_log(f"{len(fresh)} tensors of layer attentions start fresh", logger="current")
+        if plugins and not has_plugins:
+            print_log(f"{len(plugins)} tensors of plugins start fresh", logger="current")
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
@@ -88,7 +99,7 @@ def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:
         # Of a detector or classifier, only the backbone concerns us.
         state = {k: v for k, v in state.items() if k.startswith("backbone.")}
     bare = {key.removeprefix("backbone."): value for key, value in state.items()}
-    plain = {k for k, _ in module.named_parameters() if not is_mrla_key(k)}
+    plain = {k for k, _ in module.named_parameters() if not is_mrla_key(k)} - plugin_keys(module)
     if plain <= bare.keys():  # its names already, also of networks that the converter does not know
         return {f"backbone.{key}": value for key, value in bare.items()}
     converted = convert_state_dict(state)

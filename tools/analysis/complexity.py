@@ -64,6 +64,14 @@ ATTENTIONS = {
     "LinearRLA": " + linear RLA",
     "DWConv": " + DWConv",
 }
+# Plugins: what the literature calls them; other classes go by their own name.
+PLUGINS = {
+    "AttentionAugmentedConv": "AA",
+    "BridgeAttention": "BA",
+    "ContextBlock": "GC",
+    "DoubleAttention": "A2",
+    "NonLocal2d": "NL",
+}
 
 # What MRLA adds to parameters (M) and FLOPs (B), from the abstract and section 4.1 of "Cross-Layer
 # Retrospective Retrieving via Layer Attention", ICLR 2023. Where the text does not say which MRLA,
@@ -138,8 +146,15 @@ def backbone_name(cfg: dict) -> str:
 
 
 def attention_of(model: nn.Module) -> str:
-    """Class of the model's layer attention, empty without one."""
-    return next((type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)), "")
+    """The model's layer attention and plugins, such as ``MRLALight + ECA``, ``1 GC`` or nothing."""
+    layers = [type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)]
+    plugins = Counter(
+        type(getattr(module, name)).__name__
+        for module in model.modules()
+        for name in getattr(module, "plugin_names", ())
+    )
+    within = [("1 " if n == 1 else "") + PLUGINS.get(kind, kind) for kind, n in plugins.items()]
+    return " + ".join([*layers[:1], *within])
 
 
 def options_of(backbone: ConfigDict) -> dict[str, Any]:
@@ -152,9 +167,10 @@ def options_of(backbone: ConfigDict) -> dict[str, Any]:
 
 
 def plain(model: ConfigDict) -> ConfigDict:
-    """The same network without layer attention."""
+    """The same network without layer attention and plugins."""
     model = copy.deepcopy(model)
     model.backbone.layer_attention = None
+    model.backbone.pop("plugins", None)
     return model
 
 
@@ -281,7 +297,8 @@ def _position(row: Row) -> tuple:
 
 
 def _name(row: Row) -> str:
-    return row.backbone + ATTENTIONS.get(row.attention, f" + {row.attention}")
+    parts = row.attention.split(" + ")
+    return row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
 
 
 # How an option is named in a table; others go by their own name.

@@ -6,7 +6,7 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.utils.checkpoint as cp
@@ -19,10 +19,11 @@ from mmrla.layers.norm import is_plain
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
+from mmrla.models.plugins import PluginBlock, check_plugins, plugins_of_block, plugins_of_stage
 from mmrla.registry import MODELS
 
 
-class LayerAttentionBlock:
+class LayerAttentionBlock(PluginBlock):
     """Puts a layer attention behind a residual block of mmpretrain; mixed in before that block.
 
     ``y = ReLU(residual(x) + shortcut)``, then ``out = y + drop_path(norm(o_t))`` with
@@ -81,12 +82,22 @@ class LayerAttentionBlock:
 
     def _forward(self, x: Tensor, state: Any, watched: bool = False) -> tuple[Tensor, Any]:
         # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
-        z = self.residual(x)
+        if not self.plugin_names:
+            z = self.residual(x)
+            shortcut = x if self.downsample is None else self.downsample(x)
+            return self._tail(z, shortcut, state, watched=watched)
+        z, features = self._residual_with_plugins(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self._tail(z, shortcut, state, watched)
+        out, state = self._tail(z, shortcut, state, features, watched)
+        return self._run_plugins(out, "after_block"), state
 
     def _tail(
-        self, z: Tensor, shortcut: Tensor, state: Any, watched: bool = False
+        self,
+        z: Tensor,
+        shortcut: Tensor,
+        state: Any,
+        features: Sequence[Tensor] = (),
+        watched: bool = False,
     ) -> tuple[Tensor, Any]:
         if not watched and self._fuses_tail(z, shortcut):
             scale = None
@@ -94,7 +105,10 @@ class LayerAttentionBlock:
                 scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
             assert self.mrla is not None
             return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
-        out = self.drop_path(self.last_norm(z))
+        out = self.last_norm(z)
+        if self._ends_with_plugins():
+            out = self._run_plugins(out, f"after_conv{self.convs}", features)
+        out = self.drop_path(out)
         out += shortcut
         out = self.relu(out)
         if self.mrla is None:
@@ -107,6 +121,7 @@ class LayerAttentionBlock:
         """Whether all of the block's end is what a layer attention may do in one operation."""
         return (
             self.mrla is not None
+            and not self._ends_with_plugins()
             and type(self.relu) is nn.ReLU
             and isinstance(self.drop_path, nn.Identity)
             and isinstance(self.mrla_act, nn.Identity)
@@ -118,6 +133,8 @@ class LayerAttentionBlock:
 
 class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
     """mmpretrain's basic block with a layer attention behind it."""
+
+    convs = 2
 
     def residual(self, x: Tensor) -> Tensor:
         """The branch before its last norm."""
@@ -132,6 +149,8 @@ class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
 class MRLABottleneck(LayerAttentionBlock, Bottleneck):
     """mmpretrain's bottleneck with a layer attention behind it."""
 
+    convs = 3
+
     def residual(self, x: Tensor) -> Tensor:
         """The branch before its last norm."""
         out = self.relu(self.norm1(self.conv1(x)))
@@ -145,7 +164,19 @@ class MRLABottleneck(LayerAttentionBlock, Bottleneck):
 
 
 class LayerAttentionStage(ResLayer):
-    """A stage of blocks: the group of layers along which the state of a layer attention travels."""
+    """A stage of blocks: the group of layers along which the state of a layer attention travels.
+
+    Args:
+        *args: As of mmpretrain's.
+        plugins: Checked plugins of this stage, see :func:`mmrla.models.plugins.check_plugins`.
+        **kwargs: As of mmpretrain's, and the arguments of the blocks.
+    """
+
+    def __init__(self, *args: Any, plugins: Sequence[dict[str, Any]] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for i, block in enumerate(self):
+            if chosen := plugins_of_block(plugins, i, len(self)):
+                block.add_plugins(chosen)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the output of the stage's last block."""
@@ -174,14 +205,21 @@ class MRLAResNet(LayerAttentionHost, ResNet):
             ``drop_path_rate`` gives the layer.
         mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
             output. Default None: no activation, as in the released network with a 7x7 stem.
+        plugins: Within-layer attentions of the residual blocks, in the style of mmdet's ResNet:
+            ``dict(cfg=dict(type='mmrla.ECA'), stages=(False, True, True, True),
+            position='after_conv3')`` each. ``position`` is ``after_conv1`` to ``after_conv3``
+            (``after_conv2`` in basic blocks; the default is the last, before the residual
+            addition), ``after_block``, or ``conv1`` to ``conv3`` for what takes a convolution's
+            place. ``stages`` is by default all, and ``blocks``, indices of a stage's blocks, too.
+            They work with and without a layer attention.
         **kwargs: Arguments of :class:`mmpretrain.models.ResNet`. ``init_cfg=None`` means its
             default, Kaiming normal and zero gamma in the last norm of each residual branch;
             ``init_cfg=dict(type='mmrla.WarmStart', checkpoint=...)`` starts from a plain or an
             MRLA checkpoint, see :class:`mmrla.models.WarmStart` for what is frozen then.
 
     Raises:
-        ValueError: A depth that is not allowed, an unknown layer attention, or one that refuses
-            its arguments, such as ``head_channels`` that does not divide a stage's channels.
+        ValueError: A depth that is not allowed, an unknown layer attention or plugin, or one that
+            refuses its arguments, as ``head_channels`` that does not divide a stage's channels.
 
     Example:
         >>> import torch
@@ -207,11 +245,15 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=32),
         mrla_drop_path_rate: float | None = None,
         mrla_act_cfg: dict | None = None,
+        plugins: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         if depth not in self.arch_settings:
             raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
         check_drop_path_rate(mrla_drop_path_rate)
+        self.plugins = check_plugins(
+            plugins, kwargs.get("num_stages", 4), self.arch_settings[depth][0].convs
+        )
         # Before the ancestor's constructor, which calls make_res_layer.
         self._block_kwargs = dict(
             layer_attention=layer_attention,
@@ -222,8 +264,10 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         if kwargs.get("init_cfg", ...) is None:
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
-        super().__init__(depth, layer_attention=layer_attention, **kwargs)
+        super().__init__(depth, layer_attention=layer_attention, plugins=self.plugins, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
-        return LayerAttentionStage(**self._block_kwargs, **kwargs)
+        # The ancestor lists a stage behind this call.
+        plugins = plugins_of_stage(self.plugins, len(self.res_layers))
+        return LayerAttentionStage(plugins=plugins, **self._block_kwargs, **kwargs)

@@ -1,0 +1,10 @@
+# ResNet-56 + bridge attention (BA), CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10.py"
+
+model = dict(
+    backbone=dict(
+        depth=56,
+        layer_attention=None,
+        plugins=[dict(cfg=dict(type="mmrla.BridgeAttention"), position="after_conv2")],
+    ),
+)

@@ -1,0 +1,10 @@
+# ResNet-56 + ECA, CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10.py"
+
+model = dict(
+    backbone=dict(
+        depth=56,
+        layer_attention=None,
+        plugins=[dict(cfg=dict(type="mmrla.ECA"), position="after_conv2")],
+    ),
+)

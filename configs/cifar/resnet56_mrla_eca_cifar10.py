@@ -1,0 +1,8 @@
+# ResNet-56 + MRLA-light + ECA, CIFAR-10, 180 epochs.
+_base_ = "./resnet56_mrla_cifar10.py"
+
+model = dict(
+    backbone=dict(
+        plugins=[dict(cfg=dict(type="mmrla.ECA"), position="after_conv2")],
+    )
+)

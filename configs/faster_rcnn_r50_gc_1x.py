@@ -1,0 +1,14 @@
+# Faster R-CNN, ResNet-50 + GC blocks, COCO, 1x schedule.
+_base_ = "./faster_rcnn_r50_1x.py"
+
+model = dict(
+    backbone=dict(
+        plugins=[
+            dict(
+                cfg=dict(type="ContextBlock", ratio=1 / 16),
+                stages=(False, True, True, True),
+                position="after_conv3",
+            )
+        ],
+    )
+)

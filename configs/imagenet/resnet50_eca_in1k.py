@@ -1,0 +1,11 @@
+# ResNet-50 + ECA, ImageNet-1k, the paper's recipe.
+_base_ = "./_base_/resnet.py"
+
+model = dict(
+    backbone=dict(
+        depth=50,
+        mrla_drop_path_rate=None,
+        layer_attention=None,
+        plugins=[dict(cfg=dict(type="mmrla.ECA"), position="after_conv3")],
+    ),
+)

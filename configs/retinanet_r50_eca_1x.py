@@ -1,0 +1,8 @@
+# RetinaNet, ResNet-50 + ECA, COCO, 1x schedule.
+_base_ = "./retinanet_r50_1x.py"
+
+model = dict(
+    backbone=dict(
+        plugins=[dict(cfg=dict(type="mmrla.ECA"), position="after_conv3")],
+    )
+)
