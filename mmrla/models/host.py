@@ -11,6 +11,7 @@ from torch import nn
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.builder import check_host_takes
 from mmrla.models.warm_start import init_weights_warm
 
 
@@ -22,7 +23,16 @@ class LayerAttentionHost:
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
         **kwargs: The backbone's.
+
+    Raises:
+        ValueError: The network has no place for such a layer attention.
     """
+
+    placements: tuple[str, ...] = ("after",)
+    """Where layer attentions may sit here, of :data:`mmrla.layers.PLACEMENTS`."""
+
+    shares_in_groups: bool = False
+    """Whether layer attentions of a group may share parts here."""
 
     def __init__(
         self,
@@ -30,6 +40,9 @@ class LayerAttentionHost:
         layer_attention: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if layer_attention is not None:
+            name = type(self).__name__
+            check_host_takes(layer_attention, name, self.placements, self.shares_in_groups)
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
         # DDP and optimizers look at what is trainable before weights load.
         self.layer_attention = layer_attention

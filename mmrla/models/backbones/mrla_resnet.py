@@ -7,14 +7,17 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
+from mmrla.layers import PLACEMENTS
 from mmrla.layers.norm import is_plain
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
@@ -26,7 +29,9 @@ class LayerAttentionBlock:
     """Puts a layer attention behind a residual block of mmpretrain; mixed in before that block.
 
     ``y = ReLU(residual(x) + shortcut)``, then ``out = y + drop_path(norm(o_t))`` with
-    ``(o_t, state) = layer_attention(y, shortcut, state)``.
+    ``(o_t, state) = layer_attention(y, shortcut, state)``. A layer attention that sits on the
+    residual branch takes its place: ``y = ReLU(drop_path(o_t) + shortcut)`` with
+    ``(o_t, state) = layer_attention(residual(x), shortcut, state)``.
 
     Args:
         layer_attention: Config of the layer attention, or None for the plain block.
@@ -52,6 +57,9 @@ class LayerAttentionBlock:
         self.mrla = build_layer_attention(
             layer_attention, self.out_channels, fit_heads=mrla_fit_heads
         )
+        if self.mrla.placement != "after":
+            self._place_on_branch(mrla_drop_path_rate, mrla_act_cfg)
+            return
         self.mrla_norm_name, norm = build_norm_layer(
             self.norm_cfg, self.out_channels, postfix="_mrla"
         )
@@ -60,6 +68,18 @@ class LayerAttentionBlock:
         rate = drop_path_rate if mrla_drop_path_rate is None else mrla_drop_path_rate
         self.mrla_drop_path = build_drop_path(rate)
 
+    def _place_on_branch(self, drop_path_rate: float | None, act_cfg: dict | None) -> None:
+        given = dict(mrla_drop_path_rate=drop_path_rate, mrla_act_cfg=act_cfg)
+        for name, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name} is for what a layer attention adds behind a layer, and "
+                    f"{type(self.mrla).__name__} adds nothing there: must be None, got {value!r}"
+                )
+        assert self.mrla is not None
+        if self.mrla.placement == "input":
+            self.mrla.join(self.conv1, self.stride, partial(make_norm, self.norm_cfg))
+
     @property
     def mrla_norm(self) -> Any:
         """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
@@ -67,7 +87,9 @@ class LayerAttentionBlock:
 
     def start_as_identity(self) -> None:
         """Make what the layer attention adds zero, without cutting its gradients off for good."""
-        if self.mrla is not None:
+        if self.mrla is not None and self.mrla.placement != "after":
+            self.mrla.start_as_identity()
+        elif self.mrla is not None:
             for parameter in self.mrla_norm.parameters():
                 nn.init.zeros_(parameter)
 
@@ -79,11 +101,19 @@ class LayerAttentionBlock:
 
     def _forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
-        z = self.residual(x)
+        first = self.conv1(x)
+        if self.mrla is not None and self.mrla.placement == "input":
+            addend, state = self.mrla.at_input(x, state)
+            first = first + addend
+        z = self.residual(first)
         shortcut = x if self.downsample is None else self.downsample(x)
         return self._tail(z, shortcut, state)
 
     def _tail(self, z: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if self.mrla is not None and self.mrla.placement != "after":
+            branch, state = self.mrla(self.last_norm(z), shortcut, state)
+            # Not in place: the layer attention may need the branch in its backward pass.
+            return self.relu(self.drop_path(branch) + shortcut), state
         if self._fuses_tail(z, shortcut):
             scale = None
             if not isinstance(self.mrla_drop_path, nn.Identity) and self.training:
@@ -115,9 +145,9 @@ class LayerAttentionBlock:
 class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
     """mmpretrain's basic block with a layer attention behind it."""
 
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch before its last norm."""
-        return self.conv2(self.relu(self.norm1(self.conv1(x))))
+    def residual(self, first: Tensor) -> Tensor:
+        """The branch from the output of its first convolution to its last norm."""
+        return self.conv2(self.relu(self.norm1(first)))
 
     @property
     def last_norm(self) -> Any:
@@ -128,9 +158,9 @@ class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
 class MRLABottleneck(LayerAttentionBlock, Bottleneck):
     """mmpretrain's bottleneck with a layer attention behind it."""
 
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch before its last norm."""
-        out = self.relu(self.norm1(self.conv1(x)))
+    def residual(self, first: Tensor) -> Tensor:
+        """The branch from the output of its first convolution to its last norm."""
+        out = self.relu(self.norm1(first))
         out = self.relu(self.norm2(self.conv2(out)))
         return self.conv3(out)
 
@@ -143,12 +173,31 @@ class MRLABottleneck(LayerAttentionBlock, Bottleneck):
 class LayerAttentionStage(ResLayer):
     """A stage of blocks: the group of layers along which the state of a layer attention travels."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to the output of the stage's last block."""
-        state = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first, *others = self
+        for block in others if first.mrla is not None else ():
+            block.mrla.share(first.mrla)
+
+    def forward(self, x: Tensor, carried: list[Any] | None = None) -> Tensor:
+        """Map ``[B, C, H, W]`` to the output of the stage's last block.
+
+        Args:
+            x: The stage's input.
+            carried: Of a layer attention whose state spans stages, a list that holds the state of
+                the layer before; it is left with that of the last block. None: no state arrives.
+        """
+        state = carried[0] if carried else None
         for block in self:
             x, state = block(x, state)
+        if carried:
+            carried[0] = state
         return x
+
+
+def make_norm(norm_cfg: Mapping[str, Any], channels: int) -> nn.Module:
+    """A norm of the host's kind."""
+    return build_norm_layer(norm_cfg, channels)[1]
 
 
 @MODELS.register_module()
@@ -195,6 +244,8 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         152: (MRLABottleneck, (3, 8, 36, 3)),
     }
     fit_heads = False
+    placements = tuple(PLACEMENTS)
+    shares_in_groups = True
 
     def __init__(
         self,
@@ -219,6 +270,35 @@ class MRLAResNet(LayerAttentionHost, ResNet):
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
         super().__init__(depth, layer_attention=layer_attention, **kwargs)
+        last = self._last_attention()
+        self.mrla_output = None
+        if last is not None:
+            self.mrla_output = last.output(partial(make_norm, self.norm_cfg))
+        self._concatenates = self.mrla_output is not None and last.concat_output
+        if self._concatenates:
+            self.feat_dim += last.hidden_channels
+
+    def _last_attention(self) -> Any:
+        return getattr(self, self.res_layers[-1])[-1].mrla
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map ``[B, in_channels, H, W]`` to one feature map for each of ``out_indices``."""
+        last = self._last_attention()
+        if last is None or not last.spans_stages:
+            return super().forward(x)
+        x = self._stem(x)
+        outs, carried = [], [None]
+        for i, name in enumerate(self.res_layers):
+            x = getattr(self, name)(x, carried)
+            if i in self.out_indices:
+                outs.append(x)
+        if self._concatenates and self.num_stages - 1 in self.out_indices:
+            outs[-1] = torch.cat([x, self.mrla_output(carried[0])], dim=1)
+        return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        stem = self.stem(x) if self.deep_stem else self.relu(self.norm1(self.conv1(x)))
+        return self.maxpool(stem)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
