@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import Complexity, activation_memory, complexity
-from mmrla.layers import LayerAttention
+from mmrla.layers import LayerAttention, RecurrentLayerAggregation
+from mmrla.models.builder import layer_attention_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +41,20 @@ BACKBONES = {
     "DistilledVisionTransformer": "ViT",
     "CeiT": "CeiT",
     "PyramidVisionTransformerV2": "PVTv2",
+    "DenseNet": "DenseNet",
 }
 DEFAULTS = ("imagenet/*.py", "cifar/*_cifar10.py", "*.py")
 SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
 DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
-ATTENTIONS = {"": "", "MRLALight": " + MRLA-light", "MRLABase": " + MRLA-base"}
+ATTENTIONS = {
+    "": "",
+    "MRLALight": " + MRLA-light",
+    "MRLABase": " + MRLA-base",
+    "DIAUnit": " + DIA",
+    "RecurrentLayerAggregation": " + RLA_g",
+    "DLALight": " + DLA-light",
+    "DLABase": " + DLA-base",
+}
 
 # What MRLA adds to parameters (M) and FLOPs (B), from the abstract and section 4.1 of "Cross-Layer
 # Retrospective Retrieving via Layer Attention", ICLR 2023. Where the text does not say which MRLA,
@@ -126,7 +136,15 @@ def attention_of(model: nn.Module) -> str:
 def plain(model: ConfigDict) -> ConfigDict:
     """The same network without layer attention."""
     model = copy.deepcopy(model)
+    attention = model.backbone.get("layer_attention")
+    if attention is None:
+        return model
     model.backbone.layer_attention = None
+    cls = layer_attention_class(attention)
+    if issubclass(cls, RecurrentLayerAggregation) and attention.get("concat_output", True):
+        # Its hidden map is appended to what the head sees.
+        if model.get("head"):
+            model.head.in_channels -= attention.get("hidden_channels", 32)
     return model
 
 
