@@ -140,11 +140,10 @@ def plain(model: ConfigDict) -> ConfigDict:
     if attention is None:
         return model
     model.backbone.layer_attention = None
-    cls = layer_attention_class(attention)
-    if issubclass(cls, RecurrentLayerAggregation) and attention.get("concat_output", True):
+    appends = issubclass(layer_attention_class(attention), RecurrentLayerAggregation)
+    if appends and attention.get("concat_output", True) and model.get("head"):
         # Its hidden map is appended to what the head sees.
-        if model.get("head"):
-            model.head.in_channels -= attention.get("hidden_channels", 32)
+        model.head.in_channels -= attention.get("hidden_channels", 32)
     return model
 
 
