@@ -73,10 +73,10 @@ def test_recipe(name, tmp_path, monkeypatch):
     """mmdet's 1x schedule and the paper's detection recipe, whatever folder one stands in."""
     monkeypatch.chdir(tmp_path)
     cfg = load(name)
-    detector = name.rsplit("_r", 1)[0]
+    detector, depth, kind = re.fullmatch(r"(.+)_r(\d+)_?(.*?)_?1x", name).groups()
     backbone = cfg.model.backbone
     assert backbone.type == "mmrla.MRLAResNet"
-    assert backbone.depth == int(name.split("_r")[-1].split("_")[0])
+    assert backbone.depth == int(depth)
     assert (backbone.frozen_stages, backbone.norm_eval) == (1, True)
     assert backbone.get("drop_path_rate", 0) == 0
     checkpoint = f"torchvision://resnet{backbone.depth}"
@@ -87,7 +87,7 @@ def test_recipe(name, tmp_path, monkeypatch):
         "mrla": dict(type="MRLALight", head_channels=32),
         "mrla-base": dict(type="MRLABase", head_channels=16),
         "rla-g": dict(type="RecurrentLayerAggregation", hidden_channels=32, concat_output=False),
-    }[re.sub(r".*_r\d+_?|_?1x", "", name)]
+    }[kind]
     assert backbone.layer_attention == expected
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.param_scheduler[1].milestones == [8, 11]
