@@ -2,8 +2,8 @@
 
 Paper: DIANet: Dense-and-Implicit Attention Network, AAAI 2020, https://arxiv.org/abs/1905.10671.
 With ``y_t = GAP(r_t)`` of the residual branch, ``(h_t, c_t) = DIA-LSTM(y_t, h_{t-1}, c_{t-1})`` and
-``x_{t+1} = relu(h_t * r_t + x_t)`` (Eq. 1 to 4; the LSTM of Figure 3 has a sigmoid for its last
-tanh and gates from bottlenecks).
+``x_{t+1} = relu(h_t * r_t + x_t)``. The DIA-LSTM has bottlenecks for its gates and a sigmoid where
+an LSTM's output has tanh, see :class:`mmrla.layers.channel_cell.ChannelCell`.
 """
 
 from __future__ import annotations
