@@ -54,6 +54,10 @@ NAMES = {
     "mrla-base": "+ MRLA-base",
     "mrla-se": "+ MRLA-light + SE",
     "mrla-eca": "+ MRLA-light + ECA",
+    "densenet121": "DenseNet-121",
+    "densenet161": "DenseNet-161",
+    "densenet169": "DenseNet-169",
+    "densenet201": "DenseNet-201",
 }
 
 
@@ -213,9 +217,9 @@ def compare(
         row: dict[str, Any] = {
             "network": NAMES.get(name, name),
             "params, M": f"{params / 1e6:.2f}",
-            "published": published.params,
+            "published params, M": published.params,
             "GFLOPs": f"{macs / 1e9:.2f}",
-            "published ": published.gflops,
+            "published GFLOPs": published.gflops,
             "kept, MiB/image": f"{kept / 2**20:.1f}",
             "kept over plain": f"{kept / plain_kept:.2f}",
             "training step over plain": None,
