@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 
 import mmrla.registry  # noqa: F401
-from mmrla.layers import LayerAttention, MRLABase, MRLALight
+from mmrla.layers import LayerAttention
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -22,7 +22,8 @@ COCO = [
     f"{detector}_r{depth}{suffix}_1x"
     for detector in ("mask_rcnn", "faster_rcnn", "retinanet")
     for depth in (50, 101)
-    for suffix in ("", "_mrla", "_mrla-base")
+    for suffix in ("", "_mrla", "_mrla-base", "_rla-g")
+    if depth == 50 or suffix != "_rla-g"
 ]
 # Within-layer attentions: how many plugins of which class ResNet-50 and ResNet-56 have.
 WITHIN = {
@@ -50,11 +51,24 @@ TRANSFORMERS = [
     "mask_rcnn_vit-t_mrla_sfp_1x",
 ]
 LIGHT_ONLY = ("resnet152", "resnext50-32x4d")
+DENSENETS = tuple(f"densenet{depth}_in1k" for depth in (121, 161, 169, 201))
+# Layer interactions beside MRLA, by what a config's name says: type, and reduction on ImageNet.
+INTERACTIONS = {
+    "dia": ("DIAUnit", 20),
+    "rla-g": ("RecurrentLayerAggregation", None),
+    "dla": ("DLALight", 16),
+    "dla-base": ("DLABase", 16),
+}
 BOTH = ("resnet50", "resnet101", "efficientnet-b0", "efficientnet-b1", "deit-tiny", "deit-small",
         "deit-base", "ceit-tiny", "ceit-small", "pvtv2-b0", "pvtv2-b1")  # fmt: skip
 IMAGENET = [
     *(f"{network}_mrla_in1k" for network in (*LIGHT_ONLY, *BOTH)),
     *(f"{network}_mrla-base_in1k" for network in BOTH),
+]
+COMPARED = [
+    "resnet50_plain_in1k",
+    *(f"resnet50_{name}_in1k" for name in INTERACTIONS),
+    *DENSENETS,
 ]
 CIFAR = [
     f"resnet{depth}_{kind}_cifar{classes}"
@@ -62,6 +76,7 @@ CIFAR = [
     for kind in ("plain", "mrla", "mrla-base")
     for classes in (10, 100)
 ]
+CIFAR += [f"resnet56_{name}_cifar10" for name in INTERACTIONS]
 
 LIGHT = {"resnet50": dict(type="MRLALight", head_channels=32),
          "deit-tiny": dict(type="MRLALight", head_channels=16)}  # fmt: skip
@@ -115,7 +130,8 @@ def test_every_promised_config_is_there():
 
     within = (*WITHIN, *COMPOSED)
     assert found(".") == {*COCO, *WITHIN_COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
-    assert found("imagenet") == {*IMAGENET, *(f"resnet50_{name}_in1k" for name in within)}
+    others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
+    assert found("imagenet") == {*IMAGENET, *others}
     assert found("cifar") == {*CIFAR, *(f"resnet56_{name}_cifar10" for name in within)}
     eca = {"resnet50_eca_in1k", "resnet50_eca_drop-path_in1k"}
     assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), *eca}
@@ -178,10 +194,10 @@ def test_recipe(name, tmp_path, monkeypatch):
     """mmdet's 1x schedule and the paper's detection recipe, whatever folder one stands in."""
     monkeypatch.chdir(tmp_path)
     cfg = load(name)
-    detector = name.rsplit("_r", 1)[0]
+    detector, depth, kind = re.fullmatch(r"(.+)_r(\d+)_?(.*?)_?1x", name).groups()
     backbone = cfg.model.backbone
     assert backbone.type == "mmrla.MRLAResNet"
-    assert backbone.depth == int(name.split("_r")[-1].split("_")[0])
+    assert backbone.depth == int(depth)
     assert (backbone.frozen_stages, backbone.norm_eval) == (1, True)
     assert backbone.get("drop_path_rate", 0) == 0
     checkpoint = f"torchvision://resnet{backbone.depth}"
@@ -191,7 +207,8 @@ def test_recipe(name, tmp_path, monkeypatch):
         "": None,
         "mrla": dict(type="MRLALight", head_channels=32),
         "mrla-base": dict(type="MRLABase", head_channels=16),
-    }["mrla-base" if "mrla-base" in name else "mrla" if "mrla" in name else ""]
+        "rla-g": dict(type="RecurrentLayerAggregation", hidden_channels=32, concat_output=False),
+    }[kind]
     assert backbone.layer_attention == expected
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.param_scheduler[1].milestones == [8, 11]
@@ -220,7 +237,7 @@ def test_builds_from_anywhere(path, tmp_path, monkeypatch):
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(copy.model)
     layer_attention = copy.model.backbone.layer_attention
-    mrla = [m for m in model.backbone.modules() if isinstance(m, MRLALight | MRLABase)]
+    mrla = [m for m in model.backbone.modules() if isinstance(m, LayerAttention)]
     backbone = model.backbone
     layers = {
         "MRLAPyramidVisionTransformerV2": lambda: sum(backbone.num_layers),
@@ -291,6 +308,29 @@ def test_imagenet_recipe(name, tmp_path, monkeypatch):
         assert {"RandAugment", "RandomErasing"} <= set(transform_types(cfg))
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_compared_networks_are_on_the_same_recipe(name):
+    """All but the backbone, and what its width asks of the head, is as for MRLA."""
+    cfg, ours = load(f"imagenet/{name}"), load("imagenet/resnet50_mrla_in1k")
+    backbone, kind = cfg.model.backbone, name.split("_")[1]
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        model = MODELS.build(cfg.model)
+    assert model(torch.randn(2, 3, 64, 64), mode="tensor").shape == (2, 1000)
+    if name in DENSENETS:
+        assert backbone == dict(type="DenseNet", arch=name[8:11])
+    else:
+        assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNet", 50)
+        type_, reduction = INTERACTIONS.get(kind, (None, None))
+        attention = backbone.layer_attention
+        assert (attention and attention.type) == type_
+        assert not attention or attention.get("reduction") == reduction
+        assert backbone.mrla_drop_path_rate == (0.2 if kind.startswith("dla") else None)
+        assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind == "dla-base" else None)
+    for config in (cfg, ours):
+        del config.model["backbone"], config.model.head["in_channels"]
+    assert cfg._cfg_dict == ours._cfg_dict
+
+
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_recipe(name):
     cfg = load(f"cifar/{name}")
@@ -298,9 +338,13 @@ def test_cifar_recipe(name):
     backbone = cfg.model.backbone
     assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNetCIFAR", int(depth))
     types = {"plain": None, "mrla": "MRLALight", "mrla-base": "MRLABase"}
+    types |= {name: found[0] for name, found in INTERACTIONS.items()}
     attention = backbone.layer_attention
     assert (attention and attention.type) == types[kind]
-    assert backbone.get("mrla_drop_path_rate") == (0.2 if attention else None)
+    behind = attention and kind not in ("dia", "rla-g")
+    assert backbone.get("mrla_drop_path_rate") == (0.2 if behind else None)
+    if kind in INTERACTIONS:
+        assert attention.get("reduction", 4) == 4
     assert cfg.model.head.num_classes == int(classes[5:])
     assert cfg.data_preprocessor.num_classes == int(classes[5:])
     assert cfg.train_dataloader.dataset.type == f"mmrla.{classes.upper()}"

@@ -1,9 +1,25 @@
 """Layer attentions as modules. This floor imports torch and :mod:`mmrla.ops`."""
 
 from mmrla.layers.depthwise import DWConv
-from mmrla.layers.layer_attention import LayerAttention, Retrieval
+from mmrla.layers.dianet import DIAUnit
+from mmrla.layers.dla import DLABase, DLALight
+from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention, Retrieval
 from mmrla.layers.linear_rla import LinearRLA
 from mmrla.layers.mla import MLA
 from mmrla.layers.mrla import MRLABase, MRLALight
+from mmrla.layers.rla import RecurrentLayerAggregation
 
-__all__ = ["MLA", "DWConv", "LayerAttention", "LinearRLA", "MRLABase", "MRLALight", "Retrieval"]
+__all__ = [
+    "MLA",
+    "PLACEMENTS",
+    "DIAUnit",
+    "DLABase",
+    "DLALight",
+    "DWConv",
+    "LayerAttention",
+    "LinearRLA",
+    "MRLABase",
+    "MRLALight",
+    "RecurrentLayerAggregation",
+    "Retrieval",
+]

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+PLACEMENTS: dict[str, str] = {
+    "after": "behind a layer",
+    "branch": "on the residual branch, before the addition",
+    "input": "at the input of a layer's first convolution and on its residual branch",
+}
+"""What a layer attention's ``placement`` may be.
+
+``after``: ``x`` is the layer's output, and the host adds ``drop_path(norm(o))`` to it. ``branch``:
+``x`` is the residual branch behind its last norm, and ``o`` takes its place. ``input``: as
+``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution.
+"""
 
 
 class Retrieval(NamedTuple):
@@ -36,6 +49,18 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
 
     scores_sum_to_one: bool = True
     """Whether the scores of :meth:`retrieval` are shares, as a softmax gives them."""
+
+    placement: str = "after"
+    """Where it sits, one of :data:`PLACEMENTS`; a host refuses those that it has no place for."""
+
+    shared: tuple[str, ...] = ()
+    """Names of the parts that all layers of a group share."""
+
+    spans_stages: bool = False
+    """Whether the state goes on from a stage to the next one, as if all layers were one group."""
+
+    starts_as_identity: bool = True
+    """Whether a host can start as the plain network with it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,6 +102,57 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             NotImplementedError: This type does not tell.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell what it attends to")
+
+    def share(self, first: LayerAttention) -> None:
+        """Take the group's shared parts from its first layer; called once by hosts that can.
+
+        The first layer alone holds their weights: here they are no children, so that state dicts
+        have them once.
+
+        Args:
+            first: The layer attention of the group's first layer.
+        """
+        for name in self.shared:
+            delattr(self, name)
+            self.__dict__[name] = getattr(first, name)
+
+    def join(self, conv: nn.Conv2d, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        """Build what depends on the layer; called once, where ``placement`` is ``'input'``.
+
+        Args:
+            conv: The layer's first convolution.
+            stride: The layer's.
+            norm: Makes a norm of the host's kind for a number of channels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not sit at a layer's input")
+
+    def at_input(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """What adds to the layer's first convolution of ``x``, where ``placement`` is ``'input'``.
+
+        Args:
+            x: The layer's input, ``[B, C_in, H, W]``.
+            state: What the previous layer returned, None for the first.
+
+        Returns:
+            The addend, shaped like the convolution's output, and the state for :meth:`forward`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not sit at a layer's input")
+
+    def output(self, norm: Callable[[int], nn.Module]) -> nn.Module | None:
+        """Build what makes a map of the last layer's state that the host appends to its last one.
+
+        Called once, on the last layer's. Default: nothing is appended.
+
+        Args:
+            norm: Makes a norm of the host's kind for a number of channels.
+        """
+        return None
+
+    def start_as_identity(self) -> None:
+        """Lose all effect on the layer, where ``placement`` is not ``'after'``; for warm starts.
+
+        Default: nothing. Behind a layer, hosts see to it by the norm.
+        """
 
     def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
         """Whether :meth:`tail` can run on ``z`` with these norms. Default: never."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
 
@@ -25,7 +26,16 @@ class LayerAttentionHost:
             checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
         plugins: Checked plugins of a host that has some; they are fresh parts in the same way.
         **kwargs: The backbone's.
+
+    Raises:
+        ValueError: The network has no place for such a layer attention.
     """
+
+    placements: tuple[str, ...] = ("after",)
+    """Where layer attentions may sit here, of :data:`mmrla.layers.PLACEMENTS`."""
+
+    shares_in_groups: bool = False
+    """Whether layer attentions of a group may share parts here."""
 
     def __init__(
         self,
@@ -34,6 +44,9 @@ class LayerAttentionHost:
         plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ) -> None:
+        if layer_attention is not None:
+            name = type(self).__name__
+            check_host_takes(layer_attention, name, self.placements, self.shares_in_groups)
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
         # DDP and optimizers look at what is trainable before weights load.
         self.layer_attention = layer_attention

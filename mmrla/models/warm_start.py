@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmrla.checkpoints import convert_state_dict, load_file, load_into, state_di
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.checkpoints.plan import is_warm_start
 from mmrla.checkpoints.report import is_mrla_key, plugin_keys
+from mmrla.layers import LayerAttention
 from mmrla.registry import WEIGHT_INITIALIZERS
 
 
@@ -22,8 +24,8 @@ class WarmStart:
 
     From a plain checkpoint (torchvision's, timm's or mmpretrain's key names) the network computes
     exactly the plain network at step 0: the norms behind the layer attentions start at gamma = 0,
-    so that MRLA grows in from the first step on. A checkpoint with MRLA weights (mmrla's or the
-    released key names) is taken as it is.
+    so that MRLA grows in from the first step on (DIANet's unit cannot, which is said in the log). A
+    checkpoint with MRLA weights (mmrla's or the released key names) is taken as it is.
 
     With ``frozen_stages`` or ``norm_eval`` a freshly initialised layer attention stays trainable
     and its norms keep learning statistics, while one that came from the checkpoint is frozen like
@@ -63,6 +65,14 @@ class WarmStart:
                 start_as_identity: Any = getattr(part, "start_as_identity", None)
                 if start_as_identity is not None:
                     start_as_identity()
+            never = {type(m).__name__ for m in module.modules() if not _starts_as_identity(m)}
+            if never:
+                print_log(
+                    f"with {', '.join(sorted(never))} the network does not start as the plain one: "
+                    "it scales features from the first step on",
+                    logger="current",
+                    level=logging.WARNING,
+                )
         elif self.freeze_mrla is None and getattr(module, "keep_mrla_trainable", False):
             raise CheckpointError(
                 f"{self.checkpoint}: holds MRLA weights, which could not be known when the network "
@@ -90,6 +100,10 @@ class WarmStart:
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
+
+
+def _starts_as_identity(module: nn.Module) -> bool:
+    return not isinstance(module, LayerAttention) or module.starts_as_identity
 
 
 def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,58 @@ def test_depth_and_detector(bench):
     assert {row["depth"] for row in rows} == {50, 101}
     rows = bench["models"].measure_detector(CPU, 1, True)
     assert rows[0]["variant"] == "plain"
+
+
+@pytest.fixture(scope="module")
+def compare(bench):
+    sys.path.insert(0, str(ROOT / "tools/benchmark"))
+    try:
+        import compare as module
+
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "tools/benchmark"))
+        sys.modules.pop("compare", None)
+
+
+def test_compare_covers_every_resnet50(compare):
+    names = [compare.name_of(path) for path in compare.default_configs()]
+    assert names[0] == "plain"
+    assert {"dia", "rla-g", "dla", "dla-base", "mrla", "mrla-base", "densenet161"} <= set(names)
+    assert len(names) == len(set(names))
+    ablation = Path("configs/ablation/resnet50_eca_drop-path_in1k.py")
+    assert compare.name_of(ablation) == "eca_drop-path"
+
+
+def test_compare_tells_differences_beyond_rounding(compare):
+    assert compare.difference("dia", 28_358_052, 10**9) == ""
+    assert compare.difference("se", 28_148_000, 4_149_000_000) == ""
+    told = compare.difference("se", 29_100_000, 4_120_000_000)
+    assert told == "params +3.6%: not explained yet"
+    assert compare.difference("unknown", 1, 1) == ""
+    assert compare.difference("densenet161", 28_681_000, 7_890_000_000) == ""
+    told = compare.difference("densenet161", 28_681_000, 7_920_000_000)
+    assert told == "GFLOPs +1.3%: not explained yet"
+
+
+def test_compare_measures_and_writes(compare, tmp_path):
+    folder = ROOT / "configs/imagenet"
+    paths = [folder / f"resnet50_{name}_in1k.py" for name in ("plain", "rla-g")]
+    plain, rla = compare.compare(paths, CPU, 1, 2, 224, 32)
+    assert (plain["params, M"], plain["GFLOPs"], plain["kept over plain"]) == (
+        "25.56",
+        "4.11",
+        "1.00",
+    )
+    assert rla["params, M"] == "25.87"
+    assert float(rla["kept over plain"]) > 1.1
+    assert float(rla["training step over plain"]) > 0
+    assert float(rla["inference over plain"]) > 0
+    assert "](../configs/imagenet/resnet50_rla-g_in1k.py)" in rla["config"]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
+    compare.write("new", page)
+    assert page.read_text() == f"before\n{compare.BEGIN}\nnew\n{compare.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="page.md has no <!-- compare:begin -->"):
+        compare.write("new", page)

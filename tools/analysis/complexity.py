@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import Complexity, activation_memory, complexity
-from mmrla.layers import LayerAttention
+from mmrla.layers import LayerAttention, RecurrentLayerAggregation
+from mmrla.models.builder import layer_attention_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +41,7 @@ BACKBONES = {
     "DistilledVisionTransformer": "ViT",
     "CeiT": "CeiT",
     "PyramidVisionTransformerV2": "PVTv2",
+    "DenseNet": "DenseNet",
 }
 # Tables of the README, and what is in them.
 GROUPS = {
@@ -63,6 +65,10 @@ ATTENTIONS = {
     "MLA": " + MLA",
     "LinearRLA": " + linear RLA",
     "DWConv": " + DWConv",
+    "DIAUnit": " + DIA",
+    "RecurrentLayerAggregation": " + RLA_g",
+    "DLALight": " + DLA-light",
+    "DLABase": " + DLA-base",
 }
 # Plugins: what the literature calls them; other classes go by their own name.
 PLUGINS = {
@@ -169,8 +175,15 @@ def options_of(backbone: ConfigDict) -> dict[str, Any]:
 def plain(model: ConfigDict) -> ConfigDict:
     """The same network without layer attention and plugins."""
     model = copy.deepcopy(model)
-    model.backbone.layer_attention = None
     model.backbone.pop("plugins", None)
+    attention = model.backbone.get("layer_attention")
+    if attention is None:
+        return model
+    model.backbone.layer_attention = None
+    appends = issubclass(layer_attention_class(attention), RecurrentLayerAggregation)
+    if appends and attention.get("concat_output", True) and model.get("head"):
+        # Its hidden map is appended to what the head sees.
+        model.head.in_channels -= attention.get("hidden_channels", 32)
     return model
 
 

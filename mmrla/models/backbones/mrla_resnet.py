@@ -7,14 +7,17 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
+from mmrla.layers import PLACEMENTS
 from mmrla.layers.norm import is_plain
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
@@ -27,7 +30,9 @@ class LayerAttentionBlock(PluginBlock):
     """Puts a layer attention behind a residual block of mmpretrain; mixed in before that block.
 
     ``y = ReLU(residual(x) + shortcut)``, then ``out = y + drop_path(norm(o_t))`` with
-    ``(o_t, state) = layer_attention(y, shortcut, state)``.
+    ``(o_t, state) = layer_attention(y, shortcut, state)``. A layer attention that sits on the
+    residual branch takes its place: ``y = ReLU(drop_path(o_t) + shortcut)`` with
+    ``(o_t, state) = layer_attention(residual(x), shortcut, state)``.
 
     Args:
         layer_attention: Config of the layer attention, or None for the plain block.
@@ -53,6 +58,9 @@ class LayerAttentionBlock(PluginBlock):
         self.mrla = build_layer_attention(
             layer_attention, self.out_channels, fit_heads=mrla_fit_heads
         )
+        if self.mrla.placement != "after":
+            self._place_on_branch(mrla_drop_path_rate, mrla_act_cfg)
+            return
         self.mrla_norm_name, norm = build_norm_layer(
             self.norm_cfg, self.out_channels, postfix="_mrla"
         )
@@ -61,6 +69,18 @@ class LayerAttentionBlock(PluginBlock):
         rate = drop_path_rate if mrla_drop_path_rate is None else mrla_drop_path_rate
         self.mrla_drop_path = build_drop_path(rate)
 
+    def _place_on_branch(self, drop_path_rate: float | None, act_cfg: dict | None) -> None:
+        given = dict(mrla_drop_path_rate=drop_path_rate, mrla_act_cfg=act_cfg)
+        for name, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name} is for what a layer attention adds behind a layer, and "
+                    f"{type(self.mrla).__name__} adds nothing there: must be None, got {value!r}"
+                )
+        assert self.mrla is not None
+        if self.mrla.placement == "input":
+            self.mrla.join(self.conv1, self.stride, partial(make_norm, self.norm_cfg))
+
     @property
     def mrla_norm(self) -> Any:
         """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
@@ -68,7 +88,9 @@ class LayerAttentionBlock(PluginBlock):
 
     def start_as_identity(self) -> None:
         """Make what the layer attention adds zero, without cutting its gradients off for good."""
-        if self.mrla is not None:
+        if self.mrla is not None and self.mrla.placement != "after":
+            self.mrla.start_as_identity()
+        elif self.mrla is not None:
             for parameter in self.mrla_norm.parameters():
                 nn.init.zeros_(parameter)
 
@@ -82,33 +104,40 @@ class LayerAttentionBlock(PluginBlock):
 
     def _forward(self, x: Tensor, state: Any, watched: bool = False) -> tuple[Tensor, Any]:
         # In the ancestor's order, so that gradients too are summed in its order, bit for bit.
-        if not self.plugin_names:
-            z = self.residual(x)
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return self._tail(z, shortcut, state, watched=watched)
-        z, features = self._residual_with_plugins(x)
+        first = self.conv1(x)
+        if self.mrla is not None and self.mrla.placement == "input":
+            addend, state = self.mrla.at_input(x, state)
+            first = first + addend
+        features: Sequence[Tensor] = ()
+        if self.plugin_names:
+            z, features = self._residual_with_plugins(x, first)
+        else:
+            z = self.residual(first)
         shortcut = x if self.downsample is None else self.downsample(x)
         out, state = self._tail(z, shortcut, state, features, watched)
-        return self._run_plugins(out, "after_block"), state
+        if self.plugin_names:
+            out = self._run_plugins(out, "after_block")
+        return out, state
 
     def _tail(
         self,
         z: Tensor,
         shortcut: Tensor,
         state: Any,
-        features: Sequence[Tensor] = (),
-        watched: bool = False,
+        features: Sequence[Tensor],
+        watched: bool,
     ) -> tuple[Tensor, Any]:
+        if self.mrla is not None and self.mrla.placement != "after":
+            branch, state = self.mrla(self._branch(z, features), shortcut, state)
+            # Not in place: the layer attention may need the branch in its backward pass.
+            return self.relu(self.drop_path(branch) + shortcut), state
         if not watched and self._fuses_tail(z, shortcut):
             scale = None
             if not isinstance(self.mrla_drop_path, nn.Identity) and self.training:
                 scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
             assert self.mrla is not None
             return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
-        out = self.last_norm(z)
-        if self._ends_with_plugins():
-            out = self._run_plugins(out, f"after_conv{self.convs}", features)
-        out = self.drop_path(out)
+        out = self.drop_path(self._branch(z, features))
         out += shortcut
         out = self.relu(out)
         if self.mrla is None:
@@ -116,6 +145,13 @@ class LayerAttentionBlock(PluginBlock):
         retrieved, state = self.mrla(out, shortcut, state)
         retrieved = self.mrla_act(self.mrla_norm(retrieved))
         return out + self.mrla_drop_path(retrieved), state
+
+    def _branch(self, z: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """The residual branch as it is added, behind its last norm and the plugins there."""
+        out = self.last_norm(z)
+        if self._ends_with_plugins():
+            out = self._run_plugins(out, f"after_conv{self.convs}", features)
+        return out
 
     def _fuses_tail(self, z: Tensor, shortcut: Tensor) -> bool:
         """Whether all of the block's end is what a layer attention may do in one operation."""
@@ -136,9 +172,9 @@ class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
 
     convs = 2
 
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch before its last norm."""
-        return self.conv2(self.relu(self.norm1(self.conv1(x))))
+    def residual(self, first: Tensor) -> Tensor:
+        """The branch from the output of its first convolution to its last norm."""
+        return self.conv2(self.relu(self.norm1(first)))
 
     @property
     def last_norm(self) -> Any:
@@ -151,9 +187,9 @@ class MRLABottleneck(LayerAttentionBlock, Bottleneck):
 
     convs = 3
 
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch before its last norm."""
-        out = self.relu(self.norm1(self.conv1(x)))
+    def residual(self, first: Tensor) -> Tensor:
+        """The branch from the output of its first convolution to its last norm."""
+        out = self.relu(self.norm1(first))
         out = self.relu(self.norm2(self.conv2(out)))
         return self.conv3(out)
 
@@ -177,13 +213,29 @@ class LayerAttentionStage(ResLayer):
         for i, block in enumerate(self):
             if chosen := plugins_of_block(plugins, i, len(self)):
                 block.add_plugins(chosen)
+        first, *others = self
+        for block in others if first.mrla is not None else ():
+            block.mrla.share(first.mrla)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to the output of the stage's last block."""
-        state = None
+    def forward(self, x: Tensor, carried: list[Any] | None = None) -> Tensor:
+        """Map ``[B, C, H, W]`` to the output of the stage's last block.
+
+        Args:
+            x: The stage's input.
+            carried: Of a layer attention whose state spans stages, a list that holds the state of
+                the layer before; it is left with that of the last block. None: no state arrives.
+        """
+        state = carried[0] if carried else None
         for block in self:
             x, state = block(x, state)
+        if carried:
+            carried[0] = state
         return x
+
+
+def make_norm(norm_cfg: Mapping[str, Any], channels: int) -> nn.Module:
+    """A norm of the host's kind."""
+    return build_norm_layer(norm_cfg, channels)[1]
 
 
 @MODELS.register_module()
@@ -237,6 +289,8 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         152: (MRLABottleneck, (3, 8, 36, 3)),
     }
     fit_heads = False
+    placements = tuple(PLACEMENTS)
+    shares_in_groups = True
 
     def __init__(
         self,
@@ -265,6 +319,35 @@ class MRLAResNet(LayerAttentionHost, ResNet):
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
         super().__init__(depth, layer_attention=layer_attention, plugins=self.plugins, **kwargs)
+        last = self._last_attention()
+        self.mrla_output = None
+        if last is not None:
+            self.mrla_output = last.output(partial(make_norm, self.norm_cfg))
+        self._concatenates = self.mrla_output is not None and last.concat_output
+        if self._concatenates:
+            self.feat_dim += last.hidden_channels
+
+    def _last_attention(self) -> Any:
+        return getattr(self, self.res_layers[-1])[-1].mrla
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map ``[B, in_channels, H, W]`` to one feature map for each of ``out_indices``."""
+        last = self._last_attention()
+        if last is None or not last.spans_stages:
+            return super().forward(x)
+        x = self._stem(x)
+        outs, carried = [], [None]
+        for i, name in enumerate(self.res_layers):
+            x = getattr(self, name)(x, carried)
+            if i in self.out_indices:
+                outs.append(x)
+        if self._concatenates and self.num_stages - 1 in self.out_indices:
+            outs[-1] = torch.cat([x, self.mrla_output(carried[0])], dim=1)
+        return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        stem = self.stem(x) if self.deep_stem else self.relu(self.norm1(self.conv1(x)))
+        return self.maxpool(stem)
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""

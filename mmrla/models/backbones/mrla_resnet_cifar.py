@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmpretrain.models.backbones import ResNet_CIFAR
+from torch import Tensor
 
 from mmrla.models.backbones.mrla_resnet import MRLABasicBlock, MRLAResNet
 from mmrla.registry import MODELS
@@ -52,3 +53,6 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
         if not -1 <= frozen <= 3:
             raise ValueError(f"frozen_stages must be from -1 to 3, there are 3, got {frozen}")
         super().__init__(depth, **{**defaults, **kwargs})
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm1(self.conv1(x)))

@@ -88,15 +88,16 @@ class PluginBlock:
         """Whether plugins stand between the last norm and the residual addition."""
         return bool(self.plugin_names) and f"after_conv{self.convs}" in self._plugins_at
 
-    def _residual_with_plugins(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The branch before its last norm, and the inputs of its convolutions."""
-        features: list[Tensor] = []
-        for i in range(self.convs):
-            features.append(x)
-            x = getattr(self, f"conv{i + 1}")(x)
-            if i < self.convs - 1:
-                x = self._between(x, i, getattr(self, f"norm{i + 1}"))
-        return x, features
+    def _residual_with_plugins(self, x: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The branch before its last norm, and the inputs of its convolutions.
+
+        ``first`` is the output of the first convolution of ``x``.
+        """
+        features = [x]
+        for i in range(self.convs - 1):
+            features.append(self._between(first, i, getattr(self, f"norm{i + 1}")))
+            first = getattr(self, f"conv{i + 2}")(features[-1])
+        return first, features
 
     def _between(self, x: Tensor, index: int, norm: nn.Module) -> Tensor:
         x = self.relu(norm(x))

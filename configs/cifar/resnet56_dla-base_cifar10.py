@@ -1,0 +1,12 @@
+# ResNet-56 + dynamic layer attention, base, CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10.py"
+
+model = dict(
+    backbone=dict(
+        depth=56,
+        layer_attention=dict(type="DLABase", head_channels=32, reduction=4),
+        mrla_act_cfg=dict(type="ReLU"),  # as in the released code
+        # Stochastic depth of the layer attention alone.
+        mrla_drop_path_rate=0.2,
+    ),
+)

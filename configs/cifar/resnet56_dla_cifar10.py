@@ -1,0 +1,11 @@
+# ResNet-56 + dynamic layer attention, light, CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10.py"
+
+model = dict(
+    backbone=dict(
+        depth=56,
+        layer_attention=dict(type="DLALight", head_channels=32, reduction=4),
+        # Stochastic depth of the layer attention alone.
+        mrla_drop_path_rate=0.2,
+    ),
+)
