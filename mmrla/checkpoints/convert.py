@@ -26,7 +26,9 @@ class Conversion:
     family: str
     """``'resnet'``, ``'vit'``, ``'ceit'``, ``'efficientnet'`` or ``'pvtv2'``."""
     layer_attention: str | None
-    """``'MRLALight'``, ``'MRLABase'`` or None."""
+    """``'MRLALight'`` (there is a lambda), ``'MRLABase'`` (query and key without one), ``'DWConv'``
+    (a value alone) or None. By its keys MRLABase cannot be told from MLA, LinearRLA and MRLALight
+    without a learned lambda."""
     style: str
     """Whose key names it has: ``'released'`` (with MRLA), ``'torchvision'``, ``'timm'``,
     ``'original'`` (of the network's authors) or ``'mmrla'`` (mmpretrain's and mmdet's too)."""
@@ -54,7 +56,9 @@ def _recognise(state: Mapping[str, Tensor]) -> tuple[Family, Conversion]:
     bare = {key.removeprefix("backbone."): value for key, value in state.items()}
     light = any(re.search(r"\.mrla\.(attention\.)?lambda_t$", key) for key in bare)
     mrla = any(re.search(r"\.mrla\.", key) for key in bare)
-    layer_attention = "MRLALight" if light else "MRLABase" if mrla else None
+    attends = any(re.search(r"\.mrla\..*(query|W_?q)", key) for key in bare)
+    without_lambda = "MRLABase" if attends else "DWConv" if mrla else None
+    layer_attention = "MRLALight" if light else without_lambda
     released = any(re.search(r"\.mrla\.m(r)?la\.W", key) for key in bare)
     for family in FAMILIES:
         name = family.describe(bare)

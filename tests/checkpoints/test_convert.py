@@ -47,6 +47,28 @@ def classifier(depth: int, layer_attention, kind: str = "MRLAResNet", **kwargs):
     ).eval()
 
 
+@pytest.mark.parametrize(
+    ("layer_attention", "called"),
+    [
+        (dict(type="MLA", head_channels=8), "MRLABase"),
+        (dict(type="LinearRLA", head_channels=1), "MRLABase"),
+        (dict(type="DWConv"), "DWConv"),
+        (dict(type="MRLALight", projection="fc", fixed_lambda=1), "MRLABase"),
+        (dict(type="MRLALight", value_conv=False), "MRLALight"),
+    ],
+)
+def test_own_names_of_the_other_attentions_stay(layer_attention, called):
+    """With and without the prefix of a classifier; nothing is lost or renamed."""
+    state = classifier(18, layer_attention).state_dict()
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone." in k}
+    for given in (state, backbone):
+        assert detect(given).layer_attention == called
+        converted = convert_state_dict(given)
+        expected = given if given is state else {f"backbone.{k}": v for k, v in given.items()}
+        assert converted.keys() == expected.keys()
+        assert all(torch.equal(converted[k], v) for k, v in expected.items())
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kind", ["light", "base"])
 def test_golden_resnet50(kind, source):

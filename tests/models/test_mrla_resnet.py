@@ -345,7 +345,7 @@ def test_real_image(coco_mini):
         (
             MRLAResNet,
             dict(depth=50, layer_attention=dict(type="MRLAHeavy")),
-            r"unknown layer attention 'MRLAHeavy'; allowed: .*MRLABase, MRLALight",
+            r"unknown layer attention 'MRLAHeavy'; allowed: .*MLA, MRLABase, MRLALight",
         ),
         (
             MRLAResNet,
