@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def coco_mini() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def stable_id(value: object) -> str:
+    """A test's name for an argument, the same in every process: without addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ mmpretrain's and mmdet's naming. The result is named as mmpretrain's classifiers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -51,14 +51,28 @@ def detect(state: Mapping[str, Tensor]) -> Conversion:
     return _recognise(state)[1]
 
 
+def _layer_attention(keys: Iterable[str]) -> str | None:
+    """The class of a network's layer attention, by the parts that its layers have."""
+    parts: set[str] = set()
+    for key in keys:
+        parts.update(re.sub(r".*?\.mrla\.", "", key).split(".") if ".mrla." in key else ())
+    attends = any(re.fullmatch(r"query|W_?q", part) for part in parts)
+    if not parts:
+        return None
+    if "recur" in parts:
+        return "RecurrentLayerAggregation"
+    if "cell" in parts and not attends:
+        return "DIAUnit"
+    family = "DLA" if "cell" in parts else "MRLA"
+    if "lambda_t" in parts:
+        return f"{family}Light"
+    return f"{family}Base" if attends else "DWConv"
+
+
 def _recognise(state: Mapping[str, Tensor]) -> tuple[Family, Conversion]:
     whole = any(key.startswith("backbone.") for key in state)
     bare = {key.removeprefix("backbone."): value for key, value in state.items()}
-    light = any(re.search(r"\.mrla\.(attention\.)?lambda_t$", key) for key in bare)
-    mrla = any(re.search(r"\.mrla\.", key) for key in bare)
-    attends = any(re.search(r"\.mrla\..*(query|W_?q)", key) for key in bare)
-    without_lambda = "MRLABase" if attends else "DWConv" if mrla else None
-    layer_attention = "MRLALight" if light else without_lambda
+    layer_attention = _layer_attention(bare)
     released = any(re.search(r"\.mrla\.m(r)?la\.W", key) for key in bare)
     for family in FAMILIES:
         name = family.describe(bare)

@@ -55,6 +55,10 @@ def classifier(depth: int, layer_attention, kind: str = "MRLAResNet", **kwargs):
         (dict(type="DWConv"), "DWConv"),
         (dict(type="MRLALight", projection="fc", fixed_lambda=1), "MRLABase"),
         (dict(type="MRLALight", value_conv=False), "MRLALight"),
+        (dict(type="DIAUnit"), "DIAUnit"),
+        (dict(type="RecurrentLayerAggregation"), "RecurrentLayerAggregation"),
+        (dict(type="DLALight"), "DLALight"),
+        (dict(type="DLABase"), "DLABase"),
     ],
 )
 def test_own_names_of_the_other_attentions_stay(layer_attention, called):

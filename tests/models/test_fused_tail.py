@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
 from mmrla.ops import custom_op
-from tests.conftest import relative_error
+from tests.conftest import relative_error, stable_id
 from tests.models.test_mrla_resnet import SMALL, randomise
 
 ATTENTIONS = [dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)]
@@ -89,7 +89,7 @@ def alternate(norm):
         dict(edit=alternate, mode="eval"),
         dict(with_cp=True),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_the_same_network(kwargs, layer_attention, tails, monkeypatch):
     monkeypatch.delenv("MMRLA_BACKEND", raising=False)
@@ -117,7 +117,7 @@ def test_the_same_network(kwargs, layer_attention, tails, monkeypatch):
         dict(layer_attention=dict(type="MRLALight", head_channels=8, recurrence="output")),
         dict(layer_attention=dict(type="MRLALight", head_channels=8, value_act="gelu")),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_blocks_that_keep_their_modules(kwargs, tails):
     model = network(**{"layer_attention": ATTENTIONS[0], **kwargs})

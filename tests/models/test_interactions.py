@@ -20,7 +20,7 @@ from mmrla.models import (
     warm_start,
 )
 from mmrla.models.backbones.mrla_resnet import LayerAttentionStage, MRLABasicBlock
-from tests.conftest import generated, relative_error
+from tests.conftest import generated, relative_error, stable_id
 from tests.layers import interaction_reference as reference
 
 DIA = dict(type="DIAUnit", reduction=4)
@@ -129,7 +129,7 @@ def network(depth=18, cls=MRLAResNet, **kwargs):
             depth=20, cls=MRLAResNetCIFAR, base_channels=8, stem_channels=8, out_indices=(0, 1, 2)
         ),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_every_parameter_gets_a_gradient(cfg, kwargs):
     model = network(**kwargs, layer_attention=cfg).train()

@@ -17,7 +17,7 @@ from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet, MRLAResNeXt
 from mmrla.models.backbones.mrla_resnet import LayerAttentionStage, MRLABottleneck
 from mmrla.registry import MODELS
-from tests.conftest import from_released, generated, golden, relative_error
+from tests.conftest import from_released, generated, golden, relative_error, stable_id
 
 LIGHT = dict(type="MRLALight", head_channels=8)
 BASE = dict(type="MRLABase", head_channels=8)
@@ -182,7 +182,7 @@ def test_without_layer_attention_it_is_the_plain_network_bit_for_bit(ours, plain
         dict(depth=34, in_channels=3, mrla_act_cfg=dict(type="ReLU")),
         dict(depth=18, drop_path_rate=0.3),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_every_parameter_gets_a_gradient(kwargs, layer_attention):
     model = randomise(MRLAResNet(**{**SMALL, **kwargs}, layer_attention=layer_attention))

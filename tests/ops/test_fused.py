@@ -19,6 +19,7 @@ from mmrla.ops import (
 from mmrla.ops.mrla_base import fused as base_fused
 from mmrla.ops.mrla_light import fused as light_fused
 from mmrla.ops.query_key import query_key_of
+from tests.conftest import stable_id
 from tests.ops.fused_cases import (
     LAYOUTS,
     SHAPES,
@@ -80,7 +81,7 @@ TAILS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "shape", "layout", "kwargs"), TAILS, ids=str)
+@pytest.mark.parametrize(("kind", "shape", "layout", "kwargs"), TAILS, ids=stable_id)
 def test_tail(kind, shape, layout, kwargs):
     *dims, head_channels = shape
     tail = Tail(kind, dims, head_channels, layout, **kwargs)
@@ -359,7 +360,7 @@ def test_plain_functions_where_torch_has_no_custom_operations(monkeypatch):
             "Expected more than 1 value per channel when training, got input size",
         ),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_bad_arguments_of_tails_are_named(change, message):
     norm = BatchNorm(torch.ones(8), torch.zeros(8), None, None, 1e-5)

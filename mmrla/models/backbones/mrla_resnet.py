@@ -138,7 +138,8 @@ class LayerAttentionBlock(PluginBlock):
             assert self.mrla is not None
             return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
         out = self.drop_path(self._branch(z, features))
-        out += shortcut
+        # A plugin may need its output in its backward pass.
+        out = out + shortcut if self._ends_with_plugins() else out.add_(shortcut)
         out = self.relu(out)
         if self.mrla is None:
             return out, state
