@@ -20,6 +20,7 @@ from mmrla.models import (
     SE,
     AttentionAugmentedConv,
     DoubleAttention,
+    MRLAEfficientNet,
     MRLAResNet,
     MRLAResNetCIFAR,
     MRLAResNeXt,
@@ -552,6 +553,27 @@ def test_loads_that_would_leave_a_part_of_the_plugins_random_are_refused():
         load_into(model, {k: v for k, v in state.items() if not k.endswith("mlp.0.weight")})
     with pytest.raises(CheckpointError, match="layer1.0.conv1.weight"):
         load_into(model, {k: v for k, v in state.items() if k != "layer1.0.conv1.weight"})
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "in a list"])
+def test_pretrained_fills_what_starts_at_zero(several, tmp_path):
+    saved = network("a2")
+    torch.save(saved.state_dict(), tmp_path / "own.pth")
+    init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "own.pth"))
+    first = dict(type="Constant", layer="Linear", val=0.0)
+    model = MRLAResNet(
+        50, layer_attention=None, plugins=[PLUGINS["a2"]],
+        init_cfg=[first, init_cfg] if several else init_cfg, **SMALL,
+    )  # fmt: skip
+    # The ancestor's own rule for lists of several, which is not plugins'.
+    model.zero_init_residual = False
+    model.init_weights()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in saved.state_dict().items())
+
+
+def test_other_hosts_have_no_plugins():
+    with pytest.raises(TypeError, match="plugins"):
+        MRLAEfficientNet("b0", plugins=[PLUGINS["eca"]])
 
 
 def test_the_converter_keeps_plugins():
