@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmcv.cnn.bricks import DropPath
@@ -20,11 +20,13 @@ from mmrla.models.warm_start import init_weights_warm
 class LayerAttentionHost:
     """Mixed in before a backbone of mmpretrain or mmdet; names of all it adds contain ``mrla``.
 
+    A host with plugins sets ``plugins`` (checked) before this constructor; with a warm start they
+    are fresh parts like layer attentions.
+
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
-        plugins: Checked plugins of a host that has some; they are fresh parts in the same way.
         **kwargs: The backbone's.
 
     Raises:
@@ -37,11 +39,12 @@ class LayerAttentionHost:
     shares_in_groups: bool = False
     """Whether layer attentions of a group may share parts here."""
 
+    plugins: tuple[dict[str, Any], ...] = ()
+
     def __init__(
         self,
         *args: Any,
         layer_attention: Mapping[str, Any] | None = None,
-        plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ) -> None:
         if layer_attention is not None:
@@ -53,7 +56,7 @@ class LayerAttentionHost:
         if "init_cfg" in kwargs:
             kwargs["init_cfg"] = _simple(kwargs["init_cfg"])
         self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
-        names = {plugin_name(plugin) for plugin in plugins}
+        names = {plugin_name(plugin) for plugin in self.plugins}
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
             kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
         )
@@ -72,7 +75,7 @@ class LayerAttentionHost:
         if init_weights_warm(self):
             return
         super().init_weights()
-        if getattr(self.init_cfg, "get", lambda _: None)("type") != "Pretrained":
+        if not _is_pretrained(self.init_cfg):
             # The ancestor initialises every convolution alike, also what starts at zero.
             for plugin in self._plugin_parts():
                 start_plugin(plugin, zero_residual=getattr(self, "zero_init_residual", False))
@@ -101,6 +104,13 @@ class LayerAttentionHost:
         for name, module in self.named_modules():
             if is_mrla_key(name.rpartition(".")[2]):
                 yield module
+
+
+def _is_pretrained(init_cfg: Any) -> bool:
+    """Whether one of the initialisations is ``Pretrained``."""
+    entries = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    kinds = [entry.get("type") for entry in entries if isinstance(entry, Mapping)]
+    return any(str(kind).rpartition(".")[2] == "Pretrained" for kind in kinds)
 
 
 def _simple(init_cfg: Any) -> Any:

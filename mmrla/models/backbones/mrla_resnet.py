@@ -319,7 +319,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         if kwargs.get("init_cfg", ...) is None:
             # As in mmdet's ResNet; mmpretrain's would keep torch's initialisation.
             kwargs.pop("init_cfg", None)
-        super().__init__(depth, layer_attention=layer_attention, plugins=self.plugins, **kwargs)
+        super().__init__(depth, layer_attention=layer_attention, **kwargs)
         last = self._last_attention()
         self.mrla_output = None
         if last is not None:
