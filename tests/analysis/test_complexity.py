@@ -387,3 +387,18 @@ def test_readme_is_up_to_date(group, tool):
         digits = len(number.split(".")[1])
         params = sum(p.numel() for p in model.parameters())
         assert (f"{params / 1e6:.{digits}f}", unit) == (number, "M")
+
+
+def test_plain_hosts_beside_layer_interactions(tool):
+    """What RLA_g appends is taken off the head; a network that takes no layer attention stays."""
+    imagenet = ROOT / "configs" / "imagenet"
+    rla = Config.fromfile(imagenet / "resnet50_rla-g_in1k.py").model
+    plain = Config.fromfile(imagenet / "resnet50_plain_in1k.py").model
+    assert rla.head.in_channels == 2080
+    assert tool.plain(rla).head.in_channels == 2048
+    assert tool.network(rla) == tool.network(plain)
+    detector = Config.fromfile(ROOT / "configs/retinanet_r50_rla-g_1x.py").model
+    assert tool.plain(detector).backbone.layer_attention is None
+    dense = Config.fromfile(imagenet / "densenet161_in1k.py").model
+    assert tool.plain(dense) == dense
+    assert tool.backbone_name(dense.backbone) == "DenseNet-161"
