@@ -3,8 +3,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:?} python=${PYTHON:-python3}
+requirements=${REQUIREMENTS:-requirements.txt}
 own=0
-[[ $venv == .venv ]] || own=1
+[[ $venv == "${STACK_VENV:-.venv}" ]] || own=1
 
 if [[ ! -x $venv/bin/python ]]; then
     if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
@@ -27,8 +28,8 @@ CHECK
 then
     echo "using the torch and mm packages of $venv as they are"
 else
-    echo "installing requirements.txt into $venv (minutes on the first call)"
-    "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+    echo "installing $requirements into $venv (minutes on the first call)"
+    "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r "$requirements"
 fi
 "$py" -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
 "$py" -m pip install --disable-pip-version-check --quiet --no-deps -e .
