@@ -16,10 +16,12 @@ from mmrla.models.builder import build_layer_attention
 from mmrla.models.heads import DropoutLinearClsHead
 from mmrla.models.necks import SimpleFeaturePyramid
 from mmrla.models.warm_start import WarmStart
+from mmrla.models.wrapper import LayerAttentionWrapper
 
 __all__ = [
     "CeiT",
     "DropoutLinearClsHead",
+    "LayerAttentionWrapper",
     "MRLACeiT",
     "MRLADistilledVisionTransformer",
     "MRLAEfficientNet",
