@@ -1,6 +1,6 @@
 """Networks: hosts of layer attention, built on mmpretrain's and mmdet's."""
 
-from mmrla.compat import log_ops_in_use
+from mmrla.compat import log_ops_in_use, warn_about_versions
 from mmrla.models.backbones import (
     CeiT,
     MRLACeiT,
@@ -36,3 +36,4 @@ __all__ = [
 ]
 
 log_ops_in_use()
+warn_about_versions()

@@ -13,6 +13,7 @@ from torch import nn
 import mmrla.registry
 from mmrla.models import LayerAttentionWrapper
 from mmrla.models.wrapper import _Carried
+from mmrla.ops import custom_op
 from tests.conftest import relative_error
 
 LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
@@ -255,6 +256,7 @@ def test_copies_and_pickles():
             assert all(map(torch.equal, other(image), expected))
 
 
+@pytest.mark.skipif(not custom_op.CAN_REGISTER, reason="this torch has no torch.library.custom_op")
 @pytest.mark.parametrize(("name", "attention"), [("regnet", LIGHT), ("convnext", BASE)])
 def test_compiles_to_one_graph(name, attention):
     torch._dynamo.reset()
