@@ -8,8 +8,11 @@ own=0
 [[ $venv == "${STACK_VENV:-.venv}" ]] || own=1
 
 if [[ ! -x $venv/bin/python ]]; then
-    if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
-        echo "error: Python 3.10 to 3.12 is needed, and $python is $("$python" --version 2>&1);" \
+    newest=12
+    # torch 2.1 has no wheels for Python 3.12.
+    [[ $requirements != requirements/openmmlab.txt ]] || newest=11
+    if ! "$python" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))"; then
+        echo "error: Python 3.10 to 3.$newest is needed, and $python is $("$python" --version 2>&1);" \
             "name another with PYTHON=" >&2
         exit 2
     fi

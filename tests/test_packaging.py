@@ -89,6 +89,15 @@ def test_configs_of_the_wheel(installed, tmp_path):
         "_base_ = 'mmrla::mask_rcnn_r50_mrla_1x.py'\nmodel = dict(backbone=dict(depth=101))\n"
     )
     (tmp_path / "also.py").write_text("_base_ = ['mmrla::imagenet/resnet50_mrla_in1k.py']\n")
+    # For programs that do not import mmrla.
+    (tmp_path / "alone.py").write_text(
+        "_base_ = __import__('mmrla').config_path('mask_rcnn_r50_mrla_1x')\n"
+    )
+    code = (
+        "from mmengine.config import Config; c = Config.fromfile('alone.py');"
+        "print(c.model.backbone.type)"
+    )
+    assert run(installed, tmp_path, "-c", code).split()[-1] == "mmrla.MRLAResNet"
     code = (
         "import json, mmrla; from mmengine.config import Config;"
         "mine, also = Config.fromfile('mine.py'), Config.fromfile('also.py');"
