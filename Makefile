@@ -6,9 +6,21 @@
 # PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.12)
 # VENV=path           another virtual environment; VENV= (empty) takes the active one. One that
 #                     already has torch and the mm packages keeps them as they are.
+# STACK=openmmlab     the OpenMMLab originals, in .venv-openmmlab; default: onedl, in .venv
+#                     (make test-essential: the tests that show whether a stack works, in minutes)
 
 PYTHON ?= python3
-VENV ?= .venv
+STACK ?= onedl
+ifeq ($(STACK),onedl)
+  STACK_VENV := .venv
+  REQUIREMENTS := requirements.txt
+else ifeq ($(STACK),openmmlab)
+  STACK_VENV := .venv-openmmlab
+  REQUIREMENTS := requirements/openmmlab.txt
+else
+  $(error STACK must be onedl or openmmlab, got '$(STACK)')
+endif
+VENV ?= $(STACK_VENV)
 ifeq ($(strip $(VENV)),)
   override VENV := $(VIRTUAL_ENV)
   ifeq ($(strip $(VENV)),)
@@ -23,16 +35,17 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help env demo test test-slow lint format config-table bench clean
+.PHONY: help env demo test test-essential test-slow lint format config-table bench clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
-	@echo "  make test-slow, make lint, make format, make clean"
+	@echo "  make test-essential, make test-slow, make lint, make format, make clean"
 
 env: $(STAMP)
 
-$(STAMP): requirements.txt requirements/dev.txt pyproject.toml requirements/install.sh
-	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash requirements/install.sh
+$(STAMP): $(REQUIREMENTS) requirements/dev.txt requirements/extras.txt pyproject.toml requirements/install.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" STACK_VENV="$(STACK_VENV)" \
+		REQUIREMENTS="$(REQUIREMENTS)" bash requirements/install.sh
 	@touch $@
 
 demo: $(STAMP)
@@ -40,6 +53,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-essential: $(STAMP)
+	$(PYTEST) -m "not slow" $(shell sed 's/\#.*//' tests/essential.txt) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow $(PYTEST_ARGS)

@@ -3,12 +3,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:?} python=${PYTHON:-python3}
+requirements=${REQUIREMENTS:-requirements.txt}
 own=0
-[[ $venv == .venv ]] || own=1
+[[ $venv == "${STACK_VENV:-.venv}" ]] || own=1
 
 if [[ ! -x $venv/bin/python ]]; then
-    if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
-        echo "error: Python 3.10 to 3.12 is needed, and $python is $("$python" --version 2>&1);" \
+    newest=12
+    # torch 2.1 has no wheels for Python 3.12.
+    [[ $requirements != requirements/openmmlab.txt ]] || newest=11
+    if ! "$python" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))"; then
+        echo "error: Python 3.10 to 3.$newest is needed, and $python is $("$python" --version 2>&1);" \
             "name another with PYTHON=" >&2
         exit 2
     fi
@@ -27,10 +31,13 @@ CHECK
 then
     echo "using the torch and mm packages of $venv as they are"
 else
-    echo "installing requirements.txt into $venv (minutes on the first call)"
-    "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+    echo "installing $requirements into $venv (minutes on the first call)"
+    "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r "$requirements"
 fi
 "$py" -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
+# Their current releases do not fit the originals' old torch and numpy.
+[[ $requirements == requirements/openmmlab.txt ]] ||
+    "$py" -m pip install --disable-pip-version-check --quiet -r requirements/extras.txt
 "$py" -m pip install --disable-pip-version-check --quiet --no-deps -e .
 
 # mm packages require OpenCV's desktop build, which needs libGL; machines without a screen often

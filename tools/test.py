@@ -21,7 +21,7 @@ from mmrla.engine.launch import (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint.")
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file, or a name that mmrla list shows")
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", metavar="FILE.pkl", help="write all predictions to FILE.pkl")
     parser.add_argument("--show", action="store_true", help="show predictions in a window")

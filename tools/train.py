@@ -20,7 +20,7 @@ from mmrla.engine.launch import (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the network of a config.")
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file, or a name that mmrla list shows")
     parser.add_argument(
         "--resume",
         nargs="?",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.launch import require_config
+from mmrla.engine.launch import find_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,9 +54,7 @@ def main() -> None:
             if args.threads < 1:
                 raise ValueError(f"--threads must be at least 1, got {args.threads}")
             torch.set_num_threads(args.threads)
-        for path in args.configs:
-            require_config(path)
-        configs = {path: Config.fromfile(path) for path in args.configs}
+        configs = {path: Config.fromfile(path) for path in map(find_config, args.configs)}
         for cfg in configs.values():
             if args.data_root is not None:
                 set_data_root(cfg, args.data_root)

@@ -142,6 +142,6 @@ def to_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     family, found = _recognise(state)
     if found.style != "mmrla":
         raise CheckpointError(f"these are no mmrla key names: {found.description}")
-    if family.to_released is None:
+    if family.to_released is None or found.layer_attention not in (None, "MRLALight", "MRLABase"):
         raise CheckpointError(f"there are no released names for this: {found.description}")
     return family.to_released(state)

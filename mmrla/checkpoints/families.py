@@ -136,7 +136,8 @@ def _released_resnet(state: State) -> dict[str, Tensor]:
 RESNET = Family(
     "resnet",
     _describe_resnet,
-    style=lambda state: "mmrla" if _any(state, r"\.mrla\.(lambda_t|query)") else "torchvision",
+    # In the released names everything of a layer attention is in a module of its own.
+    style=lambda state: "mmrla" if _any(state, r"\.mrla\.(?!m[rl]+a\.)") else "torchvision",
     to_ours=lambda state: _renamed(state, _RESNET),
     known=(
         r"backbone\.(conv1\.weight|[bg]n1\.\w+|stem\.\d\.(conv|[bg]n)\.\w+|layer[1-4]\.\d+\.("

@@ -1,5 +1,6 @@
 """Living with what is installed: mmcv without its compiled extension, and version checks."""
 
+from mmrla.compat.environment import warn_about_versions
 from mmrla.compat.logging import log
 from mmrla.compat.mmcv_fallback import (
     install_mmcv_fallback,
@@ -7,4 +8,4 @@ from mmrla.compat.mmcv_fallback import (
     ops_in_use,
 )
 
-__all__ = ["install_mmcv_fallback", "log", "log_ops_in_use", "ops_in_use"]
+__all__ = ["install_mmcv_fallback", "log", "log_ops_in_use", "ops_in_use", "warn_about_versions"]

@@ -16,6 +16,7 @@ from mmengine.evaluator import BaseMetric, DumpResults
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmrla.checkpoints import load_file, state_dict_of
+from mmrla.configs import config_path, list_configs
 from mmrla.engine.data_check import check_data, evaluators, set_data_root
 
 
@@ -62,10 +63,11 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         The config, ready for :func:`build_runner`.
 
     Raises:
-        FileNotFoundError: The config, a data folder or an annotation file is not there.
+        FileNotFoundError: The config (see :func:`find_config`), a data folder or an annotation
+            file is not there.
         ValueError: More processes than GPUs, or a launcher that needs GPUs without one.
     """
-    require_config(args.config)
+    args.config = find_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -133,18 +135,27 @@ def _check_initial_weights(node: object, where: str) -> None:
         _check_initial_weights(value, f"{where}.{key}")
 
 
-def require_config(path: str) -> None:
-    """Raise FileNotFoundError, with similar names, unless there is a config at ``path``."""
+def find_config(path: str) -> str:
+    """The file of a config: ``path`` itself or, where there is none, the shipped one of that name.
+
+    Raises:
+        FileNotFoundError: There is neither; the message gives similar names.
+    """
     if Path(path).is_file():
-        return
+        return path
+    name = path.removesuffix(".py")
+    shipped = list_configs()
+    for candidate in (name, name.removeprefix("mmrla::"), name.removeprefix("configs/")):
+        if candidate in shipped:
+            return config_path(candidate)
     message = f"no such config: {Path(path).absolute()}"
-    configs = Path(__file__).parents[2] / "configs"
-    known = [*sorted(Path(path).parent.glob("*.py")), *sorted(configs.glob("[!_]*.py"))]
-    known += sorted(configs.glob("[!_]*/[!_]*.py"))
-    names = {candidate.name: candidate for candidate in reversed(known)}
-    similar = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
+    names = {c.name: str(c) for c in sorted(Path(path).parent.glob("*.py"))}
+    for known in reversed(shipped):
+        names.setdefault(f"{known.rpartition('/')[2]}.py", config_path(known))
+    wanted = Path(path).name if path.endswith(".py") else f"{Path(path).name}.py"
+    similar = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     if similar:
-        message += f"; did you mean {', '.join(str(names[name]) for name in similar)}?"
+        message += f"; did you mean {', '.join(names[name] for name in similar)}?"
     raise FileNotFoundError(message)
 
 

@@ -1,6 +1,6 @@
 """Networks: hosts of layer attention, built on mmpretrain's and mmdet's."""
 
-from mmrla.compat import log_ops_in_use
+from mmrla.compat import log_ops_in_use, warn_about_versions
 from mmrla.models.backbones import (
     CeiT,
     MRLACeiT,
@@ -25,6 +25,7 @@ from mmrla.models.plugins import (
     DoubleAttention,
 )
 from mmrla.models.warm_start import WarmStart
+from mmrla.models.wrapper import LayerAttentionWrapper
 
 __all__ = [
     "CBAM",
@@ -36,6 +37,7 @@ __all__ = [
     "CeiT",
     "DoubleAttention",
     "DropoutLinearClsHead",
+    "LayerAttentionWrapper",
     "MRLACeiT",
     "MRLADistilledVisionTransformer",
     "MRLAEfficientNet",
@@ -50,3 +52,4 @@ __all__ = [
 ]
 
 log_ops_in_use()
+warn_about_versions()

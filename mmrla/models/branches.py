@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as cp
-from mmcv.cnn import build_norm_layer as build_named_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.utils import build_norm_layer
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ class LayerAttentionOnMap(nn.Module):
     Args:
         layer_attention: Config of the layer attention; 8 channels a head unless it says otherwise.
         channels: C.
-        norm_cfg: Of the norm, in mmcv's style.
+        norm_cfg: Of the norm, in mmcv's style; mmpretrain's LN2d too.
         drop_path_rate: Stochastic depth of what is added.
         with_cp: Recompute it in the backward pass.
     """
@@ -55,7 +54,7 @@ class LayerAttentionOnMap(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = build_layer_attention(layer_attention, channels, _MAP_DEFAULTS)
-        self.norm = build_named_norm_layer(norm_cfg, channels)[1]
+        self.norm = build_norm_layer(norm_cfg, channels)
         self.drop_path = build_drop_path(drop_path_rate)
         self.with_cp = with_cp
 

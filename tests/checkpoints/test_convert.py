@@ -71,6 +71,9 @@ def test_own_names_of_the_other_attentions_stay(layer_attention, called):
         expected = given if given is state else {f"backbone.{k}": v for k, v in given.items()}
         assert converted.keys() == expected.keys()
         assert all(torch.equal(converted[k], v) for k, v in expected.items())
+    if not called.startswith("MRLA"):
+        with pytest.raises(CheckpointError, match=f"no released names for this: .*{called}"):
+            to_released(state)
 
 
 @pytest.mark.parametrize("source", SOURCES)

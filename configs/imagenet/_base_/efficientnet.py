@@ -1,8 +1,6 @@
 # The paper's recipe for EfficientNets: 350 epochs, batch 768, RMSProp with a learning rate of 0.048
 # times 0.97 every 2.4 epochs, AutoAugment, stochastic depth 0.2 (shared with the layer attention),
 # dropout 0.2.
-from math import ceil
-
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64_autoaug.py",
     "mmpretrain::_base_/schedules/imagenet_bs256.py",
@@ -48,10 +46,10 @@ param_scheduler = [
     dict(
         type="MultiStepLR",
         by_epoch=True,
-        milestones=[ceil(2.4 * step) for step in range(1, 146)],
+        # Rounded up, without an import: mmengine 0.10.7 takes configs with one for another kind.
+        milestones=[int(-(-2.4 * step // 1)) for step in range(1, 146)],
         gamma=0.97,
     ),
 ]
-del ceil
 train_cfg = dict(max_epochs=350)
 auto_scale_lr = dict(base_batch_size=768)

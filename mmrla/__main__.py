@@ -1,0 +1,7 @@
+"""``python -m mmrla COMMAND``."""
+
+import sys
+
+from mmrla.cli import main
+
+sys.exit(main())

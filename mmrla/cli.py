@@ -1,0 +1,95 @@
+"""``mmrla COMMAND``: the scripts of ``tools/``, from any folder, and what is installed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from mmrla.configs import MIM, list_configs
+from mmrla.version import __version__
+
+# Each is what `python tools/SCRIPT` is, in a checkout and in a wheel.
+SCRIPTS: dict[str, tuple[str, str]] = {
+    "train": ("train.py", "train the network of a config"),
+    "test": ("test.py", "evaluate a checkpoint"),
+    "demo": ("demo.py", "generate a small set, train a detector on it and draw what it finds"),
+    "convert": ("convert_checkpoint.py", "released or plain checkpoints to mmrla's key names"),
+    "publish": ("publish_checkpoint.py", "make a checkpoint to hand out"),
+    "train-cifar": ("train_cifar.py", "train networks of configs/cifar, data on the device"),
+    "complexity": ("analysis/complexity.py", "what configs cost beside their plain hosts"),
+}
+OWN: dict[str, str] = {
+    "list": "names of the configs",
+    "check-env": "what is installed, and what is wrong with it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run a command; ``argv`` is by default what stands behind ``mmrla``."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {**{name: text for name, (_, text) in SCRIPTS.items()}, **OWN}
+    parser = argparse.ArgumentParser(
+        prog="mmrla",
+        description="Multi-head recurrent layer attention for OpenMMLab.",
+        epilog="\n".join(
+            ["commands:", *(f"  {name:<12} {text}" for name, text in commands.items())]
+            + ["", "mmrla COMMAND --help shows a command's options."]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mmrla {__version__}")
+    parser.add_argument("command", choices=commands, metavar="COMMAND")
+    # What comes behind the command is the command's.
+    command = parser.parse_args(args[:1]).command
+    rest = args[1:]
+    if command in OWN:
+        {"list": _list, "check-env": _check_env}[command](rest)
+        return None
+    script = load_script(SCRIPTS[command][0])
+    # The scripts read sys.argv; its first word is how they call themselves in messages.
+    before, sys.argv = sys.argv, [f"mmrla {command}", *rest]
+    try:
+        return script.main()
+    finally:
+        sys.argv = before
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of ``tools/`` as a module."""
+    spec = importlib.util.spec_from_file_location(
+        f"_mmrla_tools_{name.removesuffix('.py').replace('/', '_')}", MIM / "tools" / name
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _list(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("mmrla list", description="Print the names of the configs.")
+    parser.add_argument("pattern", nargs="?", default="*", help="such as 'mask*' or 'imagenet/*'")
+    pattern = parser.parse_args(argv).pattern
+    names = list_configs(pattern)
+    if not names:
+        parser.exit(1, f"no config matches {pattern!r}\n")
+    print("\n".join(names))
+
+
+def _check_env(argv: Sequence[str]) -> None:
+    argparse.ArgumentParser(
+        "mmrla check-env",
+        description="Print versions and where they come from, what stands behind mmcv's "
+        "operations, GPU and driver, and a line for each thing that is wrong.",
+    ).parse_args(argv)
+    from mmrla.compat.environment import report
+
+    print(report())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

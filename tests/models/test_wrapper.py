@@ -1,0 +1,434 @@
+"""A layer attention in backbones that mmrla has no host for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+import mmrla.registry
+from mmrla.models import LayerAttentionWrapper
+from mmrla.models.wrapper import _Carried
+from mmrla.ops import custom_op
+from tests.conftest import relative_error
+
+LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
+REGNET = dict(
+    type="mmdet.RegNet",
+    arch=dict(w0=8, wa=8.0, wm=2.0, group_w=8, depth=7, bot_mul=1.0),  # 1, 1, 3 and 2 layers
+    stem_channels=8,
+    base_channels=8,
+)
+SWIN = dict(embed_dims=16, depths=(2, 3), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1))
+BACKBONES = {
+    "regnet": REGNET,
+    "res2net": dict(type="mmdet.Res2Net", depth=50, scales=4, base_width=4, base_channels=16),
+    "resnest": dict(type="mmdet.ResNeSt", depth=50, base_channels=16, stem_channels=16),
+    "convnext": dict(
+        type="mmpretrain.ConvNeXt",
+        arch=dict(depths=[2, 1, 2, 1], channels=[8, 16, 24, 32]),
+        out_indices=(0, 1, 2, 3),
+        gap_before_final_norm=False,
+        drop_path_rate=0.3,
+    ),
+    "swin": dict(type="mmdet.SwinTransformer", window_size=4, drop_path_rate=0.0, **SWIN),
+    "swin-mmpretrain": dict(
+        type="mmpretrain.SwinTransformer",
+        arch=dict(embed_dims=16, depths=[2, 2, 2, 2], num_heads=[2, 2, 4, 4]),
+        window_size=4,
+        pad_small_map=True,
+        out_indices=(0, 3),
+    ),
+}
+LAYERS = {"regnet": 7, "res2net": 16, "resnest": 16, "convnext": 6, "swin": 5, "swin-mmpretrain": 8}
+
+
+def wrapped(backbone: dict, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return LayerAttentionWrapper(backbone=backbone, **{"probe_size": 64, **kwargs})
+
+
+def parts(backbone: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in backbone.named_modules() if n.rpartition(".")[2] == "mrla"}
+
+
+def tensors(outs) -> list[torch.Tensor]:
+    return [out for out in outs if isinstance(out, torch.Tensor)]
+
+
+def test_is_registered():
+    built = MODELS.build(
+        dict(type="mmrla.LayerAttentionWrapper", backbone=REGNET, layer_attention=LIGHT)
+    )
+    assert isinstance(built, LayerAttentionWrapper)
+    assert isinstance(built, MODELS.get("mmdet.RegNet"))
+
+
+@pytest.mark.parametrize("attention", [LIGHT, BASE], ids=["light", "base"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones(name, attention):
+    """Keys, shapes, a gradient everywhere, and nothing left between forwards."""
+    plain = MODELS.build(BACKBONES[name])
+    model = wrapped(BACKBONES[name], layer_attention=attention)
+    assert len(parts(model)) == LAYERS[name]
+    own, ancestor = model.state_dict(), plain.state_dict()
+    assert {key for key in own if "mrla" not in key} == set(ancestor)
+    assert len(own) > len(ancestor)
+    # A checkpoint of the ancestor loads: nothing unexpected, nothing but the attention missing.
+    missing, unexpected = model.load_state_dict(ancestor, strict=False)
+    assert unexpected == []
+    assert all("mrla" in key for key in missing)
+    image = torch.randn(2, 3, 70, 61)
+    model.train(), plain.train()
+    outs = model(image)
+    assert [o.shape for o in tensors(outs)] == [o.shape for o in tensors(plain(image))]
+    sum((o * torch.randn_like(o)).sum() for o in tensors(outs)).backward()
+    without = [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
+    assert without == []
+    zero = [n for n, p in model.named_parameters() if "mrla" in n and not p.grad.any()]
+    # Softmax over a group of one layer does not depend on query and key.
+    assert attention is BASE or zero == []
+    model.eval()
+    with torch.no_grad():
+        first, second = model(image), model(image)
+    assert all(map(torch.equal, tensors(first), tensors(second)))
+
+
+def residual_layers(model: nn.Module) -> list[list[nn.Module]]:
+    return [list(getattr(model, name)) for name in model.res_layers]
+
+
+def regnet_by_hand(model: nn.Module, plain: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """The equations: out = y + norm(o_t), state along a stage, shortcuts after the projection.
+
+    ``plain`` computes the layers, the modules of ``model`` the attention.
+    """
+    x = plain.relu(plain.norm1(plain.conv1(image)))
+    outs = []
+    for blocks, owners in zip(residual_layers(plain), residual_layers(model), strict=True):
+        state = None
+        for block, owner in zip(blocks, owners, strict=True):
+            shortcut = x if block.downsample is None else block.downsample(x)
+            y = block.conv1(x)
+            y = block.relu(block.norm1(y))
+            y = block.relu(block.norm2(block.conv2(y)))
+            y = block.relu(block.norm3(block.conv3(y)) + shortcut)
+            o, state = owner.mrla.attention(y, shortcut, state)
+            x = y + owner.mrla.norm(o)
+        outs.append(x)
+    return outs
+
+
+@pytest.mark.parametrize("with_cp", [False, True], ids=["", "with_cp"])
+@pytest.mark.parametrize("attention", [LIGHT, dict(LIGHT, recurrence="output"), BASE],
+                         ids=["light", "light-output", "base"])  # fmt: skip
+def test_outputs_gradients_and_statistics(attention, with_cp):
+    """Against a loop written out, in double precision and training mode."""
+    model = wrapped(dict(REGNET, with_cp=with_cp), layer_attention=attention).double()
+    reference = copy.deepcopy(model)
+    plain = MODELS.build(REGNET).double()
+    for module in (model, reference, plain):
+        module.train()
+    image = torch.randn(2, 3, 50, 39, dtype=torch.double)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    outs = model(image.requires_grad_())
+    other = image.detach().clone().requires_grad_()
+    expected = regnet_by_hand(reference, plain, other)
+    weights = [torch.randn_like(o) for o in expected]
+    sum((o * w).sum() for o, w in zip(outs, weights, strict=True)).backward()
+    sum((o * w).sum() for o, w in zip(expected, weights, strict=True)).backward()
+    for got, want in zip(outs, expected, strict=True):
+        assert relative_error(got, want) < 1e-10
+    assert relative_error(image.grad, other.grad) < 1e-8
+    grads = {n: p.grad for n, p in plain.named_parameters()}
+    grads |= {n: p.grad for n, p in reference.named_parameters() if "mrla" in n}
+    scale = max(g.abs().max() for g in grads.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - grads[name]).abs().max() < 1e-8 * scale, name
+    if not with_cp:  # recomputed layers count a batch twice, as in the ancestor
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_none_is_the_backbone(name):
+    """Bit for bit, random numbers included."""
+    torch.manual_seed(3)
+    plain = MODELS.build(BACKBONES[name])
+    after_build = torch.get_rng_state()
+    torch.manual_seed(3)
+    model = LayerAttentionWrapper(backbone=BACKBONES[name], layer_attention=None)
+    assert torch.equal(torch.get_rng_state(), after_build)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    image = torch.randn(2, 3, 64, 64)
+    for module in (plain, model):
+        module.train()
+        torch.manual_seed(4)
+        sum(o.square().sum() for o in tensors(module(image))).backward()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(got, want)
+        assert torch.equal(got.grad, want.grad)
+    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+
+
+def test_freezes_as_the_ancestor():
+    cfg = dict(REGNET, frozen_stages=1, norm_eval=True)
+    model = wrapped(cfg, layer_attention=LIGHT)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    plain = {n for n, p in MODELS.build(cfg).named_parameters() if not p.requires_grad}
+    assert {n for n in frozen if "mrla" not in n} == plain
+    assert all(n.startswith("layer1.") for n in frozen - plain)
+    inside = [n for n, _ in model.named_parameters() if n.startswith("layer1.") and "mrla" in n]
+    assert inside
+    assert set(inside) == frozen - plain
+    assert model.train() is model
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    # Swin freezes from its train().
+    swin = wrapped(dict(BACKBONES["swin"], frozen_stages=1), layer_attention=LIGHT)
+    assert not any(p.requires_grad for p in parts(swin)["stages.0.blocks.0.mrla"].parameters())
+    swin.train()
+    assert not any(m.training for m in swin.stages[0].modules())
+
+
+def test_warm_start_computes_the_plain_network(tmp_path):
+    """From a checkpoint of the ancestor; fresh parts of frozen stages stay trainable."""
+    plain = MODELS.build(REGNET)
+    plain.eval()
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
+    init = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
+    model = wrapped(dict(REGNET, init_cfg=init, frozen_stages=1), layer_attention=LIGHT)
+    model.init_weights()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for got, want in zip(model.eval()(image), plain(image), strict=True):
+            torch.testing.assert_close(got, want)
+    model.train()
+    assert all(p.requires_grad for part in parts(model).values() for p in part.parameters())
+    # Pretrained, as the ancestor reads it.
+    init = dict(type="Pretrained", checkpoint=str(tmp_path / "plain.pth"))
+    model = wrapped(dict(REGNET, init_cfg=init), layer_attention=LIGHT)
+    model.init_weights()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
+
+
+def test_an_exception_leaves_nothing_behind():
+    """A forward that breaks inside a group, then one within another, then a whole one."""
+    model = wrapped(REGNET, layer_attention=BASE).eval()
+    image, other = torch.randn(1, 3, 64, 64), torch.randn(3, 3, 48, 32)
+    block = model.layer3[1].conv2
+    with torch.no_grad():
+        expected = model(image)
+
+        def fail(*_):
+            raise RuntimeError("out of memory")
+
+        handle = block.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(image)
+        handle.remove()
+        handle = None
+
+        def nested(*_):
+            handle.remove()
+            model(other)
+
+        handle = block.register_forward_pre_hook(nested)
+        assert all(map(torch.equal, model(image), expected))
+    assert not any(
+        isinstance(v, (_Carried, torch.Tensor)) for m in model.modules() for v in vars(m).values()
+    )
+
+
+def test_copies_and_pickles():
+    model = wrapped(REGNET, layer_attention=LIGHT).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is type(model)
+            assert other is not model
+            assert all(map(torch.equal, other(image), expected))
+
+
+@pytest.mark.skipif(not custom_op.CAN_REGISTER, reason="this torch has no torch.library.custom_op")
+@pytest.mark.parametrize(("name", "attention"), [("regnet", LIGHT), ("convnext", BASE)])
+def test_compiles_to_one_graph(name, attention):
+    torch._dynamo.reset()
+    image = torch.randn(2, 3, 64, 64)
+    cfg = dict(BACKBONES[name])
+    cfg.pop("drop_path_rate", None)
+    model = wrapped(cfg, layer_attention=attention)
+    other = copy.deepcopy(model)
+    outs, expected = torch.compile(model, backend="eager", fullgraph=True)(image), other(image)
+    for got, want in zip(outs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    sum(o.square().sum() for o in outs).backward()
+    sum(o.square().sum() for o in expected).backward()
+    scale = max(p.grad.abs().max() for p in other.parameters())
+    for (key, got), want in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (got.grad - want.grad).abs().max() < 1e-5 * scale, key
+    for got, want in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["regnet", "swin"])
+def test_distributed(name, tmp_path):
+    """DDP raises in the second step where a parameter had no part in the first."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = wrapped(BACKBONES[name], layer_attention=LIGHT)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            sum(o.square().mean() for o in parallel(torch.randn(2, 3, 64, 64))).backward()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "widths"), [("regnet", [8, 16, 32, 64]), ("swin", [16, 32])])
+def test_a_detector_trains_a_step(name, widths):
+    from mmdet.structures import DetDataSample
+    from mmengine.registry import DefaultScope
+    from mmengine.structures import InstanceData
+
+    cfg = mmrla.get_config("retinanet_r50_mrla_1x").model
+    cfg.backbone = dict(
+        type="mmrla.LayerAttentionWrapper", backbone=BACKBONES[name], layer_attention=LIGHT
+    )
+    cfg.neck.update(in_channels=widths, start_level=0, out_channels=32)
+    cfg.bbox_head.update(in_channels=32, feat_channels=32, num_classes=3, stacked_convs=1)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector = MODELS.build(cfg)
+    sample = DetDataSample(
+        metainfo=dict(img_shape=(64, 96), pad_shape=(64, 96), batch_input_shape=(64, 96))
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[8.0, 8.0, 40.0, 50.0]]), labels=torch.tensor([1])
+    )
+    before = {key: value.clone() for key, value in detector.backbone.named_parameters()}
+    detector.train()
+    losses = detector.loss(torch.randn(2, 3, 64, 96), [sample, sample])
+    sum(sum(value) for value in losses.values()).backward()
+    torch.optim.SGD(detector.parameters(), lr=1.0).step()
+    stood_still = [k for k, v in detector.backbone.named_parameters() if torch.equal(v, before[k])]
+    assert [key for key in stood_still if "mrla" in key] == []
+
+
+class Peeking(nn.Module):
+    """Looks at what is between the layers of a group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 8, 1)) if i == 0 else nn.ModuleList(
+                nn.Conv2d(8, 8, 1) for _ in range(2)
+            )
+            for i in range(2)
+        )  # fmt: skip
+
+    def forward(self, x):
+        x = self.stages[0](x)
+        outs = []
+        for layer in self.stages[1]:
+            x = layer(x)
+            outs.append(x)
+        return outs
+
+
+class Twice(Peeking):
+    def forward(self, x):
+        x = self.stages[0](x)
+        for layer in self.stages[1]:
+            x = layer(layer(x))
+        return (x,)
+
+
+class Between(Peeking):
+    def forward(self, x):
+        x = self.stages[0](x)
+        for layer in self.stages[1]:
+            x = layer(x * 2)
+        return (x,)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (dict(backbone=None), TypeError, "backbone must be a config"),
+        (dict(backbone=dict(depth=1)), TypeError, "backbone must be a config"),
+        (
+            dict(backbone=REGNET, layers="stage*.*"),
+            ValueError,
+            "no module of RegNet is named 'stage",
+        ),
+        (dict(backbone=REGNET, layers=3), TypeError, "layers must be"),
+        (dict(backbone=REGNET, layers=[3]), TypeError, "layers must be"),
+        (dict(backbone=REGNET, layers=[]), ValueError, "cannot find the layers of RegNet"),
+        (
+            dict(backbone=REGNET, layers="layer1.0.conv2"),
+            ValueError,
+            "layer1.0.conv2 .* not residual",
+        ),
+        (
+            dict(backbone=REGNET, layers=["layer1.0", "layer2"]),
+            ValueError,
+            "layer2 .* not residual",
+        ),
+        (dict(backbone=REGNET, layer_attention=dict(type="No")), ValueError, "unknown layer att"),
+        (dict(backbone=REGNET, layer_attention=dict(LIGHT, head_channels=7)), ValueError, "7"),
+        (dict(backbone=REGNET, mrla_drop_path_rate=1.0), ValueError, "mrla_drop_path_rate"),
+        (
+            dict(backbone=dict(BACKBONES["swin-mmpretrain"], pad_small_map=False), probe_size=8),
+            ValueError,
+            "probe_size",
+        ),
+        (
+            dict(backbone=dict(type="mmdet.CSPDarknet")),
+            ValueError,
+            "cannot find .* CSPDarknet.*stem",
+        ),
+        (dict(backbone=dict(type=Peeking)), ValueError, "only stages.1|looks at features"),
+        (dict(backbone=dict(type=Peeking), layers="stages.1.*"), ValueError, "looks at features"),
+        (dict(backbone=dict(type=Twice), layers="stages.1.*"), ValueError, "runs 2 times"),
+        (
+            dict(backbone=dict(type=Between), layers="stages.1.*"),
+            ValueError,
+            "does not take the out",
+        ),
+        (
+            dict(
+                backbone=dict(type="mmpretrain.VisionTransformer", arch="deit-tiny"),
+                layers="layers.*",
+            ),
+            ValueError,
+            "without the grid",
+        ),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        LayerAttentionWrapper(**{"probe_size": 224, "layer_attention": LIGHT, **kwargs})
+
+
+def test_named_layers_and_their_norms():
+    model = wrapped(
+        REGNET, layers=["layer3.1", "layer3.[2-9]"], norm_cfg=dict(type="GN", num_groups=4)
+    )
+    names = set(parts(model))
+    assert "layer3.1.mrla" in names
+    assert all(name.startswith("layer3.") and name != "layer3.0.mrla" for name in names)
+    assert all(isinstance(part.norm, nn.GroupNorm) for part in parts(model).values())
+    convnext = wrapped(BACKBONES["convnext"], layer_attention=LIGHT)
+    assert {type(part.norm).__name__ for part in parts(convnext).values()} == {"LayerNorm2d"}
+    # The layer's own stochastic depth, unless another is asked for.
+    rates = [getattr(p.drop_path, "drop_prob", 0.0) for p in parts(convnext).values()]
+    assert rates[0] == 0.0
+    assert rates[-1] == pytest.approx(0.3)

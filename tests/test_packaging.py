@@ -1,0 +1,194 @@
+"""The wheel, as somebody installs and uses it away from any checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+
+import mmrla
+from mmrla import cli
+from tests.conftest import ROOT
+
+SOURCES = ("mmrla", "configs", "tools", "pyproject.toml", "model-index.yml", "README.md", "LICENSE")
+METAFILES = [
+    ROOT / name for name in yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]
+]
+
+
+def shipped(folder: Path) -> set[str]:
+    """What configs/ and tools/ hold, without caches."""
+    return {
+        path.relative_to(folder).as_posix()
+        for name in ("configs", "tools")
+        for path in (folder / name).rglob("*")
+        if path.suffix in (".py", ".sh", ".yml") and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    # A copy, because a build leaves folders behind, which a later one would take stale files from.
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "wheel"]
+    subprocess.run(
+        [*pip, "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, source],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """An empty folder with nothing but the wheel in it."""
+    target = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps",
+         "--no-index", "--target", target, wheel],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return target
+
+
+def run(installed: Path, cwd: Path, *command: object, ok: bool = True) -> str:
+    """Run the interpreter with the installed wheel in front; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(installed)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+def test_wheel_holds_configs_tools_and_index(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    below = {n.removeprefix("mmrla/.mim/") for n in names if n.startswith("mmrla/.mim/")}
+    assert below == shipped(ROOT) | {"model-index.yml"}
+    assert not [n for n in names if n.startswith(("tests/", "configs/", "tools/"))]
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrla").rglob("*.py")}
+    assert modules <= names
+
+
+def test_configs_of_the_wheel(installed, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "_base_ = 'mmrla::mask_rcnn_r50_mrla_1x.py'\nmodel = dict(backbone=dict(depth=101))\n"
+    )
+    (tmp_path / "also.py").write_text("_base_ = ['mmrla::imagenet/resnet50_mrla_in1k.py']\n")
+    # For programs that do not import mmrla.
+    (tmp_path / "alone.py").write_text(
+        "_base_ = __import__('mmrla').config_path('mask_rcnn_r50_mrla_1x')\n"
+    )
+    code = (
+        "from mmengine.config import Config; c = Config.fromfile('alone.py');"
+        "print(c.model.backbone.type)"
+    )
+    assert run(installed, tmp_path, "-c", code).split()[-1] == "mmrla.MRLAResNet"
+    code = (
+        "import json, mmrla; from mmengine.config import Config;"
+        "mine, also = Config.fromfile('mine.py'), Config.fromfile('also.py');"
+        "got = mmrla.get_config('mask_rcnn_r50_mrla_1x');"
+        "print(json.dumps([mmrla.__file__, got.model.to_dict(), mine.model.to_dict(),"
+        " also.to_dict()['model'], mmrla.list_configs('mask*'), mmrla.list_configs()]))"
+    )
+    where, got, mine, also, masks, names = json.loads(run(installed, tmp_path, "-c", code))
+    assert Path(where).is_relative_to(installed)
+    expected = Config.fromfile(ROOT / "configs/mask_rcnn_r50_mrla_1x.py").model.to_dict()
+    expected = json.loads(json.dumps(expected))
+    assert got == expected
+    expected["backbone"]["depth"] = 101
+    assert mine == expected
+    path = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    assert also == json.loads(json.dumps(Config.fromfile(path).model.to_dict()))
+    assert masks == sorted(p.stem for p in (ROOT / "configs").glob("mask*.py"))
+    assert names == mmrla.list_configs()
+
+
+def test_commands_of_the_wheel(installed, coco_mini, tmp_path):
+    """From a folder with nothing in it, on a config that only the wheel has."""
+    listed = run(installed, tmp_path, "-m", "mmrla", "list", "mask*")
+    assert listed.split() == mmrla.list_configs("mask*")
+    (script,) = (installed / "bin").glob("mmrla*")
+    assert run(installed, tmp_path, script, "--version").strip() == f"mmrla {mmrla.__version__}"
+    run(
+        installed, tmp_path, script, "train", "mask_rcnn_r50_mrla_1x", "--data-root", coco_mini,
+        "--cfg-options", "model.backbone.init_cfg=None", "--dry-run",
+    )  # fmt: skip
+    assert "usage: mmrla train" in run(installed, tmp_path, script, "train", "--help")
+    message = run(installed, tmp_path, script, "train", "mask_rcnn_r50_mrla", ok=False)
+    assert "did you mean" in message
+    assert str(installed / "mmrla/.mim/configs/mask_rcnn_r50_mrla_1x.py") in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_demo_of_the_wheel(installed, tmp_path):
+    options = ["--epochs", 1, "--num-train", 16, "--num-val", 4, "--pictures", 1]
+    printed = run(installed, tmp_path, "-m", "mmrla", "demo", "--work-dir", "demo", *options)
+    assert "AP in percent on 4 validation images" in printed
+    assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("command", sorted(cli.SCRIPTS))
+def test_every_script_is_there(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: mmrla {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["list", "no such*"]])
+def test_bad_commands(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code
+    printed = capsys.readouterr().err
+    assert {"trian": "'train'", "list": "'no such*'"}.get(
+        argv[0] if argv else "", "COMMAND"
+    ) in printed
+
+
+def test_unknown_names():
+    with pytest.raises(FileNotFoundError, match="did you mean .*imagenet/resnet50_mrla_in1k"):
+        mmrla.get_config("resnet50_mrla_in1k")
+    with pytest.raises(FileNotFoundError, match="no config 'zzz'"):
+        mmrla.config_path("mmrla::zzz.py")
+    with pytest.raises(AssertionError):  # mmengine's own answer for others
+        Config._get_cfg_path("mmother::a/b.py", "x.py")
+
+
+def test_model_index_is_valid_and_complete():
+    from modelindex.load_model_index import load
+
+    index = load(str(ROOT / "model-index.yml"))
+    assert index.check(silent=True) == []
+    collections = {c.name for c in index.collections}
+    assert len(collections) == len(METAFILES)
+    models = {m.config.removeprefix("configs/").removesuffix(".py"): m for m in index.models}
+    assert len(models) == len(index.models)
+    assert sorted(models) == mmrla.list_configs()
+    for name, model in models.items():
+        assert model.name == name.rpartition("/")[2]
+        assert model.in_collection in collections
+    for name in mmrla.list_configs()[::5]:  # reading all takes long
+        model = models[name]
+        cfg = mmrla.get_config(name)
+        assert model.metadata.data["Epochs"] == cfg.train_cfg.max_epochs
+        attention = (cfg.model.backbone.layer_attention or {}).get("type")
+        written = {"MRLA-light": "MRLALight", "MRLA-base": "MRLABase"}
+        named = [written[a] for a in model.metadata.data["Architecture"] if a in written]
+        assert named == ([attention] if attention else [])
