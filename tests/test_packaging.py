@@ -16,6 +16,7 @@ from mmengine.config import Config
 
 import mmrla
 from mmrla import cli
+from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT
 
 SOURCES = ("mmrla", "configs", "tools", "pyproject.toml", "model-index.yml", "README.md", "LICENSE")
@@ -188,7 +189,9 @@ def test_model_index_is_valid_and_complete():
         model = models[name]
         cfg = mmrla.get_config(name)
         assert model.metadata.data["Epochs"] == cfg.train_cfg.max_epochs
-        attention = (cfg.model.backbone.layer_attention or {}).get("type")
-        written = {"MRLA-light": "MRLALight", "MRLA-base": "MRLABase"}
-        named = [written[a] for a in model.metadata.data["Architecture"] if a in written]
-        assert named == ([attention] if attention else [])
+        attention = (cfg.model.backbone.get("layer_attention") or {}).get("type")
+        written = {"MRLA-light": "MRLALight", "MRLA-base": "MRLABase", "linear RLA": "LinearRLA",
+                   "DIA": "DIAUnit", "RLA_g": "RecurrentLayerAggregation",
+                   "DLA-light": "DLALight", "DLA-base": "DLABase"}  # fmt: skip
+        named = {written.get(a, a) for a in model.metadata.data["Architecture"]}
+        assert named & set(LAYER_ATTENTIONS.module_dict) == ({attention} if attention else set())

@@ -1,5 +1,6 @@
-# Table 12c: ResNet-50 + ECA, stochastic depth of ECA with MRLA's rate, ImageNet-1k.
-_base_ = "./resnet50_eca_in1k.py"
+# Table 12 (c): ResNet-50 + ECA, stochastic depth of ECA with MRLA's rate, ImageNet-1k; without it:
+# ../imagenet/resnet50_eca_in1k.py.
+_base_ = "../imagenet/resnet50_eca_in1k.py"
 
 model = dict(
     backbone=dict(

@@ -26,7 +26,7 @@ import mmrla.registry  # noqa: F401
 from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
-from mmrla.engine.launch import fit_classes, require_config
+from mmrla.engine.launch import find_config, fit_classes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -247,8 +247,7 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
         FileNotFoundError: There is no such config.
         ValueError: It has no model with a backbone.
     """
-    require_config(path)
-    cfg = Config.fromfile(path)
+    cfg = Config.fromfile(find_config(path))
     if options:
         cfg.merge_from_dict(dict(options))
     if "backbone" not in (cfg.get("model") or {}):

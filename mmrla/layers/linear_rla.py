@@ -77,4 +77,5 @@ class LinearRLA(QueryKeyValue):
         if memory is not None:
             keys = torch.cat([memory, keys], dim=2)
         scores = (feature_map_of(query)[:, :, None] * keys).sum(-1)
-        return Retrieval(query, scores / scores.sum(-1, keepdim=True), keys)
+        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return Retrieval(query, scores / total, keys)

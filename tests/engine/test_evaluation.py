@@ -18,6 +18,8 @@ from mmrla.engine import FasterCocoMetric
 from mmrla.registry import METRICS
 from tests.conftest import ROOT
 
+pytest.importorskip("faster_coco_eval")
+
 
 @pytest.fixture(scope="module")
 def predictions(coco_mini):

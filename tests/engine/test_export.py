@@ -12,6 +12,9 @@ from mmrla.engine.export import export_onnx, exportable, onnx_error
 from mmrla.engine.inspection import build_network
 from tests.conftest import ROOT
 
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
 CIFAR = "configs/cifar/resnet20_mrla_cifar10.py"
 BASE = {"model.backbone.layer_attention": dict(_delete_=True, type="MRLABase", head_channels=16)}
 R18 = {"model.backbone.depth": 18}

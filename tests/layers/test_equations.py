@@ -406,3 +406,17 @@ def test_what_the_fused_operation_cannot_do_it_refuses_when_forced():
         assert mrla_light.select(*args).backend.name == "naive"
         with pytest.raises(RuntimeError, match=reason):
             mrla_light(*args, backend="fused")
+
+
+def test_linear_rla_of_features_far_below_zero_is_finite():
+    """Where all of phi underflows there is nothing to retrieve, not 0 / 0."""
+    layer = LinearRLA(8, head_channels=4)
+    for conv in (layer.query, layer.key):
+        torch.nn.init.ones_(conv.weight)
+    x = torch.full((1, 8, 3, 3), -6e3, requires_grad=True)
+    o, state = layer(x, x, None)
+    o, _ = layer(x, x, state)
+    o.sum().backward()
+    assert not o.any()
+    assert x.grad.isfinite().all()
+    assert layer.retrieval(x, x, None).scores.isfinite().all()

@@ -51,11 +51,11 @@ GROUPS = {
     "ablation": ("ablation/*.py",),
 }
 # What the ablations are compared with stands in their table too.
-REFERENCES = tuple(
-    f"imagenet/{network}_{kind}_in1k.py"
-    for network in ("resnet50", "deit-tiny")
-    for kind in ("mrla", "mrla-base")
-)
+REFERENCES = (
+    *(f"imagenet/{n}_{kind}_in1k.py" for n in ("resnet50", "deit-tiny")
+      for kind in ("mrla", "mrla-base")),
+    "imagenet/resnet50_eca_in1k.py",
+)  # fmt: skip
 SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
 DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
 ATTENTIONS = {
@@ -247,11 +247,12 @@ def measure(
         key = json.dumps([model.backbone.to_dict(), size], default=str)
         if key not in cache:  # several detectors have the same
             part = built.backbone
-            cache[key] = complexity(part, image).macs, activation_memory(part, image)
+            # Two images, because batch norm has to see more than one value a channel.
+            pair = image.new_empty(2, 3, *size)
+            cache[key] = complexity(part, image).macs, activation_memory(part, pair)
         backbone_macs, memory = cache[key]
     else:
         whole = complexity(built, image)
-        # Two, because batch norm has to see more than one value a channel.
         memory = activation_memory(built, image.new_empty(2, 3, *size))
     schedule = re.search(r"_(\d+x)(_|$)", path.stem) if path else None
     if path is not None and path.resolve().parent.name == "ablation":

@@ -54,6 +54,8 @@ def linear_rla_naive(
             u = torch.baddbmm(state[0].to(dtype).flatten(3).flatten(0, 1), column, rows)
             z = state[1] + phi_key
         numerator = torch.bmm(phi_query.flatten(0, 1)[:, None], u)
-        o = numerator.reshape(values.shape) / (phi_query * z).sum(-1, keepdim=True)
+        # All of phi underflows where queries or keys are far below zero: nothing is retrieved then.
+        total = (phi_query * z).sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        o = numerator.reshape(values.shape) / total
     shape = (*z.shape, head_channels, *value.shape[2:])
     return o.reshape(value.shape).to(value.dtype), (u.reshape(shape), z)
