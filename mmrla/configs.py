@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
+import sys
 from fnmatch import fnmatch
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,17 +77,42 @@ def get_config(name: str) -> Config:
     return Config.fromfile(config_path(name))
 
 
+_MODULE = "mmengine.config.config"
+
+
+class _ConfigFinder(MetaPathFinder):
+    """Waits until somebody imports mmengine's configs, which ``import mmrla`` alone does not."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_extend(module: ModuleType) -> None:
+                execute(module)
+                _extend(module.Config)
+
+            spec.loader.exec_module = execute_and_extend  # type: ignore[method-assign]
+        return spec
+
+
 def install_config_bases() -> None:
     """Let configs inherit from ``'mmrla::NAME.py'``. Calling it again does nothing.
 
     mmengine knows a closed list of packages and wants a folder in every such name, so this answers
     in front of the function that resolves them. Without mmengine nothing happens.
     """
-    try:
-        from mmengine.config import Config
-    except ImportError:
-        return
-    original = Config._get_cfg_path
+    if _MODULE in sys.modules:
+        _extend(sys.modules[_MODULE].Config)
+    elif not any(isinstance(finder, _ConfigFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ConfigFinder())
+
+
+def _extend(cls: type[Config]) -> None:
+    original = cls._get_cfg_path
     if getattr(original, "knows_mmrla", False):
         return
 
@@ -94,4 +124,4 @@ def install_config_bases() -> None:
         return original(cfg_path, filename)
 
     resolve.knows_mmrla = True
-    Config._get_cfg_path = staticmethod(resolve)
+    cls._get_cfg_path = staticmethod(resolve)

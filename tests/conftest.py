@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,15 @@ def coco_mini() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_scope() -> Iterator[None]:
+    """No test leaves mmengine's default scope, which is global, to the next."""
+    yield
+    registry = sys.modules.get("mmengine.registry")
+    if registry is not None:
+        registry.DefaultScope._instance_dict.clear()
 
 
 def stable_id(value: object) -> str:

@@ -40,6 +40,7 @@ class LayerAttentionHost:
     """Whether layer attentions of a group may share parts here."""
 
     plugins: tuple[dict[str, Any], ...] = ()
+    keep_plugins_trainable: bool = False
 
     def __init__(
         self,

@@ -109,7 +109,7 @@ def test_values_are_those_of_the_network_without_hooks(training):
     y = model.layer1(model.maxpool(model.relu(model.norm1(model.conv1(x)))))
     keys, queries, state = [], [], None
     for block in blocks:
-        z = block.norm2(block.residual(y))
+        z = block.norm2(block.residual(block.conv1(y)))
         shortcut = y if block.downsample is None else block.downsample(y)
         features = torch.relu(z + shortcut)
         summary = features.mean((2, 3))[:, None]

@@ -11,7 +11,7 @@ import torch
 from mmdet.evaluation import CocoMetric
 from mmdet.evaluation.metrics import coco_metric
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope
 from pycocotools.coco import COCO
 
 from mmrla.engine import FasterCocoMetric
@@ -115,11 +115,11 @@ def test_format_only_writes_results_and_evaluates_nothing(cls, coco_mini, predic
 
 
 def test_is_a_switch_of_any_config(coco_mini):
-    init_default_scope("mmdet")
     cfg = Config.fromfile(ROOT / "configs" / "mask_rcnn_r50_mrla_1x.py")
     cfg.merge_from_dict({"val_evaluator.type": "mmrla.FasterCocoMetric"})
     cfg.val_evaluator.ann_file = str(coco_mini / "annotations" / "instances_val2017.json")
-    assert isinstance(METRICS.build(cfg.val_evaluator), FasterCocoMetric)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        assert isinstance(METRICS.build(cfg.val_evaluator), FasterCocoMetric)
 
 
 def test_what_it_cannot_do_is_said(monkeypatch):

@@ -177,9 +177,11 @@ def plain(model: ConfigDict) -> ConfigDict:
     model = copy.deepcopy(model)
     model.backbone.pop("plugins", None)
     attention = model.backbone.get("layer_attention")
+    kind = model.backbone.type
+    if (kind if isinstance(kind, str) else kind.__module__).startswith("mmrla."):
+        model.backbone.layer_attention = None  # also in place of the host's default
     if attention is None:
         return model
-    model.backbone.layer_attention = None
     appends = issubclass(layer_attention_class(attention), RecurrentLayerAggregation)
     if appends and attention.get("concat_output", True) and model.get("head"):
         # Its hidden map is appended to what the head sees.
