@@ -51,7 +51,8 @@ class Variant:
         batch: int, size: int, compiled: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.name = f"{attention} {'compiled' if compiled else forced or ''}".strip()
+        parts = (attention, forced, "compiled" if compiled else None)
+        self.name = " ".join(part for part in parts if part)
         self.forced, self.device = forced, device
         model = Classifier(depth, ATTENTIONS[attention]).to(device)
         self.amp = device.type == "cuda"
@@ -107,8 +108,8 @@ def measure(
     for depth in depths[:1] if quick else depths:
         variants = _variants(depth, device, batch, size)
         if compiled and depth == 50:
-            for attention in ("plain", "light"):
-                variants.append(Variant(depth, attention, None, device, batch, size, True))
+            for attention, forced in (("plain", None), ("light", "naive"), ("light", "fused")):
+                variants.append(Variant(depth, attention, forced, device, batch, size, True))
         kept = [v.kept() if "compiled" not in v.name else None for v in variants]
         for variant in variants:
             variant.train_step()  # caches and momenta are there before memory is measured
