@@ -40,16 +40,6 @@ class LinearRLA(QueryKeyValue):
         ValueError: As :class:`QueryKeyValue`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 32,
-        kernel_size: int | None = None,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
-        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
-
     def forward(
         self, x: Tensor, shortcut: Tensor, state: LinearRLAState | None
     ) -> tuple[Tensor, LinearRLAState]:

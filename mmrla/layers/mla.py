@@ -11,7 +11,6 @@ from torch import Tensor
 from mmrla.layers.layer_attention import Retrieval
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import mla
-from mmrla.ops.mrla_base.retrieve import weights_of
 from mmrla.ops.query_key import project, summary_of
 
 MLAState = tuple[Tensor, ...]
@@ -39,16 +38,6 @@ class MLA(QueryKeyValue):
         ValueError: As :class:`QueryKeyValue`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 32,
-        kernel_size: int | None = None,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
-        super().__init__(channels, head_channels, kernel_size, projection, value_conv)
-
     def forward(
         self, x: Tensor, shortcut: Tensor, state: MLAState | None
     ) -> tuple[Tensor, MLAState]:
@@ -64,5 +53,4 @@ class MLA(QueryKeyValue):
         summaries = [summary_of(feature) for feature in (*(state or ()), x)]
         query = project(summaries[-1], self.query.weight)
         keys = [project(summary, self.key.weight) for summary in summaries]
-        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
-        return Retrieval(self.heads(query), scores.permute(1, 2, 0))
+        return self.softmax_retrieval(query, keys)

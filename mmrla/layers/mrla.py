@@ -25,7 +25,6 @@ from mmrla.ops import (
     query_key,
 )
 from mmrla.ops.memory import is_compiling
-from mmrla.ops.mrla_base.retrieve import weights_of
 from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.residual_tail import TailOutput
 
@@ -263,8 +262,7 @@ class MRLABase(_MRLA):
         """See :class:`LayerAttention`; the scores are the softmax of Eq. 9."""
         query, key = query_key(x, self.query.weight, self.key.weight)
         keys = (key,) if state is None else (*state[0], key)
-        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
-        return Retrieval(self.heads(query), scores.permute(1, 2, 0))
+        return self.softmax_retrieval(query, keys)
 
     def tail(
         self,

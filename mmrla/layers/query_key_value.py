@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from mmrla.layers.layer_attention import LayerAttention
+from mmrla.layers.layer_attention import LayerAttention, Retrieval
 from mmrla.ops import eca_kernel_size
 from mmrla.ops.memory import autocast_dtype
+from mmrla.ops.mrla_base.retrieve import weights_of
 from mmrla.ops.query_key import check_head_channels
 
 ALL = "all"
@@ -35,7 +38,7 @@ class QueryKeyValue(LayerAttention):
     def __init__(
         self,
         channels: int,
-        head_channels: int | str,
+        head_channels: int | str = 32,
         kernel_size: int | None = None,
         projection: str = "conv1d",
         value_conv: bool = True,
@@ -77,6 +80,11 @@ class QueryKeyValue(LayerAttention):
     def heads(self, of: Tensor) -> Tensor:
         """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""
         return of.unflatten(1, (-1, self.head_channels))
+
+    def softmax_retrieval(self, query: Tensor, keys: Sequence[Tensor]) -> Retrieval:
+        """What :meth:`retrieval` tells where scores are a softmax over the keys ``[B, C]``."""
+        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
+        return Retrieval(self.heads(query), scores.permute(1, 2, 0))
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
