@@ -8,7 +8,7 @@ released behaviour is the default here; see each class.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,16 @@ from mmrla.ops.memory import is_compiling
 from mmrla.ops.mrla_light import VALUE_ACTS
 from mmrla.ops.residual_tail import TailOutput
 
-MRLABaseState = tuple[Any, ...]
-"""Keys and values of a group, ``tuple[Tensor, ...]`` each, and recipes of its values if all have
-one."""
+
+class MRLABaseState(NamedTuple):
+    """What a group's layers have left, a tuple of one for each."""
+
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    recipes: tuple[Any, ...] | None = ()
+    """How backward computes each value again; None: some layer cannot tell."""
+    deferred: tuple[Any, ...] | None = ()
+    """Where the gradient of each value can be left; None: some layer has no such place."""
 
 
 class _MRLA(QueryKeyValue):
@@ -252,16 +259,16 @@ class MRLABase(_MRLA):
     ) -> tuple[Tensor, MRLABaseState]:
         """See :class:`LayerAttention`; the state holds the keys and values of the group."""
         query, key = query_key(x, self.query.weight, self.key.weight)
-        keys, values = ((), ()) if state is None else state[:2]
-        keys, values = (*keys, key), (*values, self.value_of(x))
-        return mrla_base(query, keys, values, self.head_channels), (keys, values)
+        state = MRLABaseState() if state is None else state
+        state = MRLABaseState((*state.keys, key), (*state.values, self.value_of(x)), None, None)
+        return mrla_base(query, state.keys, state.values, self.head_channels), state
 
     def retrieval(
         self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None, memory: None = None
     ) -> Retrieval:
         """See :class:`LayerAttention`; the scores are the softmax of Eq. 9."""
         query, key = query_key(x, self.query.weight, self.key.weight)
-        keys = (key,) if state is None else (*state[0], key)
+        keys = (key,) if state is None else (*state.keys, key)
         return self.softmax_retrieval(query, keys)
 
     def tail(
@@ -274,29 +281,33 @@ class MRLABase(_MRLA):
         scale: Tensor | None,
     ) -> tuple[Tensor, MRLABaseState]:
         """See :class:`LayerAttention`."""
-        keys, values, *rest = ((), (), ()) if state is None else state
-        recipes = None
-        # A layer of the group that ran otherwise has left no recipe of its value.
-        if self.recompute_values and rest and not is_compiling():
-            recipes = rest[0]
-        found, key, value, recipe = mrla_base_tail(
+        state = MRLABaseState() if state is None else state
+        found, key, value, recipe, deferred = mrla_base_tail(
             z,
             shortcut,
             batch_norm_of(norm),
             self.query.weight,
             self.key.weight,
             self.value_weight,
-            keys,
-            values,
+            state.keys,
+            state.values,
             self.head_channels,
             batch_norm_of(out_norm),
             scale,
-            recipes,
+            state.recipes if self.recompute_values and not is_compiling() else None,
+            state.deferred,
         )
-        state = ((*keys, key), (*values, value))
-        if recipes is not None and recipe is not None:
-            state = (*state, (*recipes, recipe))
+        state = MRLABaseState(
+            (*state.keys, key),
+            (*state.values, value),
+            _one_more(state.recipes, recipe),
+            _one_more(state.deferred, deferred),
+        )
         return _finish(found, norm, out_norm), state
+
+
+def _one_more(found: tuple[Any, ...] | None, more: Any) -> tuple[Any, ...] | None:
+    return None if found is None or more is None else (*found, more)
 
 
 def _finish(found: TailOutput, norm: nn.BatchNorm2d, out_norm: nn.BatchNorm2d) -> Tensor:

@@ -10,6 +10,7 @@ from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.dispatch import Backend, Op, always
 from mmrla.ops.memory import check_one_device, check_weight_dtype
 from mmrla.ops.mrla_base import fused
+from mmrla.ops.mrla_base.deferred import Deferred
 from mmrla.ops.mrla_base.naive import mrla_base_naive
 from mmrla.ops.mrla_base.recompute import Recipe
 from mmrla.ops.mrla_base.tail import mrla_base_tail_fused, mrla_base_tail_naive
@@ -58,6 +59,7 @@ def _check_tail(
     out_norm: BatchNorm,
     scale: Tensor | None = None,
     recipes: Sequence[Recipe] | None = None,
+    deferred: Sequence[Deferred] | None = None,
 ) -> None:
     check_tail(z, shortcut, norm, out_norm, scale)
     check_query_key_value(z, query_weight, key_weight, value_weight, head_channels)
@@ -66,6 +68,8 @@ def _check_tail(
         raise ValueError(f"one value a key, got {len(keys)} keys and {len(values)} values")
     if recipes is not None and len(recipes) != len(values):
         raise ValueError(f"one recipe a value, got {len(recipes)} and {len(values)} values")
+    if deferred is not None and len(deferred) != len(values):
+        raise ValueError(f"one of deferred a value, got {len(deferred)} and {len(values)} values")
     for s, (key, value) in enumerate(zip(keys, values, strict=True)):
         if key.shape != z.shape[:2] or value.shape != z.shape or value.dtype != z.dtype:
             raise ValueError(
@@ -100,7 +104,7 @@ mrla_base_tail = Op(
     ],
 )
 """``mrla_base_tail(z, shortcut, norm, query_weight, key_weight, value_weight, keys, values,
-head_channels, out_norm, scale=None, recipes=None)``.
+head_channels, out_norm, scale=None, recipes=None, deferred=None)``.
 
 ``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(o)`` with o retrieved from the values
 so far; arguments and result in :func:`mmrla.ops.mrla_base.tail.mrla_base_tail_naive`.

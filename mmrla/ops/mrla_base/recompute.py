@@ -8,16 +8,13 @@ own layer, which is the last to ask, lets go of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrla.ops.custom_op import on_its_device
-from mmrla.ops.memory import is_compiling
 
 
 class Again:
@@ -51,7 +48,7 @@ class Recipe(NamedTuple):
     sources: tuple[Tensor | None, ...]
 
 
-class Group(NamedTuple):
+class Recomputed(NamedTuple):
     """The recipes of the values of earlier layers, and of the layer's own, without its sources."""
 
     recipes: tuple[Recipe, ...]
@@ -67,7 +64,7 @@ class Group(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The rest of a :class:`Group`."""
+    """The rest of a :class:`Recomputed`."""
 
     recipes: list[tuple[Again, int]]
     own: Again
@@ -80,21 +77,3 @@ class Kept(NamedTuple):
             at += count
         own = self.own.take()
         return found if own is None else [*found, own]
-
-
-_current: ContextVar[Group | None] = ContextVar("group", default=None)
-
-
-@contextmanager
-def recomputing(group: Group) -> Iterator[None]:
-    """Let the operation inside keep recipes and no values."""
-    token = _current.set(group)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def current_group() -> Group | None:
-    """What :func:`recomputing` was given; None: values are kept."""
-    return None if is_compiling() else _current.get()

@@ -20,8 +20,10 @@ from mmrla.ops.batch_norm import BatchNorm
 from mmrla.ops.custom_op import register, register_differentiable
 from mmrla.ops.depthwise import moments, stencil
 from mmrla.ops.memory import dense, is_compiling
+from mmrla.ops.mrla_base.deferred import Deferred, Terms, can_defer
+from mmrla.ops.mrla_base.group import Group, bound_to, current_group
 from mmrla.ops.mrla_base.naive import mrla_base_naive
-from mmrla.ops.mrla_base.recompute import Again, Group, Recipe, current_group, recomputing
+from mmrla.ops.mrla_base.recompute import Again, Recipe, Recomputed
 from mmrla.ops.mrla_base.retrieve import weights_backward, weights_of
 from mmrla.ops.query_key import (
     accumulation_dtype,
@@ -35,13 +37,15 @@ from mmrla.ops.residual_tail import TailOutput
 class BaseTailOutput(NamedTuple):
     """The tail's output, and this layer's key ``[B, C]`` and value ``[B, C, H, W]``.
 
-    With ``recipes``, also how backward computes the value again.
+    With ``recipes``, also how backward computes the value again; with ``deferred``, where later
+    layers leave the value's gradient.
     """
 
     tail: TailOutput
     key: Tensor
     value: Tensor
     recipe: Recipe | None = None
+    deferred: Deferred | None = None
 
 
 def mrla_base_tail_naive(
@@ -57,6 +61,7 @@ def mrla_base_tail_naive(
     out_norm: BatchNorm,
     scale: Tensor | None = None,
     recipes: Sequence[Recipe] | None = None,
+    deferred: Sequence[Deferred] | None = None,
 ) -> BaseTailOutput:
     """The tail in plain torch.
 
@@ -74,6 +79,10 @@ def mrla_base_tail_naive(
         scale: ``[B]``, drop path's factor of the attention branch; None for 1.
         recipes: One for each of ``values``, as earlier tails returned them, so that the fused
             version keeps no values; None: it keeps them. This version keeps them always.
+        deferred: One for each of ``values``, as earlier tails returned them, so that the fused
+            version leaves the values' gradients there, see :mod:`mmrla.ops.mrla_base.deferred`.
+            Autograd then sees no use of the values in it. None: autograd takes them, as always in
+            this version.
 
     Returns:
         ``out`` with the batch's statistics that the norms used, and the layer's key and value.
@@ -138,6 +147,9 @@ def _backward(
     value_weight: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
+    later_grads: list[Tensor],
+    later_factors: list[Tensor],
+    deferred: bool,
     head_channels: int,
     scale: Tensor | None,
     *norms: Any,
@@ -155,15 +167,23 @@ def _backward(
         grad_weights, factors = passes.dots(grad_o, values), weights
     else:
         # o's gradient is a factor times grad, so that factors stand for it, and sums for o.
-        grad_o = grad = passes.laid_out(grad, z)
+        grad_o = grad
         with_values = passes.dots(grad, values)
         with_o = (weights * with_values).sum(0)
         grad_out_weight, grad_out_bias = tail.frozen_norm_grads(with_o, grad, out_norm, scale)
         factor = passes.scaled_affine(out_norm, scale)[0]
         grad_weights, factors = factor * with_values, factor * weights
     grad_query, grad_keys = weights_backward(grad_weights, weights, query, keys, head_channels)
-    grad_values = [passes.scaled(grad_o, factor) for factor in factors[:-1]]
+    if deferred:
+        # In the other case grad itself stands for o's gradient, and nobody needs a copy.
+        grad_values = [factors, grad_o if out_norm.uses_batch else grad_o.new_empty(0)]
+    else:
+        grad_values = [passes.scaled(grad_o, factor) for factor in factors[:-1]]
     own = passes.scaled(grad_o, factors[-1], grad_value)
+    if later_grads:
+        own = passes.weighted_sum(
+            later_grads, torch.stack(later_factors), torch.zeros_like(summary), own
+        )
     own_key = grad_keys[-1] if grad_key is None else grad_keys[-1] + grad_key
     grad_summary, grad_query_weight, grad_key_weight = query_key_backward(
         grad_query, own_key, summary, query_weight, key_weight
@@ -200,8 +220,13 @@ def _backward_fake(
     value_weight: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
+    later_grads: list[Tensor],
+    later_factors: list[Tensor],
+    deferred: bool,
     *args: Any,
 ) -> list[Tensor]:
+    if deferred:
+        raise NotImplementedError("gradients are not deferred inside torch.compile")
     return [
         torch.empty_like(z),
         torch.empty_like(z),
@@ -216,7 +241,8 @@ _backward_op = register(
     "mmrla::base_tail_backward",
     "(Tensor grad, Tensor? grad_key, Tensor? grad_value, Tensor z, Tensor shortcut, "
     "Tensor summary, Tensor query_weight, Tensor key_weight, Tensor value_weight, Tensor[] keys, "
-    f"Tensor[] values, int head_channels, Tensor? scale, {tail.SAVED_SCHEMA}) -> Tensor[]",
+    "Tensor[] values, Tensor[] later_grads, Tensor[] later_factors, bool deferred, "
+    f"int head_channels, Tensor? scale, {tail.SAVED_SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -227,29 +253,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     norms, numbers = tail.saved_norms(inputs[9:], output[4:])
     own = output[3], *tensors[2:], scale, *norms
     group = current_group()
-    kept = [*values, output[2]] if group is None else group.sources()
+    again = group.recomputed
+    kept = [*values, output[2]] if again is None else again.sources()
     ctx.save_for_backward(*tensors[:2], *own, *keys, *kept)
-    ctx.options = head_channels, numbers, len(keys), group and group.without_sources()
+    ctx.recompute = None if again is None else again.without_sources()
+    ctx.own_terms, ctx.terms = group.own_terms, group.terms
+    ctx.options = head_channels, numbers, len(keys)
     ctx.set_materialize_grads(False)
 
 
 def _grads(
     ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    head_channels, numbers, t, recipes = ctx.options
+    head_channels, numbers, t = ctx.options
     saved = ctx.saved_tensors
     tensors, scale, norms = saved[:6], saved[6], saved[7:15]
     keys, values = list(saved[15 : 15 + t]), list(saved[15 + t :])
-    if recipes is not None:
-        values = recipes.values(values)
-    if grad is None:
-        grad = torch.zeros_like(saved[0])
+    if ctx.recompute is not None:
+        values = ctx.recompute.values(values)
+    grad = torch.zeros_like(saved[0]) if grad is None else passes.laid_out(dense(grad), saved[0])
+    later = ([], []) if ctx.own_terms is None else ctx.own_terms.take()
     found = _backward_op(
-        dense(grad), grad_key, grad_value, *tensors, keys, values,
+        grad, grad_key, grad_value, *tensors, keys, values, *later, bool(ctx.terms),
         head_channels, scale, *norms, *numbers,
     )  # fmt: skip
-    small, rest = found[:9], found[9:]
-    return *small[:5], rest[:t], rest[t:], None, None, *tail.norm_grads(small[5:], norms)
+    small, grad_keys, grad_values = found[:9], found[9 : 9 + t], found[9 + t :]
+    if ctx.terms:
+        factors, grad_o = grad_values
+        for terms, factor in zip(ctx.terms, factors, strict=False):
+            terms.leave(grad_o if len(grad_o) else grad, factor)
+        grad_values = [None] * t
+    return *small[:5], grad_keys, grad_values, None, None, *tail.norm_grads(small[5:], norms)
 
 
 _op = register_differentiable(
@@ -277,34 +311,45 @@ def mrla_base_tail_fused(
     out_norm: BatchNorm,
     scale: Tensor | None = None,
     recipes: Sequence[Recipe] | None = None,
+    deferred: Sequence[Deferred] | None = None,
 ) -> BaseTailOutput:
     """See :func:`mrla_base_tail_naive`; keeps ``z``, ``shortcut`` and the values for backward.
 
     With ``recipes`` it keeps no value: backward makes them again from ``z`` and ``shortcut``. It
     keeps them as usual inside torch.compile, which decides that by itself.
 
-    Gradients of the values are summed up by autograd, see :mod:`mmrla.ops.mrla_base.fused`. Has no
-    second derivative, and no gradient of ``scale`` and of the statistics.
+    With ``deferred`` gradients of values are summed up by their own layers, as long as every
+    earlier key came here untouched; else, and inside torch.compile, by autograd. Has no second
+    derivative, and no gradient of ``scale`` and of the statistics.
     """
     z, shortcut, norms = dense(z), dense(shortcut), tail.flat_norms(norm, out_norm)
+    values = [dense(v) for v in values]
+    again = own_terms = recomputed = None
+    terms: tuple[Terms, ...] = ()
     numbers: list[Any] = []
 
     def value_again(z: Tensor, shortcut: Tensor, weight: Tensor, *saved: Any) -> Tensor:
         used, _ = tail.restored_norms((*saved, *numbers))
         return _value(passes.residual_relu(z, shortcut, used, mean=False)[0], weight)
 
-    def run() -> BaseTailOutput:
+    if recipes is not None and not is_compiling():
+        again = Again(value_again)
+        recomputed = Recomputed(tuple(recipes), again)
+    if deferred is not None and can_defer():
+        own_terms = Terms()
+        if deferred and all(d.reached_by(key) for d, key in zip(deferred, keys, strict=True)):
+            terms = tuple(d.terms for d in deferred)
+            values = [v.detach() for v in values]
+    with bound_to(Group(recomputed, own_terms, terms)):
         out, key, value, _, *statistics = _op(
-            z, shortcut, query_weight, key_weight, value_weight, list(keys),
-            [dense(v) for v in values], head_channels, tail.factors(scale, z), *norms,
+            z, shortcut, query_weight, key_weight, value_weight, list(keys), values,
+            head_channels, tail.factors(scale, z), *norms,
         )  # fmt: skip
-        return BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
-
-    if recipes is None or is_compiling():
-        return run()
-    again = Again(value_again)
-    with recomputing(Group(tuple(recipes), again)):
-        found = run()
+    found = BaseTailOutput(TailOutput(out, *(s.detach() for s in statistics)), key, value)
+    if own_terms is not None and key.grad_fn is not None:
+        found = found._replace(deferred=Deferred(own_terms, key.grad_fn))
+    if again is None:
+        return found
     saved, options = tail.saved_norms(norms, found.tail[1:])
     numbers.extend(options)
     sources = (z, shortcut, value_weight, *saved)
