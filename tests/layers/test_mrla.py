@@ -37,7 +37,7 @@ def test_base_attends_to_every_layer_of_the_group():
     for layer, x in zip(layers, xs, strict=True):
         o, state = layer(x, x, state)
         outputs.append(o)
-    keys, values = state
+    keys, values = state.keys, state.values
     assert [k.shape for k in keys] == [(2, 16)] * 3
     assert torch.equal(values[1], layers[1].value(xs[1]))
     # A single layer attends to itself with weight 1.

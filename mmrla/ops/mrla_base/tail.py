@@ -8,6 +8,7 @@ backward, which the plain block keeps too, and one value a layer; it computes ``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -340,7 +341,8 @@ def mrla_base_tail_fused(
         if deferred and all(d.reached_by(key) for d, key in zip(deferred, keys, strict=True)):
             terms = tuple(d.terms for d in deferred)
             values = [v.detach() for v in values]
-    with bound_to(Group(recomputed, own_terms, terms)):
+    group = nullcontext() if is_compiling() else bound_to(Group(recomputed, own_terms, terms))
+    with group:
         out, key, value, _, *statistics = _op(
             z, shortcut, query_weight, key_weight, value_weight, list(keys), values,
             head_channels, tail.factors(scale, z), *norms,
