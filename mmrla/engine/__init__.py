@@ -3,6 +3,7 @@
 from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
+from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 
@@ -10,6 +11,8 @@ __all__ = [
     "CheckLoadHook",
     "FasterCocoMetric",
     "LayerAttentionVisHook",
+    "NonFiniteError",
+    "NonFiniteGuardHook",
     "build_runner",
     "check_data",
     "init_cpu_distributed",

@@ -115,7 +115,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
     def read(key: str) -> int:
         return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
 
-    # What earlier work freed may still be resident, and a step that reuses it would seem to need none.
+    # What earlier work freed may still be resident, and a step that reuses it would need none.
     give_back_free_memory()
     reset.write_text("5")
     before = read("VmRSS")

@@ -1,0 +1,267 @@
+"""Stops a run at the first number that is not finite, and says where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_rank, is_distributed
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmrla.engine.hooks import _unwrapped
+from mmrla.registry import HOOKS
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or infinity in a loss, a gradient, a weight or an activation."""
+
+
+@HOOKS.register_module()
+class NonFiniteGuardHook(Hook):
+    """Stops training where a loss or a gradient is NaN or infinite, before it reaches a weight.
+
+    Looks at the loss of each iteration, at all gradients before each step of the optimizer, and at
+    every tensor of a checkpoint before it is saved: neither weights nor files get anything bad.
+    What it then raises names the first layer whose output is not finite, found by running the same
+    batch once more with the same random numbers, or the image that holds the NaN, or the parameters
+    whose gradients do. All processes of a distributed run stop together.
+
+    Steps that mixed precision's loss scaler skips, to go on with a smaller scale, are no errors; a
+    scale below ``min_loss_scale`` is one.
+
+    The check costs one transfer from the device an iteration. A hook that saves must not run
+    before it; mmengine's ``CheckpointHook`` runs last.
+
+    Args:
+        min_loss_scale: The smallest scale of a dynamic loss scaler that is taken for usual.
+
+    Raises:
+        ValueError: ``min_loss_scale`` is not positive.
+        NonFiniteError: While training, as described.
+    """
+
+    priority = "HIGH"
+
+    def __init__(self, min_loss_scale: float = 2.0**-14) -> None:
+        if not min_loss_scale > 0:
+            raise ValueError(f"min_loss_scale must be positive, got {min_loss_scale}")
+        self.min_loss_scale = min_loss_scale
+        self._handles: list[Any] = []
+        self._batch: Any = None
+        self._random: list[Tensor] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Refuse weights that are bad from the start, and watch the optimizers' steps."""
+        require_finite("the network before training", _unwrapped(runner.model).state_dict())
+        self._remove()
+        wrappers = runner.optim_wrapper
+        many = isinstance(wrappers, OptimWrapperDict)
+        for wrapper in wrappers.values() if many else [wrappers]:
+            self._handles.append(
+                wrapper.optimizer.register_step_pre_hook(
+                    lambda optimizer, args, kwargs: self._check_gradients(runner, optimizer)
+                )
+            )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Remember what is needed to run the iteration once more."""
+        self._batch = data_batch
+        self._random = [torch.get_rng_state()]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._random.append(torch.cuda.get_rng_state())
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Look at what the iteration told of its loss, and at the loss scale."""
+        bad = [name for name, value in (outputs or {}).items() if not _is_finite(value)]
+        if _anywhere(bool(bad)):
+            where = ", ".join(bad) or "of another process"
+            raise NonFiniteError(
+                f"iteration {runner.iter + 1}: the loss is not finite ({where}); "
+                f"{self._reason(runner)}"
+            )
+        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
+        if scaler is not None and scaler.get_scale() < self.min_loss_scale:
+            raise NonFiniteError(
+                f"iteration {runner.iter + 1}: the loss scale fell to {scaler.get_scale():g}, "
+                f"below min_loss_scale={self.min_loss_scale:g}: gradients overflow at any scale; "
+                f"{self._reason(runner)}"
+            )
+        self._batch = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse to save what is not finite."""
+        require_finite(
+            f"iteration {runner.iter}, no checkpoint saved: the network", checkpoint["state_dict"]
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Watch no longer."""
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
+        groups = optimizer.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        # A norm is not finite where an element is not; that of large finite ones may overflow too,
+        # so elements decide.
+        norms = torch.stack([n.float() for n in torch._foreach_norm(grads)]) if grads else None
+        suspect = norms is not None and not bool(norms.isfinite().all())
+        if not _anywhere(suspect and not all(bool(g.isfinite().all()) for g in grads)):
+            return
+        bad = [
+            name
+            for name, p in _unwrapped(runner.model).named_parameters()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        ]
+        found = f"of {len(bad)} parameters, {bad[-1]!r} nearest to the loss" if bad else ""
+        raise NonFiniteError(
+            f"iteration {runner.iter + 1}: gradients are not finite "
+            f"({found or 'in another process'}), the weights were left as they are; "
+            f"{self._reason(runner)}"
+        )
+
+    def _reason(self, runner: Runner) -> str:
+        """Where the first value that is not finite comes from, in words."""
+        model = _unwrapped(runner.model)
+        for name, tensor in model.named_parameters():
+            if not bool(tensor.isfinite().all()):
+                return f"parameter {name!r} is not finite"
+        if self._batch is None:
+            return "the batch is no longer there"
+        for image, path in _float_inputs(self._batch):
+            if not bool(image.isfinite().all()):
+                return f"the input image {path} holds {_count(image)}{_first_module(model)}"
+        torch.set_rng_state(self._random[0])
+        if len(self._random) > 1:
+            torch.cuda.set_rng_state(self._random[1])
+        with first_non_finite(model) as found, torch.no_grad():
+            try:
+                wrapper = runner.optim_wrapper
+                context = wrapper if not isinstance(wrapper, OptimWrapperDict) else None
+                with context.optim_context(model) if context else torch.enable_grad():
+                    data = model.data_preprocessor(self._batch, True)
+                    model._run_forward(data, mode="loss")
+            except Exception as error:  # a network may raise on NaN; what was found counts
+                found.setdefault("text", f"running the batch again raised {error!r}")
+        return found.get(
+            "text", "all outputs of layers are finite: it arose in the loss or backward"
+        )
+
+
+class first_non_finite:
+    """Context that finds a network's first output that is not finite.
+
+    The dict it gives has a ``text`` afterwards, where there was one: the layer's name and type,
+    how many values, and whether its inputs were finite.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.found: dict[str, str] = {}
+
+    def __enter__(self) -> dict[str, str]:
+        self._handles = [
+            module.register_forward_hook(self._hook(name))
+            for name, module in self.model.named_modules()
+            if name
+        ]
+        return self.found
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self.found:
+                return
+            for tensor in _tensors(output):
+                if not bool(tensor.isfinite().all()):
+                    fine = all(bool(x.isfinite().all()) for x in _tensors(inputs))
+                    self.found["text"] = (
+                        f"the first layer with such an output is {name!r} "
+                        f"({type(module).__name__}): {_count(tensor)}, its input "
+                        f"{'is finite' if fine else 'is not finite either'}"
+                    )
+                    return
+
+        return look
+
+
+def require_finite(what: str, tensors: dict[str, Any]) -> None:
+    """Raise unless all tensors are finite.
+
+    Args:
+        what: What they are, for the message.
+        tensors: By name; values that are no floating point tensors are not looked at.
+
+    Raises:
+        NonFiniteError: Naming those that are not.
+    """
+    bad = [name for name, value in tensors.items() if not _is_finite(value)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteError(f"{what} is not finite in {', '.join(map(repr, bad[:3]))}{more}")
+
+
+def _is_finite(value: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _anywhere(bad: bool) -> bool:
+    """Whether it is so in any process."""
+    if not is_distributed():
+        return bad
+    flag = torch.tensor(float(bad))
+    if torch.distributed.get_backend() == "nccl":
+        flag = flag.cuda()
+    all_reduce(flag)
+    return bool(flag > 0)
+
+
+def _float_inputs(batch: Any) -> Iterator[tuple[Tensor, str]]:
+    """Images of a batch that may hold NaN, with what tells which one it is."""
+    inputs = batch.get("inputs") if isinstance(batch, dict) else None
+    samples: Sequence[Any] = batch.get("data_samples") or () if isinstance(batch, dict) else ()
+    for i, image in enumerate(inputs if inputs is not None else ()):
+        if isinstance(image, Tensor) and image.is_floating_point():
+            path = getattr(samples[i], "img_path", None) if i < len(samples) else None
+            rank = f" of process {get_rank()}" if is_distributed() else ""
+            yield image, f"{i}{rank} of the batch{f' ({path})' if path else ''}"
+
+
+def _first_module(model: nn.Module) -> str:
+    """The layer that gets the images: the first parameter's."""
+    name = next((n.rpartition(".")[0] for n, _ in model.named_parameters()), "")
+    return f", which the first layer {name!r} gets" if name else ""
+
+
+def _count(tensor: Tensor) -> str:
+    nan = int(tensor.isnan().sum())
+    return f"{nan} NaN and {int(tensor.isinf().sum())} infinite of {tensor.numel()} values"

@@ -1,0 +1,197 @@
+"""NonFiniteGuardHook: stops before anything bad reaches a weight or a file, and says where."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
+from mmrla.models import MRLAResNet
+
+ATTENTION = dict(type="MRLALight", head_channels=4)
+
+
+class Classifier(BaseModel):
+    """``break_loss``: a loss of 0 whose gradient is infinite, at that iteration."""
+
+    def __init__(self, break_loss: int = -1) -> None:
+        super().__init__(BaseDataPreprocessor())
+        self.backbone = MRLAResNet(
+            18, stem_channels=8, base_channels=8, drop_path_rate=0.5, layer_attention=ATTENTION
+        )
+        self.break_loss = break_loss
+        self.seen = 0
+
+    def init_weights(self) -> None:
+        """Weights stay as the tests set them."""
+
+    def forward(self, inputs, data_samples=None, mode="loss"):
+        features = self.backbone(torch.stack(list(inputs)))[-1].mean((2, 3))
+        loss = F.cross_entropy(features, torch.tensor([s.label for s in data_samples]))
+        if self.training and self.break_loss == self.seen:
+            loss = loss + (self.backbone.conv1.weight[0, 0] * 0).abs().sum().sqrt()
+        self.seen += 1
+        return dict(loss=loss)
+
+
+def images(bad: int | None = None, count: int = 8, value: float = float("nan")):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(count):
+        image = torch.randn(3, 32, 32, generator=generator)
+        if i == bad:
+            image[1, 4, 5] = value
+        sample = SimpleNamespace(label=i % 4, img_path=f"images/{i}.jpg")
+        found.append(dict(inputs=image, data_samples=sample))
+    return found
+
+
+def run(folder, model, dataset, batch=2, guard=True, launcher="none", **wrapper):
+    loader = DataLoader(dataset, batch_size=batch, collate_fn=pseudo_collate)
+    if launcher != "none":
+        sampler = torch.utils.data.DistributedSampler(
+            dataset, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False
+        )
+        loader = DataLoader(dataset, batch, sampler=sampler, collate_fn=pseudo_collate)
+    distributed = Config(dict(launcher=launcher))
+    init_cpu_distributed(distributed)
+    runner = Runner(
+        model, str(folder), train_dataloader=loader, train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01), **wrapper),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1)),
+        custom_hooks=[dict(type="mmrla.NonFiniteGuardHook")] if guard else [], cfg=distributed,
+        experiment_name=os.path.basename(folder), launcher=launcher, log_level="ERROR",
+        randomness=dict(seed=0),
+    )  # fmt: skip
+    runner.train()
+    return runner
+
+
+def assert_all_finite(state):
+    assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_image_is_named_and_nothing_bad_is_left(tmp_path, value):
+    torch.manual_seed(0)
+    model = Classifier()
+    wanted = "image 1 of the batch .images/5.jpg. holds .*, which the first layer 'backbone.conv1'"
+    with pytest.raises(NonFiniteError, match=f"iteration 3: gradients are not finite.*{wanted}"):
+        run(tmp_path, model, images(bad=5, value=value))
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["iter_1.pth", "iter_2.pth"]
+    for path in tmp_path.glob("*.pth"):
+        assert_all_finite(torch.load(path, weights_only=False)["state_dict"])
+    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)["state_dict"]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name]), name  # the bad step was not taken
+
+
+def test_without_the_hook_bad_weights_would_be_saved(tmp_path):
+    run(tmp_path, Classifier(), images(bad=5), guard=False)
+    state = torch.load(tmp_path / "iter_4.pth", weights_only=False)["state_dict"]
+    assert not state["backbone.conv1.weight"].isfinite().all()
+
+
+def test_the_first_layer_is_named(tmp_path):
+    model = Classifier()
+    with torch.no_grad():
+        model.backbone.layer2[0].conv2.weight.fill_(3e38)  # finite, and its output overflows
+    with pytest.raises(NonFiniteError, match=r"'backbone.layer2.0.conv2' \(Conv2d\).*is finite"):
+        run(tmp_path, model, images())
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_gradient_alone_is_named(tmp_path):
+    wanted = (
+        "iteration 2: gradients are not finite .of 1 parameters, 'backbone.conv1.weight' nearest "
+        "to the loss.*all outputs of layers are finite"
+    )
+    with pytest.raises(NonFiniteError, match=wanted):
+        run(tmp_path, Classifier(break_loss=1), images())
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["iter_1.pth"]
+
+
+def test_bad_weights_and_buffers_are_refused(tmp_path):
+    model = Classifier()
+    model.backbone.bn1.weight.data[3] = float("inf")
+    with pytest.raises(NonFiniteError, match="before training is not finite in 'backbone.bn1.wei"):
+        run(tmp_path / "a", model, images())
+    model = Classifier()
+    runner = SimpleNamespace(iter=7)
+    state = {**model.state_dict(), "buffer": torch.tensor([float("nan")])}
+    with pytest.raises(NonFiniteError, match="iteration 7, no checkpoint saved.*'buffer'"):
+        NonFiniteGuardHook().before_save_checkpoint(runner, dict(state_dict=state))
+    with pytest.raises(ValueError, match="min_loss_scale must be positive, got 0"):
+        NonFiniteGuardHook(min_loss_scale=0)
+
+
+def test_a_good_run_is_the_same_with_it(tmp_path):
+    """Drop path draws random numbers: the hook takes none. Accumulated gradients too."""
+    for count in (1, 2):
+        states = []
+        for guard in (True, False):
+            torch.manual_seed(0)
+            run(tmp_path / f"{guard}{count}", model := Classifier(), images(), guard=guard,
+                accumulative_counts=count)  # fmt: skip
+            states.append(model.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+class Scaler:
+    """Stands for GradScaler, which mmengine wants a GPU for: scales fall at each overflow."""
+
+    def __init__(self, scales):
+        self.scales = list(scales)
+
+    def get_scale(self):
+        return self.scales[0]
+
+
+def test_a_loss_scale_that_keeps_falling():
+    hook = NonFiniteGuardHook()
+    runner = SimpleNamespace(
+        iter=4, optim_wrapper=SimpleNamespace(loss_scaler=Scaler([2.0])), model=Classifier()
+    )
+    hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
+    runner.optim_wrapper.loss_scaler = Scaler([2.0**-15])
+    with pytest.raises(NonFiniteError, match="iteration 5: the loss scale fell to 3.05176e-05"):
+        hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
+
+
+def worker(rank, port, folder):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank),
+        LOCAL_RANK=str(rank),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    import mmrla.engine
+
+    try:
+        # DistributedSampler gives image 5 to process 1 in iteration 2.
+        run(folder, Classifier(), images(bad=5), launcher="pytorch")
+        said = "trained"
+    except mmrla.engine.NonFiniteError as error:
+        said = str(error)
+    (folder / f"said_{rank}.txt").write_text(said)
+
+
+def test_all_processes_stop_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, tmp_path), nprocs=2)
+    said = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("iteration 2: gradients are not finite" in text for text in said), said
+    assert "process 1 of the batch (images/5.jpg) holds 1 NaN" in said[1]
+    assert not list(tmp_path.glob("iter_2.pth"))
