@@ -64,15 +64,19 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
     if not _is_remote(str(root)) and not Path(root).is_dir():
         raise FileNotFoundError(f"--data-root: no such folder: {Path(root).absolute()}")
     new = f"{str(root).rstrip('/')}/"
+    # val and test often share one dict: its root is read, and its path changed, once.
+    roots: dict[int, str] = {}
+    changed: set[int] = set()
     for split in SPLITS:
         old_roots = set()
         for _, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
-            old_roots.add(dataset.get("data_root") or "")
+            old_roots.add(roots.setdefault(id(dataset), dataset.get("data_root") or ""))
             dataset["data_root"] = new
         for where, evaluator in evaluators(cfg, split):
             ann_file = evaluator.get("ann_file")
-            if ann_file is None or _starts_in(ann_file, new):
-                continue  # val and test often share one dict
+            if ann_file is None or id(evaluator) in changed:
+                continue
+            changed.add(id(evaluator))
             old = next((old for old in old_roots if _starts_in(ann_file, old)), None)
             if old is not None:
                 evaluator["ann_file"] = new + ann_file[len(old.rstrip("/")) + 1 :]

@@ -51,6 +51,16 @@ def test_points_everything_at_the_root(root):
     assert cfg.test_evaluator[0].ann_file == f"{new}annotations/a.json"
 
 
+@pytest.mark.parametrize("new", ["data", "data/coco/mine"])
+def test_a_root_above_or_below_the_old_one(root, monkeypatch, new):
+    (root / "data/coco/mine").mkdir(parents=True)
+    monkeypatch.chdir(root)
+    cfg = config()
+    set_data_root(cfg, new)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator[0]):
+        assert evaluator.ann_file == f"{new}/annotations/a.json"
+
+
 def test_what_is_missing_is_named(root, monkeypatch, tmp_path_factory):
     cfg = config()
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
