@@ -257,7 +257,7 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
 
 
 def plain_model(model: ConfigDict) -> ConfigDict:
-    """The config of the same network without layer attention.
+    """The config of the same network without layer attention and plugins.
 
     Raises:
         ValueError: The backbone takes no layer attention.
@@ -271,8 +271,26 @@ def plain_model(model: ConfigDict) -> ConfigDict:
             f"model.backbone {kind!r} has no layer attention to leave out; take a config whose "
             "backbone is one of mmrla's"
         )
+    return without_layer_attention(model)
+
+
+def without_layer_attention(model: ConfigDict) -> ConfigDict:
+    """As :func:`plain_model`; of a backbone that takes no layer attention, the network itself."""
+    from mmrla.layers import RecurrentLayerAggregation
+    from mmrla.models.builder import layer_attention_class
+
     model = copy.deepcopy(model)
-    model.backbone.layer_attention = None
+    model.backbone.pop("plugins", None)
+    attention = model.backbone.get("layer_attention")
+    kind = model.backbone.type
+    if (kind if isinstance(kind, str) else kind.__module__).startswith("mmrla."):
+        model.backbone.layer_attention = None  # also in place of the host's default
+    if attention is None:
+        return model
+    appends = issubclass(layer_attention_class(attention), RecurrentLayerAggregation)
+    if appends and attention.get("concat_output", True) and model.get("head"):
+        # Its hidden map is appended to what the head sees.
+        model.head.in_channels -= attention.get("hidden_channels", 32)
     return model
 
 

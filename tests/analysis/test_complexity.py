@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmrla.analysis import activation_memory, complexity
+from mmrla.engine.inspection import build_network
 from mmrla.layers import LayerAttention
 from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS
@@ -395,10 +396,13 @@ def test_plain_hosts_beside_layer_interactions(tool):
     rla = Config.fromfile(imagenet / "resnet50_rla-g_in1k.py").model
     plain = Config.fromfile(imagenet / "resnet50_plain_in1k.py").model
     assert rla.head.in_channels == 2080
-    assert tool.plain(rla).head.in_channels == 2048
+    assert tool.without_layer_attention(rla).head.in_channels == 2048
     assert tool.network(rla) == tool.network(plain)
+    path = str(imagenet / "resnet50_rla-g_in1k.py")
+    built = build_network(path, plain=True, need_head=True).model
+    assert sum(p.numel() for p in built.parameters()) == 25_557_032  # the plain ResNet-50's
     detector = Config.fromfile(ROOT / "configs/retinanet_r50_rla-g_1x.py").model
-    assert tool.plain(detector).backbone.layer_attention is None
+    assert tool.without_layer_attention(detector).backbone.layer_attention is None
     dense = Config.fromfile(imagenet / "densenet161_in1k.py").model
-    assert tool.plain(dense) == dense
+    assert tool.without_layer_attention(dense) == dense
     assert tool.backbone_name(dense.backbone) == "DenseNet-161"

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import Complexity, activation_memory, complexity
-from mmrla.layers import LayerAttention, RecurrentLayerAggregation
-from mmrla.models.builder import layer_attention_class
+from mmrla.engine.inspection import without_layer_attention
+from mmrla.layers import LayerAttention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,26 +172,9 @@ def options_of(backbone: ConfigDict) -> dict[str, Any]:
     return found | {k: v for k, v in backbone.items() if k == "mrla_drop_path_rate"}
 
 
-def plain(model: ConfigDict) -> ConfigDict:
-    """The same network without layer attention and plugins."""
-    model = copy.deepcopy(model)
-    model.backbone.pop("plugins", None)
-    attention = model.backbone.get("layer_attention")
-    kind = model.backbone.type
-    if (kind if isinstance(kind, str) else kind.__module__).startswith("mmrla."):
-        model.backbone.layer_attention = None  # also in place of the host's default
-    if attention is None:
-        return model
-    appends = issubclass(layer_attention_class(attention), RecurrentLayerAggregation)
-    if appends and attention.get("concat_output", True) and model.get("head"):
-        # Its hidden map is appended to what the head sees.
-        model.head.in_channels -= attention.get("hidden_channels", 32)
-    return model
-
-
 def network(model: ConfigDict) -> str:
     """The same text for configs whose plain hosts are the same network."""
-    found = plain(model).to_dict()
+    found = without_layer_attention(model).to_dict()
     found.pop("data_preprocessor", None)
     if short_type(model) == "ImageClassifier":  # what only training sees
         found.pop("train_cfg", None)
@@ -290,7 +273,7 @@ def measure_all(paths: Iterable[Path], size: tuple[int, int] | None = None) -> l
             hosts.setdefault(key, row).config = path
             continue
         if key not in hosts:
-            hosts[key] = measure(cfg, plain(cfg.model), None, at, cache)
+            hosts[key] = measure(cfg, without_layer_attention(cfg.model), None, at, cache)
             hosts[key].schedule = row.schedule
         row.plain = hosts[key]
         rows.append(row)
