@@ -1,6 +1,6 @@
 """Draw the GFLOPs of layer attention against the input's resolution, beside its plain host.
 
-Fig. 5 of the MRLA paper, there for CeiT-T + MRLA-light. GFLOPs are multiply-adds, as in README;
+Fig. 5 of the MRLA paper, there for CeiT-T + MRLA-light. GFLOPs are multiply-adds, as in docs/configs.md;
 neither images nor weights change them.
 """
 
