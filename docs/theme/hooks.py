@@ -1,8 +1,8 @@
 """What the site does beyond MkDocs: links that leave docs/, equations, roles of docstrings.
 
-Pages in docs/ are written for a code host, whose links may point at any file of the checkout. In the
-site README.md is the home page, CONTRIBUTING.md a page of its own, and every other file that is
-linked to a page with its text, so that the site stands alone.
+Pages in docs/ are written for a code host, whose links may point at any file of the checkout. In
+the site README.md is the home page, CONTRIBUTING.md a page of its own, and every other file that
+is linked to a page with its text, so that the site stands alone.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if not (ROOT / path).is_file():
             raise PluginError(f"a page links to {path}, which is no file of the checkout")
         language = LANGUAGES.get(Path(path).suffix, "text")
+        text = (ROOT / path).read_text()
         content = (
-            f"---\ntitle: {Path(path).name}\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n"
-            f"# {path}\n\n````{language}\n{(ROOT / path).read_text()}````\n"
+            f"---\ntitle: {Path(path).name}\nsearch: {{exclude: true}}\n"
+            f"hide: [navigation, toc]\n---\n# {path}\n\n````{language}\n{text}````\n"
         )
         files.append(File.generated(config, page_of(path), content=content))
     return files

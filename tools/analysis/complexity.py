@@ -478,7 +478,9 @@ def main() -> None:
     parser.add_argument(
         "configs", nargs="*", help="paths or globs; default: all of configs/ but the demo"
     )
-    parser.add_argument("--write", action="store_true", help="replace the tables in docs/configs.md")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the tables in docs/configs.md"
+    )
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
         help=f"without configs: the tables to make, of {', '.join(GROUPS)}; default: all",
@@ -490,7 +492,9 @@ def main() -> None:
     )  # fmt: skip
     args = parser.parse_args()
     if args.write and (args.configs or args.size):
-        parser.error("--write writes the tables of docs/configs.md: all configs, at their own sizes")
+        parser.error(
+            "--write writes the tables of docs/configs.md: all configs, at their own sizes"
+        )
     MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
     asked = GROUPS if args.configs else args.groups
     paths = list(_expand(args.configs, parser)) if args.configs else default_configs(asked)
