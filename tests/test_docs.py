@@ -9,6 +9,7 @@ says why in the line before it: ``<!-- not run: reason -->``.
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import itertools
 import json
@@ -318,6 +319,18 @@ def test_configs_build(block, checkout):
             HOOKS.build(hook)
             built += 1
     assert built, "nothing in it was built"
+
+
+EXAMPLES = sorted(p for p in (ROOT / "mmrla").rglob("*.py") if ">>> " in p.read_text())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_of_docstrings(path):
+    """The API pages show them."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried
+    assert not failed
 
 
 # What pages name
