@@ -86,6 +86,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         tex, display = found[2].strip(), found[1] == "div"
         tex = tex[2:-2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         mathml = convert(tex, display="block" if display else "inline")
+        if "\\" in mathml:  # a macro that the converter does not know
+            raise PluginError(f"{page.file.src_uri}: no MathML for {tex}")
         return f'<{found[1]} class="equation">{mathml}</{found[1]}>'
 
     return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', replace, html, flags=re.S)
