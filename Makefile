@@ -1,7 +1,8 @@
 # Two commands do everything, environment included:
 #   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
 #   make test    the test suite
-# and: make bench (what MRLA costs beside the plain network), make config-table
+# and: make bench (what MRLA costs beside the plain network), make config-table,
+#      make docs (the site of docs/, into build/docs; default stack)
 #
 # PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.12)
 # VENV=path           another virtual environment; VENV= (empty) takes the active one. One that
@@ -29,17 +30,18 @@ ifeq ($(strip $(VENV)),)
 endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmrla-installed
+DOCS_STAMP := $(VENV)/.mmrla-docs-installed
 DEMO_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
 # Two processes of one thread each: most tests are Python, which a second thread does not help.
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help env demo test test-essential test-slow lint format config-table bench clean
+.PHONY: help env demo test test-essential test-slow lint format config-table bench docs clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
-	@echo "  make test-essential, make test-slow, make lint, make format, make clean"
+	@echo "  make test-essential, make test-slow, make lint, make format, make docs, make clean"
 
 env: $(STAMP)
 
@@ -74,6 +76,16 @@ bench: $(STAMP)
 
 config-table: $(STAMP)
 	$(PY) tools/analysis/complexity.py --write
+
+$(DOCS_STAMP): requirements/docs.txt | $(STAMP)
+ifneq ($(STACK),onedl)
+	$(error make docs needs the default stack)
+endif
+	@$(PY) -m pip install --disable-pip-version-check --quiet -r requirements/docs.txt
+	@touch $@
+
+docs: $(STAMP) $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf work_dirs data/shapes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

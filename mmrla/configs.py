@@ -48,6 +48,9 @@ def config_path(name: str) -> str:
     Args:
         name: As :func:`list_configs` gives it, with or without ``.py`` and ``mmrla::``.
 
+    Returns:
+        Its absolute path; in a checkout that of the file in ``configs/``.
+
     Raises:
         FileNotFoundError: There is no such config; the message names similar ones.
     """
@@ -68,6 +71,9 @@ def get_config(name: str) -> Config:
 
     Args:
         name: As :func:`list_configs` gives it, with or without ``.py``.
+
+    Returns:
+        mmengine's Config, with all that it inherits.
 
     Raises:
         FileNotFoundError: There is no such config; the message names similar ones.

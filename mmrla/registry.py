@@ -35,13 +35,25 @@ def _child(name: str, parent: Registry, location: str) -> Registry:
 
 
 MODELS = _child("model", MMENGINE_MODELS, "mmrla.models")
-# What ``layer_attention=dict(type=...)`` of a host may name. It has no parent, so that an unknown
-# name can be answered with exactly the names that are allowed.
+"""Hosts, the wrapper, necks, heads and within-layer attentions."""
 LAYER_ATTENTIONS = Registry("layer attention", scope="mmrla", locations=["mmrla.models"])
+"""What ``layer_attention=dict(type=...)`` of a host may name.
+
+It has no parent, so that an unknown name can be answered with exactly the names that are allowed.
+``@LAYER_ATTENTIONS.register_module()`` before a subclass of ``mmrla.layers.LayerAttention`` adds
+one.
+"""
 WEIGHT_INITIALIZERS = _child("weight initializer", MMENGINE_WEIGHT_INITIALIZERS, "mmrla.models")
+"""What ``init_cfg`` may name: ``WarmStart``."""
 DATASETS = _child("dataset", MMENGINE_DATASETS, "mmrla.datasets")
+"""CIFAR from folders of images."""
 TRANSFORMS = _child("transform", MMENGINE_TRANSFORMS, "mmrla.datasets")
+"""Transforms of data; mmrla has none of its own."""
 HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
+"""``custom_hooks``: pictures of layer attention during training, the check of loaded weights."""
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
+"""Evaluators: ``FasterCocoMetric``."""
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")
+"""Visualizers; mmrla has none of its own."""
 VISBACKENDS = _child("vis_backend", MMENGINE_VISBACKENDS, "mmrla.engine")
+"""Their backends; mmrla has none of its own."""

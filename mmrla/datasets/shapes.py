@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 CLASSES = ("circle", "square", "triangle")
+"""Names of the set's classes, in the order of their ids, which are 1, 2 and 3."""
 
 _SUPERSAMPLING = 2
 # An instance of which less is visible than this part of its area, or fewer pixels than that, is

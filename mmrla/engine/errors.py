@@ -23,6 +23,9 @@ def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         *kinds: Which exceptions; by default all that constructors and readers raise about their
             input, which fits what happens before a run starts.
+
+    Raises:
+        SystemExit: With status 2, in place of the exception.
     """
     caught = kinds or INPUT_ERRORS
     try:

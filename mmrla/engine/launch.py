@@ -188,6 +188,10 @@ def init_cpu_distributed(cfg: Config) -> None:
 
     mmengine's own start-up selects a CUDA device, which fails there; it skips itself when a
     process group exists. With GPUs nothing happens here and mmengine starts nccl.
+
+    Args:
+        cfg: The config, whose ``launcher`` tells whether processes were launched. Where it starts
+            gloo, ``model_wrapper_cfg`` gets what it lacks to run without a GPU.
     """
     if cfg.launcher == "none" or torch.cuda.is_available() or dist.is_initialized():
         return
@@ -203,7 +207,14 @@ def init_cpu_distributed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for, the model included."""
+    """Build the runner that the config asks for, the model included.
+
+    Args:
+        cfg: A config as :func:`load_config` returns it, with ``work_dir``.
+
+    Returns:
+        mmengine's Runner, or what ``runner_type`` names; ``train()`` and ``test()`` start it.
+    """
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 

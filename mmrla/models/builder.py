@@ -96,6 +96,9 @@ def build_layer_attention(
         fit_heads: Take ``head_channels = C`` where C is smaller than what ``cfg`` (or the type's
             default) says, as narrow networks need.
 
+    Returns:
+        The layer attention, whose maps are ``[B, channels, H, W]``.
+
     Raises:
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
         ValueError: The type is unknown, or refuses its arguments.

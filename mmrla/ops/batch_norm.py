@@ -19,10 +19,15 @@ class BatchNorm(NamedTuple):
     """
 
     weight: Tensor | None
+    """``[C]``, gamma, or None for 1."""
     bias: Tensor | None
+    """``[C]``, beta, or None for 0."""
     mean: Tensor | None
+    """``[C]``, running mean."""
     var: Tensor | None
+    """``[C]``, running variance."""
     eps: float
+    """What is added to the variance."""
 
     @property
     def uses_batch(self) -> bool:

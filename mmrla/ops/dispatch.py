@@ -30,7 +30,9 @@ class Selection(NamedTuple):
     """The backend that runs, and the reason it was chosen."""
 
     backend: Backend
+    """The implementation."""
     reason: str
+    """Why this one, and why none before it."""
 
 
 class Op:

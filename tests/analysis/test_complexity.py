@@ -341,9 +341,9 @@ def test_table_of_ablations(tool):
 
 
 def test_no_two_ablations_have_one_name():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/configs.md").read_text()
     table = text.split("<!-- ablation:begin -->")[1].split("<!-- ablation:end -->")[0]
-    rows = [line.split(" | ") for line in table.splitlines() if "](configs/" in line]
+    rows = [line.split(" | ") for line in table.splitlines() if "](../configs/" in line]
     listed = {re.search(r"configs/(.*)\)", row[-1])[1] for row in rows}
     there = {f"ablation/{path.name}" for path in (ROOT / "configs" / "ablation").glob("*.py")}
     assert there <= listed
@@ -362,27 +362,28 @@ def test_names(tool):
 
 
 def test_write_replaces_a_table_and_nothing_else(tool, tmp_path):
-    readme = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text()
-    readme.write_text(text)
+    page = tmp_path / "configs.md"
+    text = (ROOT / "docs/configs.md").read_text()
+    page.write_text(text)
     for group in tool.GROUPS:
-        tool.write(group, f"the {group} table", readme)
-        assert f"begin -->\nthe {group} table\n<!-- {group}:end" in readme.read_text()
-    assert readme.read_text().split("<!--")[0] == text.split("<!--")[0]
-    assert readme.read_text().split("-->")[-1] == text.split("-->")[-1]
+        tool.write(group, f"the {group} table of [x](configs/x.py)", page)
+        written = f"begin -->\nthe {group} table of [x](../configs/x.py)\n<!-- {group}:end"
+        assert written in page.read_text()
+    assert page.read_text().split("<!--")[0] == text.split("<!--")[0]
+    assert page.read_text().split("-->")[-1] == text.split("-->")[-1]
 
 
 @pytest.mark.parametrize("group", ["imagenet", "cifar", "coco", "ablation"])
-def test_readme_is_up_to_date(group, tool):
+def test_page_is_up_to_date(group, tool):
     """Parameters of the first and the last config in its table."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/configs.md").read_text()
     table = text.split(f"<!-- {group}:begin -->")[1].split(f"<!-- {group}:end -->")[0]
-    rows = [line.split(" | ") for line in table.splitlines() if "](configs/" in line]
+    rows = [line.split(" | ") for line in table.splitlines() if "](../configs/" in line]
     if not rows:
-        pytest.skip(f"no {group} table in the README")
+        pytest.skip(f"no {group} table in docs/configs.md")
     column = table.splitlines()[1].split(" | ").index("params")
     for row in (rows[0], rows[-1]):
-        cfg = Config.fromfile(ROOT / re.search(r"\((configs/.*)\)", row[-1])[1])
+        cfg = Config.fromfile(ROOT / re.search(r"\(\.\./(configs/.*)\)", row[-1])[1])
         model = tool.build(cfg.model, cfg.default_scope)
         number, unit = row[column].split()
         digits = len(number.split(".")[1])

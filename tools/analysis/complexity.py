@@ -1,4 +1,4 @@
-"""Print what configs cost beside their plain hosts as Markdown, or write it into the README.
+"""Print what configs cost beside their plain hosts as Markdown, or write it into docs/configs.md.
 
 Counts parameters, multiply-adds (GFLOPs) and the memory that a training step keeps for backward.
 """
@@ -43,7 +43,7 @@ BACKBONES = {
     "PyramidVisionTransformerV2": "PVTv2",
     "DenseNet": "DenseNet",
 }
-# Tables of the README, and what is in them.
+# Tables of docs/configs.md, and what is in them.
 GROUPS = {
     "imagenet": ("imagenet/*.py",),
     "cifar": ("cifar/*_cifar10.py",),
@@ -447,12 +447,13 @@ def _expand(patterns: Sequence[str], parser: argparse.ArgumentParser) -> Iterato
         yield from map(Path, found)
 
 
-def write(group: str, table: str, readme: Path = ROOT / "README.md") -> None:
-    """Replace what stands between the group's markers."""
+def write(group: str, table: str, page: Path = ROOT / "docs/configs.md") -> None:
+    """Replace what stands between the group's markers; links as from a folder of the checkout."""
     begin, end = f"<!-- {group}:begin -->", f"<!-- {group}:end -->"
-    before, rest = readme.read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     _, after = rest.split(end)
-    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    table = table.replace("](configs/", "](../configs/")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def main() -> None:
@@ -460,7 +461,9 @@ def main() -> None:
     parser.add_argument(
         "configs", nargs="*", help="paths or globs; default: all of configs/ but the demo"
     )
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the tables in docs/configs.md"
+    )
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
         help=f"without configs: the tables to make, of {', '.join(GROUPS)}; default: all",
@@ -472,7 +475,9 @@ def main() -> None:
     )  # fmt: skip
     args = parser.parse_args()
     if args.write and (args.configs or args.size):
-        parser.error("--write writes the README's tables: all configs, at their own sizes")
+        parser.error(
+            "--write writes the tables of docs/configs.md: all configs, at their own sizes"
+        )
     MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
     asked = GROUPS if args.configs else args.groups
     paths = list(_expand(args.configs, parser)) if args.configs else default_configs(asked)

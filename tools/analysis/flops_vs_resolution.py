@@ -1,7 +1,7 @@
 """Draw the GFLOPs of layer attention against the input's resolution, beside its plain host.
 
-Fig. 5 of the MRLA paper, there for CeiT-T + MRLA-light. GFLOPs are multiply-adds, as in README;
-neither images nor weights change them.
+Fig. 5 of the MRLA paper, there for CeiT-T + MRLA-light. GFLOPs are multiply-adds, as in
+docs/configs.md; neither images nor weights change them.
 """
 
 from __future__ import annotations
