@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mmrla.checkpoints.files import CheckpointError
+from mmrla.datasets.coco_check import DataError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
@@ -55,7 +56,7 @@ def main() -> None:
         runner = build_runner(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(prediction_writer(cfg, args.out))
-    with reporting_errors(CheckpointError):
+    with reporting_errors(CheckpointError, DataError):
         runner.test()
 
 
