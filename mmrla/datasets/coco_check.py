@@ -375,7 +375,7 @@ class _Check:
             self.add("bad-box", f"{where}: bbox {_shorten(box)}", of, number)
             return
         x, y, width, height = box
-        area = record.get("area")
+        area: Any = record.get("area")
         # What mmdet takes for no object.
         if width < 1 or height < 1 or (_is_number(area) and area <= 0):
             self.add("zero-area", f"{where}: bbox {box}, area {area}", of, number)
@@ -543,7 +543,7 @@ def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> st
         counts = _uncompressed(counts)
     if (
         not isinstance(counts, list)
-        or not all(isinstance(c, int) and c >= 0 for c in counts)
+        or any(type(count) is not int or count < 0 for count in counts)
         or sum(counts) != size[0] * size[1]
     ):
         return f"an RLE whose counts do not add up to {size[0]} x {size[1]}"

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.arguments import check_rate, naming
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
@@ -61,7 +62,8 @@ class LayerAttentionHost:
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
             kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
         )
-        super().__init__(*args, **kwargs)
+        with naming(type(self).__name__, kwargs):
+            super().__init__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
@@ -143,9 +145,9 @@ def start_plugin(plugin: nn.Module, zero_residual: bool) -> None:
 
 
 def check_drop_path_rate(rate: float | None) -> None:
-    """Raise ValueError unless a stochastic depth rate is None or in [0, 1)."""
-    if rate is not None and not 0 <= rate < 1:
-        raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {rate!r}")
+    """Raise TypeError or ValueError unless a stochastic depth rate is None or in [0, 1)."""
+    if rate is not None:
+        check_rate("mrla_drop_path_rate", rate)
 
 
 def branch_rate(asked: float | None, block: nn.Module) -> float:
