@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 from mmrla.datasets.coco_check import ERRORS
 from mmrla.engine.check_sets import DataSet, report, sets_in, sets_of_config, write_json
+from mmrla.engine.config_check import read_config
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import find_config
@@ -66,7 +67,7 @@ def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
         return [DataSet(args.images, args.ann)]
     if args.config is None:
         return sets_in(args.dir)
-    cfg = Config.fromfile(find_config(args.config))
+    cfg = read_config(find_config(args.config))
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     if args.dir is not None:

@@ -216,4 +216,7 @@ def report(
 
 def write_json(details: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Write the report to ``path`` and nowhere else."""
-    Path(path).write_text(json.dumps(dict(sets=details), indent=1, ensure_ascii=True) + "\n")
+    path = Path(path)
+    if path.is_symlink():
+        path.unlink()  # replaced, not followed
+    path.write_text(json.dumps(dict(sets=details), indent=1, ensure_ascii=True) + "\n")

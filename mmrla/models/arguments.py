@@ -7,6 +7,7 @@ network that silently lacks an output.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,17 @@ def check_config(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dict with a type, got {value!r}")
 
 
+# Norms of maps: they take channels for the second dimension, which of tokens is the third.
+_OF_MAPS = re.compile(r"(Sync)?BN([123]d)?|GN|IN([123]d)?|LN2d|MMSyncBN")
+
+
+def check_token_norm(value: Any) -> None:
+    """Raise TypeError or ValueError unless ``norm_cfg`` may be of a norm of tokens, such as LN."""
+    check_config("norm_cfg", value)
+    if _OF_MAPS.fullmatch(str(value["type"])):
+        raise ValueError(f"norm_cfg must be of a norm of tokens, such as LN, got {dict(value)!r}")
+
+
 def check_arch(arch: Any, known: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError unless ``arch`` is a known name or describes a transformer.
 
@@ -135,7 +147,9 @@ def _check_init_cfg(value: Any) -> None:
         if not isinstance(entry, Mapping):
             raise TypeError(f"init_cfg must be None, a dict with a type or a list, got {value!r}")
         kind = entry.get("type", "Pretrained" if "checkpoint" in entry else None)
-        if isinstance(kind, str) and "." not in kind and WEIGHT_INITIALIZERS.get(kind) is None:
+        # Of another package's prefix that package knows.
+        own = kind.removeprefix("mmrla.") if isinstance(kind, str) else "."
+        if "." not in own and WEIGHT_INITIALIZERS.get(own) is None:
             raise ValueError(f"init_cfg: unknown type {kind!r}")
         if not isinstance(kind, (str, type)):
             raise TypeError(f"init_cfg must be a dict with a type, got {value!r}")

@@ -10,6 +10,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import nn
 
+from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
 from mmrla.models.arguments import check_rate, naming
@@ -77,7 +78,8 @@ class LayerAttentionHost:
         """As the ancestor's, or a warm start."""
         if init_weights_warm(self):
             return
-        super().init_weights()
+        with safe_loading():
+            super().init_weights()
         if not _is_pretrained(self.init_cfg):
             # The ancestor initialises every convolution alike, also what starts at zero.
             for plugin in self._plugin_parts():

@@ -11,7 +11,7 @@ from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor
 
 from mmrla.layers.checks import check_count
-from mmrla.models.arguments import check_arch, check_arguments, check_patches
+from mmrla.models.arguments import check_arch, check_arguments, check_patches, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 
@@ -28,6 +28,7 @@ def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> Non
     }
     arch = given.get("arch", defaults["arch"])
     check_arch(arch, host.arch_zoo)
+    check_token_norm(norm_cfg)
     layers = (host.arch_zoo[arch.lower()] if isinstance(arch, str) else arch)["num_layers"]
     check_arguments(
         host, {**given, "norm_cfg": norm_cfg}, outputs=layers, frozen=layers, negative_outputs=True

@@ -61,7 +61,7 @@ def one_of(*values: Any) -> st.SearchStrategy:
 
 
 junk = one_of(None, "x", "", (), [1], {}, {"type": 3}, NAN, 1.5, -1, 0, True, object)
-integers = st.integers(-3, 9) | one_of(1000003)
+integers = st.integers(-3, 9) | one_of(1003)
 counts = integers | junk
 rates = st.floats(-0.5, 1.5) | one_of(0, 1, 0.0, 0.2, 1.0) | junk
 bools = st.booleans() | junk
@@ -114,10 +114,11 @@ def layer_attentions(data: st.DataObject) -> Any:
     return {"type": cls.__name__, **given, **drawn(data, choices, 2)}
 
 
-def clear(error: Exception, names: list[str]) -> bool:
-    """One line or two that name an argument."""
+def assert_clear(error: Exception, names: list[str], drawn: Any) -> None:
+    """A line or two that name an argument."""
     text = str(error)
-    return any(name in text for name in names) and len(text) < 1500
+    assert any(name in text for name in names), f"{drawn}: {error!r}"
+    assert len(text) < 1500, f"{drawn}: {error!r}"
 
 
 def outputs_of(value: Any) -> list[torch.Tensor]:
@@ -152,7 +153,7 @@ def test_layer_attentions(cls):
 
     learned: list[bool] = []
 
-    @settings(max_examples=80, **COMMON)
+    @settings(max_examples=50, **COMMON)
     @given(data=st.data())
     def check(data):
         kwargs = {"channels": 8, **drawn(data, choices, 3)}
@@ -163,7 +164,7 @@ def test_layer_attentions(cls):
         try:
             layer = cls(**kwargs)
         except (ValueError, TypeError) as error:
-            assert clear(error, list(kwargs)), f"{kwargs}: {error!r}"
+            assert_clear(error, list(kwargs), kwargs)
             learned.append(False)
             return
         x = torch.rand(2, kwargs["channels"], 3, 2, requires_grad=True)
@@ -178,7 +179,8 @@ def test_layer_attentions(cls):
         learned.append(True)
 
     check()
-    assert 8 < sum(learned) < 72
+    # Each was built, and each was refused.
+    assert 2 < sum(learned) < len(learned) - 2
 
 
 VIT = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
@@ -281,7 +283,7 @@ def check_host(name: str, data: st.DataObject) -> bool:
         host.init_weights()
     except (ValueError, TypeError) as error:
         names = ["layer_attention", *given, *(attention if isinstance(attention, dict) else ())]
-        assert clear(error, names), f"{given}, {attention}: {error!r}"
+        assert_clear(error, names, (given, attention))
         return False
     size = given.get("img_size", 32)
     # Two images: a batch norm cannot learn from one value a channel.
@@ -302,12 +304,12 @@ def check_hosts(name: str, examples: int) -> None:
 
     check()
     # Else the draws would be too wild, or too tame, to show anything.
-    assert 0.1 * examples < sum(learned) < 0.9 * examples
+    assert 0.1 < sum(learned) / len(learned) < 0.9
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts(name):
-    check_hosts(name, 30)
+    check_hosts(name, 16)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmrla.checkpoints.plan import is_warm_start
 from mmrla.layers.checks import check_count
-from mmrla.models.arguments import check_arguments
+from mmrla.models.arguments import check_arguments, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 from mmrla.models.warm_start import load_backbone
@@ -74,8 +74,8 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
                 raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
             kwargs = {**self.arch_settings[arch], **kwargs}
         check_count("num_stages", stages := kwargs.get("num_stages", 4))
-        given = {**kwargs, "norm_cfg": norm_cfg}
-        check_arguments(PyramidVisionTransformer, given, stages=stages, outputs=stages)
+        check_token_norm(norm_cfg)
+        check_arguments(PyramidVisionTransformer, kwargs, stages=stages, outputs=stages)
         super().__init__(
             layer_attention=layer_attention,
             norm_cfg=norm_cfg,
