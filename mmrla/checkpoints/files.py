@@ -149,7 +149,7 @@ def _history_class() -> type:
         def __setstate__(self, state: Any) -> None:
             # Its own keeps functions that the file names, for all histories.
             self._set_default_statistics()
-            for key in ("_max_length", "_log_history", "_count_history"):
+            for key in ("max_length", "_log_history", "_count_history"):
                 if key in state:
                     setattr(self, key, state[key])
             self.__class__ = HistoryBuffer
