@@ -69,6 +69,8 @@ train_dataloader = dict(
     batch_size=4,
     num_workers=1,
     dataset=dict(
+        type="mmrla.CheckedCocoDataset",
+        on_bad="raise",
         data_root=data_root,
         metainfo=metainfo,
         filter_cfg=dict(filter_empty_gt=True, min_size=8),

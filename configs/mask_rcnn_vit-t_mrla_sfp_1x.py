@@ -32,3 +32,8 @@ optim_wrapper = dict(
         custom_keys={".cls_token": dict(decay_mult=0.0), ".pos_embed": dict(decay_mult=0.0)},
     ),
 )
+
+# Bad images and annotations are left out with a count in the log; on_bad="raise" stops instead.
+train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
+val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
+test_dataloader = val_dataloader

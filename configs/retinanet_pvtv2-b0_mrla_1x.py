@@ -20,3 +20,8 @@ model = dict(
 )
 
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, weight_decay=0.0001))
+
+# Bad images and annotations are left out with a count in the log; on_bad="raise" stops instead.
+train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
+val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
+test_dataloader = val_dataloader

@@ -15,3 +15,8 @@ model = dict(
 
 # Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
 custom_hooks = [dict(type="SyncBuffersHook")]
+
+# Bad images and annotations are left out with a count in the log; on_bad="raise" stops instead.
+train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
+val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
+test_dataloader = val_dataloader

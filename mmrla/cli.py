@@ -16,6 +16,7 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     "train": ("train.py", "train the network of a config"),
     "test": ("test.py", "evaluate a checkpoint"),
     "demo": ("demo.py", "generate a small set, train a detector on it and draw what it finds"),
+    "check-data": ("check_data.py", "find bad data before a run"),
     "convert": ("convert_checkpoint.py", "released or plain checkpoints to mmrla's key names"),
     "publish": ("publish_checkpoint.py", "make a checkpoint to hand out"),
     "train-cifar": ("train_cifar.py", "train networks of configs/cifar, data on the device"),

@@ -53,8 +53,11 @@ def config_path(name: str) -> str:
 
     Raises:
         FileNotFoundError: There is no such config; the message names similar ones.
+        ValueError: The name leads out of the folder of configs.
     """
     stem = name.removeprefix(SCOPE).removesuffix(".py")
+    if Path(stem).is_absolute() or ".." in stem.replace("\\", "/").split("/"):
+        raise ValueError(f"{name!r} is no name of a config: it leads out of mmrla's configs")
     path = MIM / "configs" / f"{stem}.py"
     if path.is_file():
         return str(path.resolve())  # in a checkout, the file and not the link

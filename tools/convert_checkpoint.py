@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,7 +31,16 @@ def main() -> None:
         if args.to == "released":
             converted = to_released(converted)
         args.dst.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": {k: v.clone() for k, v in converted.items()}}, args.dst)
+        # A link there is replaced, not followed; and nobody ever sees half a file.
+        handle, draft = tempfile.mkstemp(dir=args.dst.parent, prefix=f".{args.dst.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save({"state_dict": {k: v.clone() for k, v in converted.items()}}, file)
+            os.chmod(draft, 0o644)
+            os.replace(draft, args.dst)
+        except BaseException:
+            os.unlink(draft)
+            raise
         print(f"wrote: {args.dst}, {args.to} key names")
 
 

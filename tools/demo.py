@@ -80,11 +80,13 @@ def main() -> None:
     from mmdet.registry import DATASETS
     from mmengine.config import Config
 
+    from mmrla.checkpoints.files import safe_loading
     from mmrla.engine import set_data_root
 
     cfg = Config.fromfile(args.config)
     set_data_root(cfg, data)
-    model = init_detector(cfg, str(checkpoint), device="cpu")
+    with safe_loading():
+        model = init_detector(cfg, str(checkpoint), device="cpu")
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     pictures = draw_predictions(
         model, dataset, range(min(args.pictures, len(dataset))), args.work_dir / "pictures"

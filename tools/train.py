@@ -6,7 +6,8 @@ import argparse
 
 import torch
 
-from mmrla.checkpoints.files import CheckpointError
+from mmrla.checkpoints.files import CheckpointError, safe_loading
+from mmrla.datasets.coco_check import DataError
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
@@ -62,7 +63,7 @@ def main() -> None:
         check_weights(cfg)
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
-    with reporting_errors(CheckpointError):
+    with reporting_errors(CheckpointError, DataError), safe_loading():
         runner.train()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +112,87 @@ def _local_path(path: str) -> Path:
     return Path(path)
 
 
-def load_file(path: str | Path) -> Any:
+class _ResumingUnpickler(_LogFreeUnpickler):
+    """As above, and log histories come back: built from arrays by code of mmrla, not of the file.
+
+    ``getattr`` and what a history's class does with its state are what a file could use to reach
+    code; neither is run here.
+    """
+
+    _arrays = re.compile(r"numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)")
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if self._arrays.fullmatch(full):
+            return pickle.Unpickler.find_class(self, module, name)
+        if full == "_codecs.encode":
+            return _bytes_of
+        if full == "mmengine.logging.history_buffer.HistoryBuffer":
+            return _history_class()
+        if full == "mmengine.config.config.ConfigDict":
+            return dict
+        return super().find_class(module, name)
+
+
+def _bytes_of(text: str, encoding: str) -> bytes:
+    """What protocol 2 writes bytes as."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"Unsupported global: _codecs.encode to {encoding!r}")
+    return text.encode("latin1")
+
+
+@functools.lru_cache(maxsize=1)
+def _history_class() -> type:
+    from mmengine.logging import HistoryBuffer
+
+    class History(HistoryBuffer):
+        def __setstate__(self, state: Any) -> None:
+            # Its own keeps functions that the file names, for all histories.
+            self._set_default_statistics()
+            for key in ("max_length", "_log_history", "_count_history"):
+                if key in state:
+                    setattr(self, key, state[key])
+            self.__class__ = HistoryBuffer
+
+    return History
+
+
+class _ResumingPickle(_LogFreePickle):
+    Unpickler = _ResumingUnpickler
+
+    @staticmethod
+    def load(file: Any, **kwargs: Any) -> Any:
+        return _ResumingUnpickler(file, **kwargs).load()
+
+
+@contextmanager
+def safe_loading() -> Iterator[None]:
+    """Have mmengine read every checkpoint as :func:`load_file` does, while this is in force.
+
+    mmengine itself runs what is in a file that torch's safe reader refuses. Histories of the log
+    are kept, so that training can be resumed. What comes as ``open-mmlab://`` or another address
+    that only mmengine knows is refused; download it and name the file.
+    """
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    def load_from_mmrla(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
+        return load_file(filename, histories=True)
+
+    before = CheckpointLoader._schemes
+    CheckpointLoader._schemes = dict.fromkeys(before, load_from_mmrla)
+    try:
+        yield
+    finally:
+        CheckpointLoader._schemes = before
+
+
+def load_file(path: str | Path, *, histories: bool = False) -> Any:
     """Read a checkpoint onto the CPU, running no code from it.
 
     Args:
         path: A local file, ``torchvision://NAME``, an http(s) address (kept in torch's hub folder),
             or another address that mmengine's file backends know, such as ``s3://...``.
+        histories: Whether histories of mmengine's log are needed, as a resumed run does.
 
     Returns:
         What the file holds.
@@ -129,12 +206,18 @@ def load_file(path: str | Path) -> Any:
     if "://" in text and not text.startswith(("torchvision://", "http://", "https://")):
         from mmengine.fileio import get
 
-        return _read(get(text), text)
+        try:
+            content = get(text)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{text}: cannot be read; download it and name the file"
+            ) from error
+        return _read(content, text, histories)
     local = _local_path(text)
     if not local.is_file():
         raise FileNotFoundError(f"no such checkpoint: {local.absolute()}")
     try:
-        return _read(local, text)
+        return _read(local, text, histories)
     except CheckpointError as error:
         if "://" not in text:
             raise
@@ -143,7 +226,7 @@ def load_file(path: str | Path) -> Any:
         raise CheckpointError(f"{error}; removed {local}, try again") from error
 
 
-def _read(source: Path | bytes, name: str) -> Any:
+def _read(source: Path | bytes, name: str, histories: bool = False) -> Any:
     if isinstance(source, Path):
         with source.open("rb") as file:
             head = file.read(512)
@@ -165,7 +248,7 @@ def _read(source: Path | bytes, name: str) -> Any:
                 _opened(source),
                 map_location="cpu",
                 weights_only=False,
-                pickle_module=_LogFreePickle(),
+                pickle_module=_ResumingPickle() if histories else _LogFreePickle(),
             )
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error):

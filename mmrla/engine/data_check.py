@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,18 +104,21 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
 
     Raises:
         FileNotFoundError: Names the place in the config, the absolute path and what to do.
+        ValueError: A path that is relative to a data root leads out of it.
     """
     for split in splits:
         for where, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
             root = dataset.get("data_root") or ""
             if root:
                 _require(root, f"{where}.data_root", folder=True)
+            _check_inside(root, dataset.get("ann_file"), f"{where}.ann_file")
             if dataset.get("ann_file"):
                 _require(_join(root, dataset["ann_file"]), f"{where}.ann_file", folder=False)
             prefixes = dataset.get("data_prefix") or {}
             if isinstance(prefixes, str):
                 prefixes = {"img_path": prefixes}
             for name, prefix in prefixes.items():
+                _check_inside(root, prefix, f"{where}.data_prefix.{name}")
                 if prefix:
                     place = f"{where}.data_prefix.{name}"
                     _require(_join(root, prefix), place, folder=True)
@@ -125,6 +129,14 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
         for where, evaluator in evaluators(cfg, split):
             if evaluator.get("ann_file"):
                 _require(evaluator["ann_file"], f"{where}.ann_file", folder=False)
+
+
+def _check_inside(root: str, path: Any, where: str) -> None:
+    """A relative path stays in its root; an absolute one is what somebody meant."""
+    if not root or not path or _is_remote(str(path)) or Path(path).is_absolute():
+        return
+    if os.path.normpath(path).startswith(".."):
+        raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; name it absolutely")
 
 
 def _join(root: str, path: str) -> str:

@@ -14,6 +14,9 @@ TRACEBACK_ENV_VAR = "MMRLA_TRACEBACK"
 INPUT_ERRORS = (ValueError, TypeError, KeyError, AssertionError, OSError, ImportError)
 
 
+_IN_WORKER = "Original Traceback (most recent call last)"
+
+
 @contextmanager
 def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn what is wrong with the input into one line on stderr and exit status 2.
@@ -35,5 +38,8 @@ def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         message = str(text) or type(error).__name__
+        if _IN_WORKER in message:
+            # A dataloader's process puts its traceback in front of the message.
+            message = message.strip().splitlines()[-1]
         print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.configs import config_path, list_configs
+from mmrla.engine.config_check import build_parts, check_config, read_config
 from mmrla.engine.data_check import check_data, evaluators, set_data_root
 
 
@@ -65,11 +66,13 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     Raises:
         FileNotFoundError: The config (see :func:`find_config`), a data folder or an annotation
             file is not there.
-        ValueError: More processes than GPUs, or a launcher that needs GPUs without one.
+        TypeError: A part of the config is of the wrong type.
+        ValueError: The config cannot be read or has a misspelt key, more processes than GPUs, or a
+            launcher that needs GPUs without one.
     """
     args.config = find_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -79,6 +82,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
+    check_config(cfg, splits := tuple(splits))
     fit_classes(cfg)
     check_schedule(cfg)
     check_processes(args.launcher)
@@ -285,7 +289,8 @@ def build_only(cfg: Config, splits: Iterable[str]) -> None:
     from mmengine.registry import DATASETS, MODELS, init_default_scope
 
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    MODELS.build(cfg.model)
+    model = MODELS.build(cfg.model)
+    build_parts(cfg, model, splits := tuple(splits))
     if cfg.get("default_scope") == "mmpretrain":
         for split in splits:
             DATASETS.build(cfg[f"{split}_dataloader"].dataset)

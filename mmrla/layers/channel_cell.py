@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmrla.layers.checks import check_count
+
 CellState = tuple[Tensor, Tensor]
 """Hidden and cell state, ``[B, C]`` each."""
 
@@ -23,11 +25,13 @@ class ChannelCell(nn.Module):
             none.
 
     Raises:
-        ValueError: ``reduction`` is not from 1 to C.
+        TypeError: ``reduction`` is no int.
+        ValueError: It is not from 1 to C.
     """
 
     def __init__(self, channels: int, reduction: int, output_gate: bool) -> None:
         super().__init__()
+        check_count("reduction", reduction)
         if not 1 <= reduction <= channels:
             raise ValueError(f"reduction must be from 1 to {channels=}, got {reduction=}")
         self.output_gate = output_gate

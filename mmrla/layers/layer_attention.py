@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mmrla.layers.checks import check_count
+
 PLACEMENTS: dict[str, str] = {
     "after": "behind a layer",
     "branch": "on the residual branch, before the addition",
@@ -64,6 +66,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_count("channels", channels)
         self.channels = channels
 
     @abstractmethod

@@ -108,6 +108,8 @@ class MRLALight(_MRLA):
         if fixed_lambda is not None:
             if isinstance(fixed_lambda, bool) or not isinstance(fixed_lambda, (int, float)):
                 raise TypeError(f"fixed_lambda must be a number or None, got {fixed_lambda!r}")
+            if not math.isfinite(fixed_lambda):
+                raise ValueError(f"fixed_lambda must be finite, got {fixed_lambda!r}")
             if recurrence is None:
                 raise ValueError(
                     f"fixed_lambda needs a recurrence, got {fixed_lambda=} with recurrence=None"

@@ -28,7 +28,8 @@ class QueryKeyValue(LayerAttention):
         value_conv: Whether the value is a depthwise 3x3 convolution of x; else it is x.
 
     Raises:
-        TypeError: ``head_channels`` is neither an int nor ``'all'``, ``value_conv`` no bool.
+        TypeError: ``head_channels`` is neither an int nor ``'all'``, ``kernel_size`` no int,
+            ``value_conv`` no bool.
         ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, one with ``'fc'``,
             or an unknown ``projection``.
     """
@@ -61,6 +62,8 @@ class QueryKeyValue(LayerAttention):
         else:
             if kernel_size is None:
                 kernel_size = eca_kernel_size(channels)
+            if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+                raise TypeError(f"kernel_size must be an int, got {kernel_size!r}")
             if kernel_size < 1 or kernel_size % 2 == 0:
                 raise ValueError(f"kernel_size must be odd and positive, got {kernel_size=}")
             self.query = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmrla.layers.checks import check_bool, check_count
 from mmrla.layers.layer_attention import LayerAttention
 
 
@@ -34,6 +35,7 @@ class RecurrentLayerAggregation(LayerAttention):
             only serve that map is there, but frozen.
 
     Raises:
+        TypeError: ``hidden_channels`` is no int, ``concat_output`` no bool.
         ValueError: ``hidden_channels`` is not positive.
     """
 
@@ -45,8 +47,8 @@ class RecurrentLayerAggregation(LayerAttention):
         self, channels: int, hidden_channels: int = 32, concat_output: bool = True
     ) -> None:
         super().__init__(channels)
-        if hidden_channels < 1:
-            raise ValueError(f"hidden_channels must be positive, got {hidden_channels=}")
+        check_count("hidden_channels", hidden_channels)
+        check_bool("concat_output", concat_output)
         self.hidden_channels = hidden_channels
         self.concat_output = concat_output
         self.updates = True

@@ -40,7 +40,7 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
     """The class that ``cfg`` names.
 
     Raises:
-        TypeError: ``cfg`` is no mapping with a ``type``.
+        TypeError: ``cfg`` is no mapping with a ``type``, or the type no layer attention.
         ValueError: The type is unknown.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
@@ -55,6 +55,10 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
         if cls is None:
             allowed = ", ".join(sorted(LAYER_ATTENTIONS.module_dict))
             raise ValueError(f"unknown layer attention {name!r}; allowed: {allowed}")
+    if not isinstance(cls, type) or not issubclass(cls, LayerAttention):
+        raise TypeError(
+            f"layer_attention: type must be a name or a subclass of LayerAttention, got {cls!r}"
+        )
     return cls
 
 
@@ -109,8 +113,10 @@ def build_layer_attention(
     heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
     if heads is not None:
         wanted = kwargs.get("head_channels", heads.default)
-        kwargs["head_channels"] = min(wanted, channels) if isinstance(wanted, int) else wanted
+        fits = isinstance(wanted, int) and not isinstance(wanted, bool)
+        kwargs["head_channels"] = min(wanted, channels) if fits else wanted
     try:
         return cls(channels=channels, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"layer_attention {cls.__name__}: {error}") from error
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"layer_attention {cls.__name__}: {error}") from error

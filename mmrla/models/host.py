@@ -10,8 +10,10 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import nn
 
+from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.models.arguments import check_rate, naming
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
@@ -61,7 +63,8 @@ class LayerAttentionHost:
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
             kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
         )
-        super().__init__(*args, **kwargs)
+        with naming(type(self).__name__, kwargs):
+            super().__init__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
@@ -75,7 +78,8 @@ class LayerAttentionHost:
         """As the ancestor's, or a warm start."""
         if init_weights_warm(self):
             return
-        super().init_weights()
+        with safe_loading():
+            super().init_weights()
         if not _is_pretrained(self.init_cfg):
             # The ancestor initialises every convolution alike, also what starts at zero.
             for plugin in self._plugin_parts():
@@ -143,9 +147,9 @@ def start_plugin(plugin: nn.Module, zero_residual: bool) -> None:
 
 
 def check_drop_path_rate(rate: float | None) -> None:
-    """Raise ValueError unless a stochastic depth rate is None or in [0, 1)."""
-    if rate is not None and not 0 <= rate < 1:
-        raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {rate!r}")
+    """Raise TypeError or ValueError unless a stochastic depth rate is None or in [0, 1)."""
+    if rate is not None:
+        check_rate("mrla_drop_path_rate", rate)
 
 
 def branch_rate(asked: float | None, block: nn.Module) -> float:

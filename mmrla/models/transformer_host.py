@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -9,10 +10,31 @@ from typing import Any
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor
 
+from mmrla.layers.checks import check_count
+from mmrla.models.arguments import check_arch, check_arguments, check_patches, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 
 _NORM_CFG: Mapping[str, Any] = dict(type="LN", eps=1e-6)
+
+
+def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> None:
+    """Raise TypeError or ValueError, naming it, where an argument of a ViT cannot be right."""
+    defaults = {
+        name: parameter.default
+        for cls in reversed(host.__mro__)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    arch = given.get("arch", defaults["arch"])
+    check_arch(arch, host.arch_zoo)
+    check_token_norm(norm_cfg)
+    layers = (host.arch_zoo[arch.lower()] if isinstance(arch, str) else arch)["num_layers"]
+    check_arguments(
+        host, {**given, "norm_cfg": norm_cfg}, outputs=layers, frozen=layers, negative_outputs=True
+    )
+    patch_size = given.get("patch_size", defaults["patch_size"])
+    check_patches(given.get("img_size", defaults["img_size"]), patch_size)
 
 
 class LayerAttentionTransformer(LayerAttentionHost):
@@ -40,11 +62,10 @@ class LayerAttentionTransformer(LayerAttentionHost):
         norm_cfg: Mapping[str, Any] = _NORM_CFG,
         **kwargs: Any,
     ) -> None:
-        if isinstance(mrla_group_size, bool) or not isinstance(mrla_group_size, int):
-            raise TypeError(f"mrla_group_size must be an int, got {mrla_group_size!r}")
-        if mrla_group_size < 1:
-            raise ValueError(f"mrla_group_size must be at least 1, got {mrla_group_size}")
+        check_count("mrla_group_size", mrla_group_size)
         check_drop_path_rate(mrla_drop_path_rate)
+        given = {**dict(zip(("arch", "img_size"), args, strict=False)), **kwargs}
+        check_transformer(type(self), given, norm_cfg)
         super().__init__(*args, layer_attention=layer_attention, norm_cfg=norm_cfg, **kwargs)
         self.mrla_group_size = mrla_group_size
         if layer_attention is not None:

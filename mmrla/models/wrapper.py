@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
+from mmrla.layers.checks import is_count
+from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
 from mmrla.models.host import LayerAttentionHost, _simple, branch_rate, check_drop_path_rate
 from mmrla.registry import MODELS
@@ -236,12 +238,16 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
     ) -> None:
         # Not the ancestor's constructor: it has run in __new__.
         check_drop_path_rate(mrla_drop_path_rate)
+        size = probe_size if isinstance(probe_size, (tuple, list)) else (probe_size, probe_size)
+        if len(size) != 2 or not all(map(is_count, size)):
+            raise ValueError(f"probe_size must be a positive int or a pair, got {probe_size!r}")
         self.layer_attention = layer_attention
         self.keep_mrla_trainable = keeps_mrla_trainable(backbone.get("init_cfg"))
         if layer_attention is None:
             return
-        size = (probe_size, probe_size) if isinstance(probe_size, int) else tuple(probe_size)
         image_shape = (1, backbone.get("in_channels", 3), *size)
+        if norm_cfg is not None:
+            check_config("norm_cfg", norm_cfg)
         norm_cfg = norm_cfg or _norm_cfg_of(self, backbone)
         candidates = _find(self, layers)
         with _watching(candidates):

@@ -528,7 +528,7 @@ def test_narrow_stages_have_one_head():
         (lambda: build("ceit", None, pre_norm=True), "CeiT has no pre_norm, got pre_norm=True"),
         (lambda: build("ceit", None, layer_cfgs=[{}]), "CeiT has no layer_cfgs"),
         (lambda: build("deit-distilled", None, with_cls_token=False), "has a class token, got"),
-        (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "from -1 to 3, there are 3, got 4"),
+        (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "frozen_stages must be from -1 to 3, got 4"),
         (lambda: MRLAResNetCIFAR(21), r"\[20, 56, 110\], got 21"),
         (
             lambda: MRLAVisionTransformer(**TOKENS, with_cls_token=False),

@@ -273,7 +273,10 @@ def test_hosts_refuse_what_they_cannot_take(host, cfg):
             dict(layer_attention=dict(DIA, reduction=0)),
             "reduction .* got reduction=0",
         ),
-        (dict(layer_attention=dict(RLA, hidden_channels=0)), "hidden_channels must be positive"),
+        (
+            dict(layer_attention=dict(RLA, hidden_channels=0)),
+            "hidden_channels must be at least 1",
+        ),
         (dict(layer_attention=dict(LIGHT, head_channels=3)), "head_channels=3"),
         (dict(layer_attention=dict(BASE, reduction=99)), "reduction=99"),
     ],

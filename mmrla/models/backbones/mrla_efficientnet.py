@@ -14,6 +14,7 @@ from mmpretrain.models.backbones import EfficientNet
 from mmpretrain.models.utils import InvertedResidual
 from torch import Tensor, nn
 
+from mmrla.models.arguments import check_arguments
 from mmrla.models.branches import LayerAttentionOnMap
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 from mmrla.registry import MODELS
@@ -55,6 +56,11 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         **kwargs: Any,
     ) -> None:
         check_drop_path_rate(mrla_drop_path_rate)
+        given = {**dict(zip(("arch", "drop_path_rate"), args, strict=False)), **kwargs}
+        arch = given.get("arch", "b0")
+        if not isinstance(arch, str) or arch not in self.arch_settings:
+            raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
+        check_arguments(EfficientNet, given, outputs=7, frozen=6)
         super().__init__(*args, layer_attention=layer_attention, **kwargs)
         if layer_attention is None:
             return

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmdet.models.backbones import PyramidVisionTransformerV2
+from mmdet.models.backbones import PyramidVisionTransformer, PyramidVisionTransformerV2
 from mmdet.models.layers import nlc_to_nchw
 from mmengine.model import BaseModule
 from torch import Tensor
 
 from mmrla.checkpoints.plan import is_warm_start
+from mmrla.layers.checks import check_count
+from mmrla.models.arguments import check_arguments, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 from mmrla.models.warm_start import load_backbone
@@ -68,9 +70,12 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
     ) -> None:
         check_drop_path_rate(mrla_drop_path_rate)
         if arch is not None:
-            if arch not in self.arch_settings:
+            if not isinstance(arch, str) or arch not in self.arch_settings:
                 raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
             kwargs = {**self.arch_settings[arch], **kwargs}
+        check_count("num_stages", stages := kwargs.get("num_stages", 4))
+        check_token_norm(norm_cfg)
+        check_arguments(PyramidVisionTransformer, kwargs, stages=stages, outputs=stages)
         super().__init__(
             layer_attention=layer_attention,
             norm_cfg=norm_cfg,

@@ -18,7 +18,9 @@ from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
 from mmrla.layers import PLACEMENTS
+from mmrla.layers.checks import check_count
 from mmrla.layers.norm import is_plain
+from mmrla.models.arguments import check_arguments, naming
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
@@ -303,12 +305,19 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         plugins: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if depth not in self.arch_settings:
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth not in self.arch_settings:
             raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
         check_drop_path_rate(mrla_drop_path_rate)
-        self.plugins = check_plugins(
-            plugins, kwargs.get("num_stages", 4), self.arch_settings[depth][0].convs
-        )
+        check_count("num_stages", stages := kwargs.get("num_stages", 4))
+        if stages > len(self.arch_settings[depth][1]):
+            most = len(self.arch_settings[depth][1])
+            raise ValueError(f"num_stages must be from 1 to {most}, got num_stages={stages}")
+        given = {**kwargs, "mrla_act_cfg": mrla_act_cfg}
+        check_arguments(ResNet, given, stages=stages, outputs=stages, frozen=stages)
+        if mrla_act_cfg is not None:
+            with naming(type(self).__name__, dict(mrla_act_cfg=mrla_act_cfg)):
+                build_activation_layer(mrla_act_cfg)
+        self.plugins = check_plugins(plugins, stages, self.arch_settings[depth][0].convs)
         # Before the ancestor's constructor, which calls make_res_layer.
         self._block_kwargs = dict(
             layer_attention=layer_attention,

@@ -49,9 +49,8 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
             dilations=(1, 1, 1),
             out_indices=(2,),
         )
-        frozen = kwargs.get("frozen_stages", -1)
-        if not -1 <= frozen <= 3:
-            raise ValueError(f"frozen_stages must be from -1 to 3, there are 3, got {frozen}")
+        if kwargs.get("deep_stem"):
+            raise ValueError(f"deep_stem: a CIFAR ResNet has none, got {kwargs['deep_stem']!r}")
         super().__init__(depth, **{**defaults, **kwargs})
 
     def _stem(self, x: Tensor) -> Tensor:

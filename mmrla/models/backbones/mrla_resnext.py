@@ -6,6 +6,7 @@ from typing import Any
 
 from mmpretrain.models.backbones.resnext import Bottleneck as ResNeXtBottleneck
 
+from mmrla.layers.checks import check_count
 from mmrla.models.backbones.mrla_resnet import LayerAttentionStage, MRLABottleneck, MRLAResNet
 from mmrla.registry import MODELS
 
@@ -40,6 +41,8 @@ class MRLAResNeXt(MRLAResNet):
     def __init__(
         self, depth: int, groups: int = 32, width_per_group: int = 4, **kwargs: Any
     ) -> None:
+        check_count("groups", groups)
+        check_count("width_per_group", width_per_group)
         self.groups = groups
         self.width_per_group = width_per_group
         super().__init__(depth, **kwargs)

@@ -45,8 +45,9 @@ class PluginBlock:
                 raise ValueError(f"plugins: two are called {name!r}; tell them apart by postfix")
             try:
                 module = cls(**self._plugin_arguments(cls, position), **kwargs)
-            except TypeError as error:
-                raise TypeError(f"plugin {cls.__name__}: {error}") from error
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"plugins: plugin {cls.__name__}: {error}") from error
             setattr(self, name, module)
             self.plugin_names = (*self.plugin_names, name)
             if not issubclass(cls, ConvPlugin):

@@ -23,7 +23,7 @@ def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
         ValueError: The type is unknown.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
-        raise TypeError(f"a plugin's cfg must be a dict with a type, got {cfg!r}")
+        raise TypeError(f"plugins: a plugin's cfg must be a dict with a type, got {cfg!r}")
     kind = cfg["type"]
     if isinstance(kind, type):
         return kind
@@ -34,8 +34,8 @@ def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
             n for n, c in MODELS.module_dict.items() if ".models.plugins." in c.__module__
         )
         raise ValueError(
-            f"unknown plugin {kind!r}; allowed: {', '.join(names)}, mmcv's ContextBlock and "
-            "NonLocal2d, or another registered module"
+            f"plugins: unknown plugin {kind!r}; allowed: {', '.join(names)}, mmcv's ContextBlock "
+            "and NonLocal2d, or another registered module"
         )
     return found
 
@@ -92,12 +92,16 @@ def check_plugins(
             raise ValueError(f"plugins: unknown key {min(unknown)!r}; allowed: {sorted(_KEYS)}")
         checked.append({**plugin, "position": _position(plugin, convs)})
         chosen = plugin.get("stages")
-        if chosen is not None and len(chosen) != stages:
+        if chosen is not None and (
+            isinstance(chosen, str) or not isinstance(chosen, Sequence) or len(chosen) != stages
+        ):
             raise ValueError(
                 f"plugins: stages must have one entry for each of {stages} stages, got {chosen!r}"
             )
         blocks = plugin.get("blocks")
-        if blocks is not None and not all(isinstance(index, int) for index in blocks):
+        if blocks is not None and (
+            not isinstance(blocks, Sequence) or not all(type(index) is int for index in blocks)
+        ):
             raise ValueError(f"plugins: blocks must be indices of blocks, got {blocks!r}")
     return tuple(checked)
 

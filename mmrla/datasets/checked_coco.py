@@ -1,0 +1,201 @@
+"""mmdet's COCO dataset, which does not train on bad data without saying so."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mmcv
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.logging import print_log
+
+from mmrla.datasets.coco_check import (
+    ERRORS,
+    FATAL,
+    DataError,
+    Finding,
+    check_coco,
+    drop_bad,
+    image_fault,
+    read_annotations,
+    summary,
+)
+from mmrla.registry import DATASETS
+
+ON_BAD = ("skip", "raise")
+_SHOWN = 5
+# Kinds that say that an image cannot be read, or not safely.
+_OF_IMAGES = frozenset(
+    {"path-escape", "missing-image", "unreadable-image", "truncated-image", "size-mismatch"}
+)
+
+
+@DATASETS.register_module()
+class CheckedCocoDataset(CocoDataset):
+    """mmdet's ``CocoDataset`` with a check of the annotation file and the images.
+
+    When it is built, the annotation file is checked (see :data:`mmrla.datasets.coco_check.ERRORS`)
+    and each image looked for, by one listing of its folder. Each image file is looked at right
+    before it is read in training: format, size and end of the file.
+
+    On a set without errors it holds what mmdet's does.
+
+    Args:
+        on_bad: ``'skip'`` leaves out images and annotations with errors, with a count for each
+            kind in the log. ``'raise'`` stops with the first few. What concerns the whole file
+            always stops: not JSON or COCO's format, categories that would shift labels. In
+            ``test_mode`` a bad image always stops: without it the metrics would be of another set.
+        allow: Kinds of errors to leave to mmdet, such as ``('zero-area',)``.
+        files: How closely to look at image files when the dataset is built, as in
+            :func:`mmrla.datasets.coco_check.check_coco`: ``'names'`` (default), ``'headers'`` or
+            ``'decode'``.
+        **kwargs: As in mmdet's.
+
+    Raises:
+        ValueError: An unknown ``on_bad``, ``files`` or kind in ``allow``.
+        mmrla.datasets.coco_check.DataError: Bad data, as said above, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        on_bad: str = "skip",
+        allow: Sequence[str] = (),
+        files: str = "names",
+        **kwargs: Any,
+    ) -> None:
+        if on_bad not in ON_BAD:
+            raise ValueError(f"on_bad must be one of {ON_BAD}, got {on_bad!r}")
+        if files not in ("names", "headers", "decode"):
+            raise ValueError(f"files must be 'names', 'headers' or 'decode', got {files!r}")
+        allow = (allow,) if isinstance(allow, str) else tuple(allow)
+        unknown = [kind for kind in allow if kind not in ERRORS]
+        if unknown:
+            raise ValueError(f"allow must name kinds of {sorted(ERRORS)}, got {unknown}")
+        self.on_bad = on_bad
+        self.allow = allow
+        self.files = files
+        # In shared memory, so that the processes of a dataloader count together.
+        self.skipped_images = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._needs_masks = _loads_masks(kwargs.get("pipeline") or ())
+        super().__init__(*args, **kwargs)
+
+    def COCOAPI(self, path: str) -> Any:  # what the ancestor calls to read its file
+        """The COCO index of an annotation file, checked."""
+        content = read_annotations(path)
+        # Where images do not lie in local files, their backend tells when they are read.
+        folder = self.data_prefix.get("img") or "."
+        findings = check_coco(
+            content,
+            self.ann_file,
+            None if "://" in folder else folder,
+            classes=self.metainfo.get("classes"),
+            need_masks=self._needs_masks,
+            files=self.files,
+        )
+        errors = [f for f in findings if f.severity == "error" and f.kind not in self.allow]
+        self._refuse(errors)
+        if errors:
+            before = len(content["images"]), len(content["annotations"])
+            content = drop_bad(content, errors)
+            left = len(content["images"]), len(content["annotations"])
+            print_log(
+                f"data: {self.ann_file}: {summary(errors)}; left out {before[0] - left[0]} of "
+                f"{before[0]} images and {before[1] - left[1]} of {before[1]} annotations "
+                "(mmrla check-data lists them)",
+                logger="current",
+                level=logging.WARNING,
+            )
+            if not all(left):
+                raise DataError(_message(self.ann_file, errors, "nothing is left to train on"))
+        warned = [f for f in findings if f.severity == "warning"]
+        if warned:
+            print_log(f"data: {self.ann_file}: {summary(warned)}", logger="current")
+        return _index(content)
+
+    def _refuse(self, errors: Sequence[Finding]) -> None:
+        fatal = [f for f in errors if f.kind in FATAL]
+        if fatal:
+            raise DataError(_message(self.ann_file, fatal, "cannot be used"))
+        if errors and self.on_bad == "raise":
+            raise DataError(_message(self.ann_file, errors, "on_bad='raise'"))
+        images = [f for f in errors if f.kind in _OF_IMAGES]
+        if images and self.test_mode:
+            raise DataError(_message(self.ann_file, images, "evaluation needs every image"))
+
+    def filter_data(self) -> list[dict]:
+        """As the ancestor's, and an error where nothing is left, which mmengine cannot hold."""
+        kept = super().filter_data()
+        if not kept:
+            raise DataError(
+                f"{self.ann_file}: none of {len(self.data_list)} images is left after "
+                f"filter_cfg={self.filter_cfg} with classes {str(self.metainfo['classes'])[:120]}"
+            )
+        return kept
+
+    def prepare_data(self, idx: int) -> Any:
+        """As the ancestor's, after a look at the image file.
+
+        Returns:
+            What the pipeline makes of it; None for an image that is skipped, so that the caller
+            takes another one.
+
+        Raises:
+            DataError: The image is bad, and is not to be skipped.
+        """
+        info = self.get_data_info(idx)
+        path = info["img_path"]
+        fault = None
+        if "://" not in path:
+            fault = image_fault(path, (info["width"], info["height"]))
+        if fault is None or fault[0] in self.allow:
+            try:
+                return self.pipeline(info)
+            except Exception as error:
+                # Is it the image, or something else in the pipeline?
+                fault = None if "://" in path else _decode_fault(path, error)
+                if fault is None:
+                    raise DataError(f"{path}: the pipeline fails on it: {error!r}") from error
+        kind, text = fault
+        if self.on_bad == "raise" or self.test_mode:
+            raise DataError(f"{kind}: {path}: {text}")
+        self.skipped_images += 1
+        print_log(
+            f"data: skipped an image while training, {int(self.skipped_images)} so far: {kind}: "
+            f"{path}: {text}",
+            logger="current",
+            level=logging.WARNING,
+        )
+        return None
+
+
+def _decode_fault(path: str, error: Exception) -> tuple[str, str] | None:
+    fault = image_fault(path, decode=True)
+    if fault is None and mmcv.imread(path) is None:
+        fault = "unreadable-image", f"OpenCV reads no such image ({str(error)[:120]})"
+    return fault
+
+
+def _loads_masks(pipeline: Sequence[Any]) -> bool:
+    return any(isinstance(step, Mapping) and step.get("with_mask") for step in pipeline)
+
+
+def _message(ann_file: str, errors: Sequence[Finding], why: str) -> str:
+    shown = "; ".join(f"{f.kind}: {f.text}" for f in errors[:_SHOWN])
+    more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+    return (
+        f"bad data in {os.path.abspath(ann_file)} ({why}): {summary(errors)}: {shown}{more} "
+        "(mmrla check-data lists all)"
+    )
+
+
+def _index(content: dict[str, Any]) -> Any:
+    index = CocoDataset.COCOAPI()
+    index.dataset = content
+    index.createIndex()
+    # mmdet's names for them, which it sets before there is anything.
+    index.img_ann_map, index.cat_img_map = index.imgToAnns, index.catToImgs
+    return index

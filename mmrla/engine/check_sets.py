@@ -1,0 +1,222 @@
+"""``mmrla check-data``: finds the sets in a folder or of a config, and reports on each."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmrla.datasets.coco_check import (
+    IMAGE_SUFFIXES,
+    DataError,
+    Finding,
+    check_class_folders,
+    check_coco,
+    count_kinds,
+    read_annotations,
+)
+from mmrla.engine.data_check import SPLITS, _datasets, _join
+
+
+@dataclass
+class DataSet:
+    """One set to look at."""
+
+    images: Path
+    """Folder of images, or of class folders."""
+    ann_file: Path | None = None
+    """In COCO's format; None: class folders."""
+    classes: Sequence[str] | None = None
+    need_masks: bool | None = None
+    used_as: list[str] = field(default_factory=list)
+    """Places in the config."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        of = f"{self.ann_file}, images in {self.images}" if self.ann_file else str(self.images)
+        return f"{of} ({', '.join(self.used_as)})" if self.used_as else of
+
+    def check(self, decode: bool, workers: int) -> list[Finding]:
+        """What is wrong with it."""
+        if self.ann_file is None:
+            return check_class_folders(self.images, decode=decode, workers=workers)
+        try:
+            content = read_annotations(self.ann_file)
+        except DataError as error:
+            return [Finding("not-json", str(error), str(self.ann_file))]
+        return check_coco(
+            content,
+            self.ann_file,
+            self.images,
+            classes=self.classes,
+            need_masks=self.need_masks,
+            files="decode" if decode else "headers",
+            workers=workers,
+        )
+
+
+def sets_in(root: str | Path) -> list[DataSet]:
+    """The sets of a folder.
+
+    ``annotations/instances_NAME.json`` beside ``NAME/`` or ``images/NAME/``, as COCO has them, any
+    other JSON in ``annotations/`` whose name ends with that of a folder, or class folders of
+    images, directly or in ``train/``, ``val/`` and ``test/``.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: No set is found in it, or nobody can tell where an annotation file's images are.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {root.absolute()}")
+    files = sorted((root / "annotations").glob("*.json"))
+    instances = [path for path in files if path.name.startswith("instances_")]
+    found = []
+    for path in instances or files:
+        images = _images_beside(root, path)
+        if images is None:
+            raise ValueError(
+                f"{path}: no folder of images of that name in {root.absolute()}; name both with "
+                "--ann FILE --images DIR"
+            )
+        found.append(DataSet(images, path))
+    if found:
+        return found
+    splits = [root / name for name in SPLITS if (root / name).is_dir()]
+    folders = [folder for folder in splits or [root] if _has_class_folders(folder)]
+    if not folders:
+        raise ValueError(
+            f"no set in {root.absolute()}: neither annotations/*.json nor folders of images for "
+            "each class; name what is elsewhere with --ann FILE --images DIR"
+        )
+    return [DataSet(folder) for folder in folders]
+
+
+def _images_beside(root: Path, ann_file: Path) -> Path | None:
+    name = re.sub(r"^instances?_", "", ann_file.stem)
+    names = [name, *(name.rpartition("_")[2:]), re.sub(r"\d{4}$", "", name)]
+    for folder in (root, root / "images"):
+        for candidate in names:
+            if candidate and (folder / candidate).is_dir():
+                return folder / candidate
+    images = root / "images"
+    return images if images.is_dir() else None
+
+
+def _has_class_folders(folder: Path) -> bool:
+    return any(
+        entry.suffix.lower() in IMAGE_SUFFIXES
+        for child in folder.iterdir()
+        if child.is_dir()
+        for entry in child.iterdir()
+    )
+
+
+def sets_of_config(cfg: Config) -> list[DataSet]:
+    """The sets in COCO's format, or of class folders, that a config's dataloaders read.
+
+    With the classes that the config names, or those of its dataset's class, and whether masks are
+    loaded. A set that is used twice in one way is there once.
+
+    Raises:
+        ValueError: The config names no local set of these kinds.
+    """
+    found: dict[Any, DataSet] = {}
+    for split in SPLITS:
+        loader = f"{split}_dataloader"
+        for where, dataset in _datasets(cfg.get(loader), loader):
+            one = _set_of(dataset)
+            if one is None:
+                continue
+            key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks)
+            found.setdefault(key, one).used_as.append(where)
+    if not found:
+        raise ValueError("the config names no local set in COCO's format or of class folders")
+    return list(found.values())
+
+
+def _set_of(dataset: Any) -> DataSet | None:
+    root, kind = dataset.get("data_root") or "", str(dataset.get("type")).rpartition(".")[2]
+    prefix = dataset.get("data_prefix") or {}
+    if kind in ("ImageNet", "CustomDataset") and not dataset.get("ann_file"):
+        folder = prefix if isinstance(prefix, str) else prefix.get("img_path", "")
+        path = _join(root, folder or dataset.get("split") or "")
+        return None if "://" in path else DataSet(Path(path))
+    if not kind.endswith("CocoDataset") or not dataset.get("ann_file"):
+        return None
+    images, ann_file = _join(root, prefix.get("img") or ""), _join(root, dataset["ann_file"])
+    if "://" in images or "://" in ann_file:
+        return None
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if classes is None:
+        from mmdet.datasets import CocoDataset
+
+        classes = CocoDataset.METAINFO["classes"]
+    pipeline = dataset.get("pipeline") or ()
+    masks = any(step.get("with_mask") for step in pipeline)
+    return DataSet(Path(images or root or "."), Path(ann_file), classes, masks)
+
+
+def report(
+    sets: Iterable[DataSet],
+    *,
+    decode: bool = False,
+    workers: int = 1,
+    allow: Sequence[str] = (),
+    limit: int = 20,
+    details: list[dict[str, Any]] | None = None,
+) -> Iterator[str | int]:
+    """Lines about each set, then the number of errors.
+
+    Args:
+        sets: What to look at.
+        decode: Whether to decode all images.
+        workers: Processes that look at images.
+        allow: Kinds of errors that do not count.
+        limit: Findings of a kind that are listed, 0 for all.
+        details: Gets a dict for each set, with all findings.
+
+    Yields:
+        Lines; at last the number of errors.
+    """
+    errors = 0
+    for one in sets:
+        findings = one.check(decode, workers)
+        own = sum(f.severity == "error" and f.kind not in allow for f in findings)
+        errors += own
+        yield f"{one.title}: {own} errors, {len(findings) - own} warnings"
+        counts = count_kinds(findings)
+        for kind, count in counts.items():
+            yield f"  {count:>8} {kind}"
+        for kind, count in counts.items():
+            listed = [f for f in findings if f.kind == kind]
+            for finding in listed[: limit or None]:
+                yield f"  {finding}"
+            if limit and count > limit:
+                yield f"  ... and {count - limit} more {kind} (--limit 0 or --json shows all)"
+        if details is not None:
+            details.append(
+                dict(
+                    images=str(one.images),
+                    ann_file=str(one.ann_file) if one.ann_file else None,
+                    used_as=one.used_as,
+                    errors=own,
+                    counts=counts,
+                    findings=[finding.to_dict() for finding in findings],
+                )
+            )
+    yield errors
+
+
+def write_json(details: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Write the report to ``path`` and nowhere else."""
+    path = Path(path)
+    if path.is_symlink():
+        path.unlink()  # replaced, not followed
+    path.write_text(json.dumps(dict(sets=details), indent=1, ensure_ascii=True) + "\n")

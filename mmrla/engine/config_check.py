@@ -1,0 +1,180 @@
+"""Mistakes in configs: a misspelt key, a wrong type or a missing base is one line that names it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+
+# What mmengine's runner takes from a config, and what tools read beside it.
+_TOP = frozenset(
+    {"model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg",
+     "val_cfg", "test_cfg", "auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator",
+     "test_evaluator", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
+     "launcher", "env_cfg", "log_processor", "log_level", "visualizer", "default_scope",
+     "randomness", "experiment_name", "custom_imports", "runner_type", "model_wrapper_cfg",
+     "allow_missing", "find_unused_parameters"}
+)  # fmt: skip
+# Of a dataloader, what mmengine takes out before torch's sees the rest.
+_LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
+                     "num_batch_per_epoch", "seed"})  # fmt: skip
+
+
+def read_config(path: str) -> Config:
+    """Read a config file.
+
+    Raises:
+        ValueError: It, or one of its bases, cannot be read; one line that names the file.
+        FileNotFoundError: A base is not there.
+    """
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # configs are Python, which may raise anything
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        text = " ".join(str(error).split())[:300]
+        raise kind(f"config {path}: {type(error).__name__}: {text}") from error
+
+
+def check_config(cfg: Config, splits: Iterable[str]) -> None:
+    """Raise where a config cannot be meant so; builds nothing.
+
+    Args:
+        cfg: The config, after all options.
+        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
+
+    Raises:
+        TypeError: A part of it is of the wrong type.
+        ValueError: A key is misspelt, or a type is not registered.
+    """
+    for key in cfg:
+        close = difflib.get_close_matches(key, _TOP, n=1, cutoff=0.85)
+        if key not in _TOP and close and isinstance(cfg[key], (Mapping, list)):
+            raise ValueError(f"unknown key {key!r} of the config; did you mean {close[0]!r}?")
+    _mapping(cfg.get("model"), "model")
+    for split in splits:
+        loader = f"{split}_dataloader"
+        if cfg.get(loader) is None:
+            if split == "train":
+                raise TypeError(f"{loader} must be a dict, got {cfg.get(loader)!r}")
+            continue
+        _check_loader(_mapping(cfg[loader], loader), loader)
+    if "train" in splits:
+        _check_train_cfg(_mapping(cfg.get("train_cfg"), "train_cfg"))
+        optimizer = _mapping(cfg.get("optim_wrapper"), "optim_wrapper")
+        if "constructor" not in optimizer:
+            _mapping(optimizer.get("optimizer"), "optim_wrapper.optimizer")
+    schedulers = cfg.get("param_scheduler") or ()
+    if not isinstance(schedulers, (Mapping, Sequence)) or isinstance(schedulers, str):
+        raise TypeError(f"param_scheduler must be a dict or a list of them, got {schedulers!r}")
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where} must be a dict, got {value!r}")
+    return value
+
+
+def _unknown(key: str, where: str, allowed: Iterable[str]) -> ValueError:
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+    return ValueError(f"unknown key {key!r} of {where}; {hint}")
+
+
+def _check_loader(loader: Mapping[str, Any], where: str) -> None:
+    from torch.utils.data import DataLoader
+
+    allowed = _LOADER | set(inspect.signature(DataLoader).parameters)
+    for key in loader:
+        if key not in allowed and not key.startswith("_"):
+            raise _unknown(key, where, allowed)
+    size = loader.get("batch_size", 1)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise TypeError(f"{where}.batch_size must be an int from 1, got {size!r}")
+    workers = loader.get("num_workers", 0)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise TypeError(f"{where}.num_workers must be an int from 0, got {workers!r}")
+
+
+def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
+    from mmengine.registry import LOOPS
+
+    by_epoch = train_cfg.get("by_epoch", True)
+    kind = train_cfg.get("type", "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop")
+    loop = LOOPS.get(kind) if isinstance(kind, str) else kind
+    if loop is None:
+        raise ValueError(f"train_cfg: unknown type {kind!r}")
+    parameters = inspect.signature(loop).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        allowed = {"type", "by_epoch", *parameters} - {"runner", "dataloader"}
+        for key in train_cfg:
+            if key not in allowed and not key.startswith("_"):
+                raise _unknown(key, "train_cfg", allowed)
+    for name in ("max_epochs", "max_iters", "val_interval"):
+        value = train_cfg.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"train_cfg.{name} must be an int, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"train_cfg.{name} must be at least 1, got {value}")
+
+
+def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
+    """Build what surrounds the model and drop it; no annotation is read.
+
+    Args:
+        cfg: The config, whose default scope is in force.
+        model: The model, for the optimizer.
+        splits: As in :func:`check_config`.
+
+    Raises:
+        ValueError: A part refuses its config; the message names the part.
+    """
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
+
+    from mmrla.engine.data_check import _datasets, evaluators
+
+    for split in splits:
+        where = f"{split}_dataloader"
+        for place, dataset in _datasets(cfg.get(where), where):
+            with _naming(place):
+                DATASETS.build({**dataset, "lazy_init": True})
+        for place, evaluator in evaluators(cfg, split):
+            _registered(METRICS, evaluator, place)
+    for index, hook in enumerate(cfg.get("custom_hooks") or ()):
+        _registered(HOOKS, hook, f"custom_hooks[{index}]")
+    if "train" in splits:
+        if "constructor" not in cfg.optim_wrapper:
+            _registered(OPTIMIZERS, cfg.optim_wrapper.optimizer, "optim_wrapper.optimizer")
+        with _naming("optim_wrapper"):
+            build_optim_wrapper(model, cfg.optim_wrapper)
+        schedulers = cfg.get("param_scheduler") or ()
+        schedulers = [schedulers] if isinstance(schedulers, Mapping) else schedulers
+        for index, scheduler in enumerate(schedulers):
+            _registered(PARAM_SCHEDULERS, scheduler, f"param_scheduler[{index}]")
+
+
+def _registered(registry: Any, cfg: Any, where: str) -> None:
+    kind = _mapping(cfg, where).get("type") if not inspect.isclass(cfg) else cfg
+    # As build does: a name without a prefix is looked for in the default scope.
+    with registry.switch_scope_and_registry(None) as scoped:
+        if kind is None or (isinstance(kind, str) and scoped.get(kind) is None):
+            raise ValueError(f"{where}: unknown type {kind!r}")
+
+
+class _naming:
+    """Puts the place in the config in front of what a part's constructor raises."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            text = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"{self.where}: {text}") from error

@@ -1,0 +1,161 @@
+"""Mistakes in configs, tried through ``train.py --dry-run``: one line that names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mmrla.cli import main
+from mmrla.datasets import generate_shapes
+from tests.conftest import ROOT
+
+DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return generate_shapes(tmp_path_factory.mktemp("fuzz") / "data", num_train=2, num_val=1)
+
+
+def dry_run(config: object, data: Path, *options: str) -> int:
+    DefaultScope._instance_dict.clear()
+    words = ["train", str(config), "--data-root", str(data), "--dry-run"]
+    try:
+        main([*words, *(["--cfg-options", *options] if options else [])])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def error_of(text: str) -> str:
+    """The one line of an error, in what a command wrote to stderr."""
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(line) < 1000
+    return line
+
+
+def test_the_config_itself_is_fine(data, capsys):
+    assert dry_run(DEMO, data) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("model=3", "model must be a dict, got 3"),
+        ("model.backbone.depth=many", "depth must be one of"),
+        ("model.backbone.layer_attention=MRLALight", "layer_attention must be None or a dict"),
+        ("model.backbone.norm_eval=yes", "norm_eval must be a bool, got 'yes'"),
+        ("model.backbone.out_indices=3", "out_indices must be a sequence of ints, got 3"),
+        ("model.type=MaskRCN", "MaskRCN"),
+        ("train_dataloader.batch_size=two", "train_dataloader.batch_size must be an int"),
+        ("train_dataloader.dataset.type=CocoDatset", "train_dataloader.dataset: 'CocoDatset"),
+        ("train_dataloader.dataset.on_bad=perhaps", "on_bad must be one of"),
+        (
+            "train_dataloader.dataset.pipeline.0.type=LoadImge",
+            "dataset: 'LoadImge",
+        ),
+        ("train_dataloader=None", "train_dataloader must be a dict, got None"),
+        ("train_cfg.max_epochs=many", "train_cfg.max_epochs must be an int, got 'many'"),
+        ("train_cfg.max_epochs=0", "train_cfg.max_epochs must be at least 1"),
+        ("trian_cfg.max_epochs=1", "unknown key 'trian_cfg' of the config; did you mean 'train_c"),
+        ("optim_wrapper.optimizer.lr=fast", "optim_wrapper: "),
+        ("optim_wrapper.optimizer.type=Adan", "optim_wrapper.optimizer: unknown type 'Adan'"),
+        ("param_scheduler=3", "param_scheduler must be a dict or a list of them, got 3"),
+        ("param_scheduler.0.type=LinearL", "param_scheduler[0]: unknown type 'LinearL'"),
+        ("param_scheduler.7.type=LinearLR", "Index 7"),
+        ("val_evaluator.type=CocoMetrc", "val_evaluator: unknown type 'CocoMetrc'"),
+    ],
+    ids=lambda value: value if "=" in value else "",
+)
+def test_options(option, named, data, capsys):
+    assert dry_run(DEMO, data, option) == 2
+    assert named in error_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("_base_ = './not_there.py'", "not_there.py"),
+        ("_base_ = 'mmdet::no/such.py'", "no/such.py"),
+        ("_base_ = 'mmrla::mask_rcnn_r50_mrla_2x.py'", "did you mean mask_rcnn_r50_mrla_1x"),
+        ("_base_ = 'mmrla::../../cli.py'", "leads out of mmrla's configs"),
+        ("_base_ = 3", "AttributeError"),
+        ("_base_ = ['mmrla::mask_rcnn_r50_mrla_1x.py', 'mmrla::retinanet_r50_mrla_1x.py']",
+         "Duplicate key"),
+        ("model = dict(", "SyntaxError"),
+        ("model = undefined", "undefined"),
+        ("x = 1 / 0", "ZeroDivisionError"),
+        ("", "model must be a dict, got None"),
+        ("custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)",
+         "no_such_module"),
+    ],
+    ids=["base", "mmdet", "mmrla", "climbing", "wrong type", "two bases", "syntax", "name",
+         "arithmetic", "empty", "imports"],
+)  # fmt: skip
+def test_files(text, named, data, tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text(text)
+    assert dry_run(config, data) == 2
+    line = error_of(capsys.readouterr().err)
+    assert named in line
+    if text:
+        assert str(config) in line
+
+
+SECTIONS = [
+    "model", "model.backbone", "model.backbone.layer_attention", "model.neck", "model.rpn_head",
+    "model.roi_head", "model.roi_head.bbox_head", "model.roi_head.mask_head", "train_dataloader",
+    "train_dataloader.dataset", "val_dataloader", "train_cfg", "optim_wrapper.optimizer",
+]  # fmt: skip
+
+
+def misspelt_key_is_named(draw, data: Path, capsys) -> None:
+    from hypothesis import strategies as st
+
+    section = draw(st.sampled_from(SECTIONS))
+    cfg = Config.fromfile(DEMO)
+    keys = sorted(key for key in at(cfg, section) if not key.startswith("_"))
+    key = draw(st.sampled_from(keys))
+    place = draw(st.integers(0, len(key) - 1))
+    how = draw(st.sampled_from(["dropped", "doubled", "other"]))
+    middle = {"dropped": "", "doubled": key[place] * 2, "other": "q"}[how]
+    wrong = key[:place] + middle + key[place + 1 :]
+    if not wrong or wrong in keys:
+        return
+    assert dry_run(DEMO, data, f"{section}.{wrong}=1") == 2, f"{section}.{wrong}"
+    line = error_of(capsys.readouterr().err)
+    assert wrong in line, line
+
+
+def at(cfg: Config, section: str):
+    for name in section.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def run_fuzz(examples: int, data: Path, capsys) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+
+    @hypothesis.settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(draw=hypothesis.strategies.data())
+    def check(draw):
+        misspelt_key_is_named(draw.draw, data, capsys)
+
+    check()
+
+
+def test_misspelt_keys(data, capsys):
+    run_fuzz(15, data, capsys)
+
+
+@pytest.mark.slow
+def test_misspelt_keys_at_length(data, capsys):
+    run_fuzz(300, data, capsys)
