@@ -20,3 +20,7 @@ model = dict(
 )
 
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, weight_decay=0.0001))
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(type="mmrla.ResumableTrainLoop")
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

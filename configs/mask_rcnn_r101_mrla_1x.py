@@ -15,3 +15,7 @@ model = dict(
 
 # Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
 custom_hooks = [dict(type="SyncBuffersHook")]
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(type="mmrla.ResumableTrainLoop")
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

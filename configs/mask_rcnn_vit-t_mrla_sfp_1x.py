@@ -32,3 +32,7 @@ optim_wrapper = dict(
         custom_keys={".cls_token": dict(decay_mult=0.0), ".pos_embed": dict(decay_mult=0.0)},
     ),
 )
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(type="mmrla.ResumableTrainLoop")
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

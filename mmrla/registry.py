@@ -7,6 +7,7 @@ modules themselves load on first use.
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
@@ -21,6 +22,7 @@ __all__ = [
     "DATASETS",
     "HOOKS",
     "LAYER_ATTENTIONS",
+    "LOOPS",
     "METRICS",
     "MODELS",
     "TRANSFORMS",
@@ -42,6 +44,7 @@ WEIGHT_INITIALIZERS = _child("weight initializer", MMENGINE_WEIGHT_INITIALIZERS,
 DATASETS = _child("dataset", MMENGINE_DATASETS, "mmrla.datasets")
 TRANSFORMS = _child("transform", MMENGINE_TRANSFORMS, "mmrla.datasets")
 HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
+LOOPS = _child("loop", MMENGINE_LOOPS, "mmrla.engine")
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")
 VISBACKENDS = _child("vis_backend", MMENGINE_VISBACKENDS, "mmrla.engine")

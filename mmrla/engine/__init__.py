@@ -5,11 +5,14 @@ from mmrla.engine.errors import reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
+from mmrla.engine.resume import AtomicCheckpointHook, ResumableTrainLoop
 
 __all__ = [
+    "AtomicCheckpointHook",
     "CheckLoadHook",
     "FasterCocoMetric",
     "LayerAttentionVisHook",
+    "ResumableTrainLoop",
     "build_runner",
     "check_data",
     "init_cpu_distributed",
