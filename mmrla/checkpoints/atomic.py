@@ -151,7 +151,8 @@ def damage(path: str | Path) -> str | None:
     try:
         load_file(path)  # torch's format before 1.6
     except CheckpointError as error:
-        return None if "objects besides tensors" in str(error) else str(error)
+        message = str(error).removeprefix(f"{path}: ")
+        return None if "objects besides tensors" in message else message
     return None
 
 

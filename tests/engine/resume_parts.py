@@ -11,7 +11,8 @@ from mmengine.registry import OPTIM_WRAPPERS
 
 from mmrla.checkpoints import atomic
 
-# "iter_6.pth": die when half of this file has been written. "iter_6.pth:named": just after it.
+# "iter_6.pth": die when half of this file has been written. "iter_6.pth:named": just after that.
+# "iter_6.pth:noted": once last_checkpoint names it, before anything else happens.
 DIE = os.environ.get("MMRLA_TEST_DIE", "")
 
 
@@ -43,10 +44,13 @@ def _dying_fsync(descriptor: int) -> None:
 
 def _dying_replace(source, target) -> None:
     _replace(source, target)
-    if f"{os.path.basename(target)}:named" == DIE:
+    name = os.path.basename(target)
+    _named.append(name)
+    if DIE in (f"{name}:named", f"{_named[-2]}:noted" if name == "last_checkpoint" else ""):
         _die()
 
 
+_named = [""]
 _fsync, _replace = os.fsync, os.replace
 if DIE:
     atomic.os.fsync = _dying_fsync

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks one that trains for each line that it reads.
 
-So a test can start, kill and resume runs of tools/train.py without waiting for imports. The runs are
-processes of their own, leaders of their process groups.
+So a test can start, kill and resume runs of tools/train.py without waiting for imports. The runs
+are processes of their own, leaders of their process groups.
 """
 
 from __future__ import annotations
