@@ -185,7 +185,7 @@ def latest_intact(work_dir: str | Path) -> str | None:
     newest = sorted(numbered, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
     known = {p.absolute() for p in candidates}
     candidates += [p for p in newest if p.absolute() not in known]
-    bad = {}
+    bad: dict[Path, str] = {}
     for path in candidates:
         wrong = damage(path)
         if wrong is None:

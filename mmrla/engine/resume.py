@@ -119,6 +119,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         ValueError: The dataloader makes no batches of indices.
     """
 
+    _epoch: int
+    _iter: int
+
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, **kwargs: Any) -> None:
         super().__init__(runner, dataloader, **kwargs)
         batches = self.dataloader.batch_sampler
@@ -131,7 +134,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             batches = ResumableBatches(batches)
             # Past the dataloader's guard: a new one would lose batch_size and sampler, which hooks
             # read. It looks its batch sampler up when an epoch begins.
-            vars(self.dataloader)["batch_sampler"] = batches
+            self.dataloader.__dict__["batch_sampler"] = batches
         self._batches = batches
 
     def run_epoch(self) -> None:
@@ -187,6 +190,8 @@ class AtomicCheckpointHook(CheckpointHook):
         mmrla.checkpoints.files.CheckpointError: A checkpoint cannot be written, with the path, the
             space it takes and the space there is; or all that one could resume from are damaged.
     """
+
+    backend_args: dict[str, Any] | None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
