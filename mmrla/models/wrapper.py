@@ -19,7 +19,13 @@ from torch.func import functional_call
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
-from mmrla.models.host import LayerAttentionHost, _simple, branch_rate, check_drop_path_rate
+from mmrla.models.host import (
+    LayerAttentionHost,
+    _simple,
+    branch_rate,
+    check_drop_path_rate,
+    rest_unreached,
+)
 from mmrla.registry import MODELS
 
 # How backbones of mm packages name their layers; the first that is there is taken.
@@ -260,6 +266,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             )
         if hasattr(self.joined_from[1], "_freeze_stages"):
             self._freeze_stages()
+        rest_unreached(self, image_shape)
 
 
 def _name(backbone: Any) -> str:

@@ -311,12 +311,6 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def zygote():
-    with Zygote() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def runs(zygote, tmp_path_factory):
     return Runs(zygote, tmp_path_factory.mktemp("runs"), epochs=2)
 
