@@ -1,4 +1,4 @@
-"""What test_distribution.py runs in several processes: CASE..., with RANK, WORLD_SIZE and STORE set.
+"""What test_distribution.py runs in several processes: CASE ... with RANK, WORLD_SIZE, STORE set.
 
 Each case compares in every process and raises where something differs; gloo on the CPU, float64.
 """
@@ -44,7 +44,7 @@ def build(host: str, attention: dict | None, **more) -> nn.Module:
     with_heads = attention is not None and attention["type"] in (*KINDS, "MLA", "LinearRLA")
     if with_heads and host in ("resnet", "resnext"):
         attention = dict(head_channels=heads) | attention
-    return cls(**kwargs, layer_attention=attention, **more)
+    return cls(**{**kwargs, **more}, layer_attention=attention)
 
 
 def fill(model: nn.Module) -> nn.Module:
@@ -85,7 +85,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], where: str
     for key, value in expected.items():
         error = (got[key] - value).abs().max().item()
         # Of its own size, or of rounding beside the largest.
-        bound = 1e-8 * value.abs().max().item() + 1e-13 * scale
+        bound = 1e-9 * value.abs().max().item() + 1e-13 * scale
         assert error <= bound, (where, key, error, value.abs().max().item(), scale)
 
 
@@ -93,7 +93,10 @@ def networks(every: bool):
     """Every host, with both kinds of MRLA or one of them in turn, and wrapped backbones."""
     for number, host in enumerate(HOSTS):
         for kind in KINDS if every else KINDS[number % 2 :][:1]:
-            yield f"{host} {kind}", fill(build(host, dict(type=kind)).train())
+            # mmpretrain resizes position embeddings in float32.
+            more = dict(img_size=64) if "img_size" in HOSTS[host][1] else {}
+            more["drop_path_rate"] = 0.0
+            yield f"{host} {kind}", fill(build(host, dict(type=kind), **more).train())
     for name in ("regnet", "swin") if every else ("regnet",):
         attention = dict(type="MRLALight", head_channels=8)
         yield f"wrapper {name}", fill(wrapped(BACKBONES[name], layer_attention=attention).train())

@@ -1,13 +1,17 @@
-"""What the configs of test_resume.py add to a run, imported by them by name."""
+"""What configs of these tests add to a run, imported by them by name."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import time
+from pathlib import Path
 
 import torch
+from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 
 from mmrla.checkpoints import atomic
 
@@ -55,3 +59,28 @@ _fsync, _replace = os.fsync, os.replace
 if DIE:
     atomic.os.fsync = _dying_fsync
     atomic.os.replace = _dying_replace
+
+
+@HOOKS.register_module()
+class FailingHook(Hook):
+    """The process of rank MMRLA_TEST_RANK fails in its second step, MMRLA_TEST_HOW."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        rank = os.environ.get("RANK", "0")
+        if runner.iter != 1 or rank != os.environ.get("MMRLA_TEST_RANK"):
+            return
+        Path(runner.work_dir, "failed_at").write_text(str(time.time()))
+        if os.environ["MMRLA_TEST_HOW"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a wire came loose")
+
+
+@HOOKS.register_module()
+class DigestHook(Hook):
+    """Each process writes a digest of its weights at the end."""
+
+    def after_train(self, runner):
+        digest = hashlib.sha256()
+        for _, value in sorted(runner.model.module.state_dict().items()):
+            digest.update(value.numpy().tobytes())
+        Path(runner.work_dir, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
