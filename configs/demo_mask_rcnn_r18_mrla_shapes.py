@@ -87,7 +87,7 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
 max_epochs = 7
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+train_cfg = dict(type="mmrla.ResumableTrainLoop", max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=0.003, weight_decay=0.01),
     clip_grad=dict(max_norm=10),
@@ -106,5 +106,8 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=4)
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=2, save_best=None)
+    logger=dict(interval=20),
+    checkpoint=dict(
+        type="mmrla.AtomicCheckpointHook", interval=1, max_keep_ckpts=2, save_best=None
+    ),
 )

@@ -20,3 +20,7 @@ custom_hooks = [dict(type="SyncBuffersHook")]
 train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
 val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
 test_dataloader = val_dataloader
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(type="mmrla.ResumableTrainLoop")
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

@@ -7,6 +7,7 @@ modules themselves load on first use.
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
@@ -21,6 +22,7 @@ __all__ = [
     "DATASETS",
     "HOOKS",
     "LAYER_ATTENTIONS",
+    "LOOPS",
     "METRICS",
     "MODELS",
     "TRANSFORMS",
@@ -50,7 +52,9 @@ DATASETS = _child("dataset", MMENGINE_DATASETS, "mmrla.datasets")
 TRANSFORMS = _child("transform", MMENGINE_TRANSFORMS, "mmrla.datasets")
 """Transforms of data; mmrla has none of its own."""
 HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
-"""``custom_hooks``: pictures of layer attention during training, the check of loaded weights."""
+"""Hooks: checkpoints written whole, the guard against NaN, pictures of layer attention, ..."""
+LOOPS = _child("loop", MMENGINE_LOOPS, "mmrla.engine")
+"""Training loops: ``ResumableTrainLoop``."""
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
 """Evaluators: ``FasterCocoMetric``."""
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")

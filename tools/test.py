@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.coco_check import DataError
 from mmrla.engine.errors import reporting_errors
@@ -37,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@record  # of several processes, torchrun shows the traceback of the one that failed first
 def main() -> None:
     args = parse_args()
     with reporting_errors():

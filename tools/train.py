@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.coco_check import DataError
@@ -39,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@record  # of several processes, torchrun shows the traceback of the one that failed first
 def main() -> None:
     args = parse_args()
     with reporting_errors():

@@ -6,13 +6,16 @@ from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
+from mmrla.engine.resume import AtomicCheckpointHook, ResumableTrainLoop
 
 __all__ = [
+    "AtomicCheckpointHook",
     "CheckLoadHook",
     "FasterCocoMetric",
     "LayerAttentionVisHook",
     "NonFiniteError",
     "NonFiniteGuardHook",
+    "ResumableTrainLoop",
     "build_runner",
     "check_data",
     "init_cpu_distributed",

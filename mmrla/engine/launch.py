@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.evaluator import BaseMetric, DumpResults
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmrla.checkpoints import load_file, state_dict_of
+from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
 from mmrla.engine.config_check import build_parts, check_config, read_config
 from mmrla.engine.data_check import check_data, evaluators, set_data_root
@@ -231,7 +232,8 @@ def check_weights(cfg: Config) -> None:
 
     Args:
         cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``. The file is
-            what it loads or resumes from, if anything.
+            what it loads or resumes from, if anything. A run that resumes without naming one goes
+            on from the newest intact one of its work dir.
 
     Raises:
         CheckpointError: The file cannot be read without running code from it, or at all.
@@ -241,7 +243,7 @@ def check_weights(cfg: Config) -> None:
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
     path = cfg.get("load_from")
     if path is None and cfg.get("resume"):
-        path = find_latest_checkpoint(cfg.work_dir)
+        path = cfg.load_from = latest_intact(cfg.work_dir)
     if path is not None and "://" not in path:
         state_dict_of(load_file(path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from mmcv.cnn.bricks import DropPath
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
@@ -21,6 +22,9 @@ from mmrla.models.warm_start import init_weights_warm
 
 class LayerAttentionHost:
     """Mixed in before a backbone of mmpretrain or mmdet; names of all it adds contain ``mrla``.
+
+    What lies behind the last of ``out_indices`` does not require a gradient, so that DDP works
+    without ``find_unused_parameters``.
 
     A host with plugins sets ``plugins`` (checked) before this constructor; with a warm start they
     are fresh parts like layer attentions.
@@ -58,6 +62,7 @@ class LayerAttentionHost:
         self.layer_attention = layer_attention
         if "init_cfg" in kwargs:
             kwargs["init_cfg"] = _simple(kwargs["init_cfg"])
+        self._image_channels = kwargs.get("in_channels", 3)
         self.keep_mrla_trainable = keeps_mrla_trainable(kwargs.get("init_cfg"))
         names = {plugin_name(plugin) for plugin in self.plugins}
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
@@ -65,6 +70,12 @@ class LayerAttentionHost:
         )
         with naming(type(self).__name__, kwargs):
             super().__init__(*args, **kwargs)
+
+    def _rest_unreached(self) -> None:
+        """For the end of constructors: see :func:`rest_unreached`."""
+        stages = getattr(self, "res_layers", None) or self.layers
+        if max(self.out_indices) < len(stages) - 1:
+            rest_unreached(self, (1, self._image_channels, 64, 64))
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
@@ -109,6 +120,39 @@ class LayerAttentionHost:
         for name, module in self.named_modules():
             if is_mrla_key(name.rpartition(".")[2]):
                 yield module
+
+
+def rest_unreached(backbone: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Parameters that no output depends on no longer require a gradient, in place.
+
+    Those behind the last of ``out_indices`` never get one, and DDP, without
+    ``find_unused_parameters``, would wait for it and fail. Found by a small forward and backward.
+
+    Args:
+        backbone: Gives tensors, or tuples of them, for images.
+        image_shape: Of the images to try, ``[B, C, H, W]``.
+    """
+    asking = [p for p in backbone.parameters() if p.requires_grad]
+    if any(p.is_meta for p in asking) or torch.is_inference_mode_enabled():
+        return
+    if not asking:
+        return
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False  # not eval(), which backbones override
+        with torch.enable_grad():
+            outs = backbone(asking[0].new_zeros(image_shape))
+            flat = [t for out in outs for t in (out if isinstance(out, (tuple, list)) else (out,))]
+            sums = [t.sum() for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
+            if sums:
+                torch.stack(sums).sum().backward()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    for parameter in asking:
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def _is_pretrained(init_cfg: Any) -> bool:

@@ -79,6 +79,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
                 )
         if self.frozen_stages > 0:
             self._freeze_stages()
+        self._rest_unreached()
 
     def attend(
         self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any

@@ -21,7 +21,13 @@ from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.layers.checks import is_count
 from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
-from mmrla.models.host import LayerAttentionHost, _simple, branch_rate, check_drop_path_rate
+from mmrla.models.host import (
+    LayerAttentionHost,
+    _simple,
+    branch_rate,
+    check_drop_path_rate,
+    rest_unreached,
+)
 from mmrla.registry import MODELS
 
 # How backbones of mm packages name their layers; the first that is there is taken.
@@ -266,6 +272,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             )
         if hasattr(self.joined_from[1], "_freeze_stages"):
             self._freeze_stages()
+        rest_unreached(self, image_shape)
 
 
 def _name(backbone: Any) -> str:

@@ -27,5 +27,7 @@ train_dataloader = dict(batch_size=128, dataset=dataset)
 val_dataloader = dict(batch_size=128, dataset=dataset)
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_epochs=180)
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=180, val_interval=1)
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
 param_scheduler = dict(milestones=[100, 150])

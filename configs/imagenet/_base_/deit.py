@@ -49,3 +49,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=5, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=5),
 ]
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=300, val_interval=1)
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

@@ -51,5 +51,7 @@ param_scheduler = [
         gamma=0.97,
     ),
 ]
-train_cfg = dict(max_epochs=350)
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=350, val_interval=1)
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
 auto_scale_lr = dict(base_batch_size=768)

@@ -20,3 +20,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=3, convert_to_iter_based=True),
     dict(type="MultiStepLR", by_epoch=True, milestones=[30, 60, 90], gamma=0.1),
 ]
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=100, val_interval=1)
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

@@ -62,10 +62,8 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
             raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
         check_arguments(EfficientNet, given, outputs=7, frozen=6)
         super().__init__(*args, layer_attention=layer_attention, **kwargs)
-        if layer_attention is None:
-            return
         for block in self._blocks():
-            if _has_shortcut(block):
+            if layer_attention is not None and _has_shortcut(block):
                 block.mrla = LayerAttentionOnMap(
                     layer_attention,
                     _out_channels(block),
@@ -73,6 +71,7 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
                     branch_rate(mrla_drop_path_rate, block),
                     self.with_cp,
                 )
+        self._rest_unreached()
 
     def _blocks(self) -> Iterator[nn.Module]:
         for stage in self.layers[1:-1]:

@@ -81,16 +81,15 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
             norm_cfg=norm_cfg,
             **kwargs,
         )
-        if layer_attention is None:
-            return
         for (_, blocks, _), heads in zip(self.layers, self.num_heads, strict=True):
-            for block in blocks:
+            for block in blocks if layer_attention is not None else ():
                 block.mrla = LayerAttentionOnTokens(
                     layer_attention,
                     self.embed_dims * heads,
                     norm_cfg,
                     branch_rate(mrla_drop_path_rate, block.ffn),
                 )
+        self._rest_unreached()
 
     def init_weights(self) -> None:
         """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.
