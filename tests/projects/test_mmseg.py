@@ -23,7 +23,7 @@ ITERS = 80
 SMALL = """
 _base_ = {base}
 meta = dict(classes=("ground", "red", "blue"), palette=[[0, 0, 0], [255, 0, 0], [0, 0, 255]])
-pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+pipeline = [dict(type=name) for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")]
 train_dataloader = dict(
     batch_size=8, num_workers=0, persistent_workers=False,
     dataset=dict(
