@@ -67,6 +67,7 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
                     branch_rate(mrla_drop_path_rate, block),
                     self.with_cp,
                 )
+        self._free_fresh_norms()
 
     def _blocks(self) -> Iterator[nn.Module]:
         for stage in self.layers[1:-1]:

@@ -86,6 +86,7 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
                     norm_cfg,
                     branch_rate(mrla_drop_path_rate, block.ffn),
                 )
+        self._free_fresh_norms()
 
     def init_weights(self) -> None:
         """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.
