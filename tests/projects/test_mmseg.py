@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import cv2
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmrla.compat import ops_in_use
 from tests.conftest import ROOT
+from tests.projects.commands import run, train_by_the_prefix_alone
 
 pytestmark = pytest.mark.slow
 
@@ -65,18 +63,6 @@ def data(tmp_path_factory) -> Path:
         cv2.imwrite(str(root / "images" / f"{index}.png"), image)
         cv2.imwrite(str(root / "masks" / f"{index}.png"), mask)
     return root
-
-
-def run(*command: object, cwd: Path, ok: bool = True) -> str:
-    """Run a command as a user would, with this checkout importable; returns what it printed."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900,
-        check=False,
-    )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, printed[-4000:]
-    return printed
 
 
 def package(is_fork: bool) -> str:
@@ -142,10 +128,6 @@ def test_fcn_by_the_prefix_alone(projects, is_fork, data, tmp_path):
     (tmp_path / "small.py").write_text(
         small(base=base, data=str(data), backbone=host, in_channels=512)
     )
-    tool = "import mmseg; print(mmseg.__path__[0] + '/.mim/tools/train.py')"
-    train = run(projects, "-c", tool, cwd=tmp_path).split()[-1]
-    command = [projects, train, "small.py", "--work-dir", "out"]
-    if not is_fork and ops_in_use() == "fallback":
-        assert "No module named 'mmcv._ext'" in run(*command, cwd=tmp_path, ok=False)
-        return
-    check_training(run(*command, cwd=tmp_path), tmp_path / "out")
+    log = train_by_the_prefix_alone(projects, "mmseg", "small.py", tmp_path, is_fork=is_fork)
+    if log is not None:
+        check_training(log, tmp_path / "out")
