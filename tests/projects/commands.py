@@ -22,17 +22,22 @@ def run(*command: object, cwd: Path, ok: bool = True) -> str:
     return printed
 
 
-def train_by_the_prefix_alone(
-    python: object, module: str, config: str, cwd: Path, *, is_fork: bool
-) -> str | None:
-    """Train by the script that a project installs; returns what it printed.
-
-    None where mmrla is reached too late, after the project has failed for want of mmcv._ext.
-    """
+def train(python: object, module: str, config: str, cwd: Path, *, ok: bool = True) -> str:
+    """Train into ``out`` by the script that a project installs; returns what it printed."""
     tool = f"import {module}; print({module}.__path__[0] + '/.mim/tools/train.py')"
     script = run(python, "-c", tool, cwd=cwd).split()[-1]
-    command = [python, script, config, "--work-dir", "out"]
-    if not is_fork and ops_in_use() == "fallback":
-        assert "No module named 'mmcv._ext'" in run(*command, cwd=cwd, ok=False)
+    return run(python, script, config, "--work-dir", "out", cwd=cwd, ok=ok)
+
+
+def train_by_the_prefix_alone(
+    python: object, module: str, config: str, cwd: Path, *, needs_ops: bool
+) -> str | None:
+    """As :func:`train`, with a config that reaches mmrla by its prefix.
+
+    None where that is too late, after seeing it fail: the project itself ``needs_ops`` of mmcv to
+    be imported, and mmcv has none.
+    """
+    if needs_ops and ops_in_use() == "fallback":
+        assert "No module named 'mmcv._ext'" in train(python, module, config, cwd, ok=False)
         return None
-    return run(*command, cwd=cwd)
+    return train(python, module, config, cwd)
