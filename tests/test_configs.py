@@ -44,6 +44,16 @@ WITHIN_COCO = [
     for name in ("se", "eca", "ba", "nl", "gc")
 ]
 COMPOSED = ("mrla_se", "mrla_eca")
+# Detectors of other families, with their own recipes: mmdet's config of each.
+OTHER_DETECTORS = {
+    "atss_r50{}_1x": ("atss/atss_r50_fpn_1x_coco", ("", "_mrla", "_mrla-base")),
+    "detr_r50{}_150e": ("detr/detr_r50_8xb2-150e_coco", ("", "_mrla")),
+    "deformable-detr_r50{}_50e": (
+        "deformable_detr/deformable-detr_r50_16xb2-50e_coco",
+        ("", "_mrla"),
+    ),
+}
+OTHERS = [name.format(kind) for name, (_, kinds) in OTHER_DETECTORS.items() for kind in kinds]
 
 
 TRANSFORMERS = [
@@ -129,7 +139,8 @@ def test_every_promised_config_is_there():
         return {p.stem for p in (ROOT / "configs" / folder).glob("*.py")}
 
     within = (*WITHIN, *COMPOSED)
-    assert found(".") == {*COCO, *WITHIN_COCO, *TRANSFORMERS, "demo_mask_rcnn_r18_mrla_shapes"}
+    detectors = {*COCO, *WITHIN_COCO, *TRANSFORMERS, *OTHERS}
+    assert found(".") == {*detectors, "demo_mask_rcnn_r18_mrla_shapes"}
     others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
     assert found("imagenet") == {*IMAGENET, *others}
     assert found("cifar") == {*CIFAR, *(f"resnet56_{name}_cifar10" for name in within)}
@@ -219,6 +230,72 @@ def test_recipe(name, tmp_path, monkeypatch):
     assert scales == [(1333, 800)]
     metrics = ["bbox", "segm"] if detector == "mask_rcnn" else "bbox"
     assert cfg.val_evaluator.metric == metrics
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_detectors_differ_from_mmdets_in_the_backbone_alone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind = next(k for k in ("_mrla-base", "_mrla", "") if k in name)
+    (base,) = (path for n, (path, _) in OTHER_DETECTORS.items() if n.format(kind) == name)
+    cfg = load(name).to_dict()
+    (tmp_path / "theirs.py").write_text(f"_base_ = 'mmdet::{base}.py'\n")
+    expected = Config.fromfile(tmp_path / "theirs.py").to_dict()
+    expected["model"]["backbone"].update(
+        type="mmrla.MRLAResNet",
+        init_cfg=dict(type="mmrla.WarmStart", checkpoint="torchvision://resnet50"),
+        layer_attention={
+            "": None,
+            "_mrla": dict(type="MRLALight", head_channels=32),
+            "_mrla-base": dict(type="MRLABase", head_channels=16),
+        }[kind],
+    )
+    assert cfg.pop("custom_imports") == dict(imports=["mmrla"], allow_failed_imports=False)
+    assert cfg.pop("custom_hooks") == [dict(type="SyncBuffersHook")]
+    assert cfg == expected
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.count("mrla")])
+def test_other_detectors_train(name, tmp_path):
+    """Two steps at small size from a warm start: the second reaches every layer attention."""
+    from mmrla.models import MRLAResNet
+
+    plain = tmp_path / "resnet18.pth"
+    torch.save(MRLAResNet(18, layer_attention=None).state_dict(), plain)
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    cfg = load(name).model
+    cfg.backbone.depth = 18
+    cfg.backbone.init_cfg.checkpoint = str(plain)
+    cfg.neck.in_channels = {"atss": [64, 128, 256, 512], "detr": [512]}.get(
+        name.split("_")[0], [128, 256, 512]
+    )
+    for part in ("encoder", "decoder"):
+        if part in cfg:
+            cfg[part].num_layers = 1
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(cfg)
+    model.init_weights()
+    model.train()
+    boxes = torch.tensor([[8.0, 8, 60, 50], [70, 30, 120, 90]])
+    sample = DetDataSample(
+        metainfo=dict(img_shape=(96, 128), batch_input_shape=(96, 128), pad_shape=(96, 128)),
+        gt_instances=InstanceData(bboxes=boxes, labels=torch.tensor([3, 7])),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses = model.loss(torch.randn(1, 3, 96, 128), [sample])
+        total = sum(sum(v) if isinstance(v, list) else v for k, v in losses.items() if "loss" in k)
+        assert total.isfinite()
+        total.backward()
+        optimizer.step()
+    ours = {k: p for k, p in model.backbone.named_parameters() if ".mrla." in k}
+    assert len(ours) >= 24
+    without = {k for k, p in ours.items() if p.grad is None or not p.grad.any()}
+    # With MRLA-base the first layer of a group attends to itself whatever query and key are.
+    allowed = {f"layer{i}.0.mrla.{part}.weight" for i in range(1, 5) for part in ("query", "key")}
+    assert without <= (allowed if "base" in name else set())
 
 
 # Other detectors with within-layer attentions have the same backbones.

@@ -40,8 +40,8 @@ class _FallbackFinder(MetaPathFinder):
 def install_mmcv_fallback() -> None:
     """Make ``mmcv._ext`` importable where it is not compiled. Calling it again does nothing.
 
-    Modules of mmdet and mmpretrain that were imported before have replaced operations by functions
-    that raise; those are put right.
+    Modules of mmdet, mmpretrain and mmseg that were imported before have replaced operations by
+    functions that raise, or by None; those are put right.
     """
     if any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
         return
@@ -66,6 +66,14 @@ def _repair_earlier_imports() -> None:
         for name, value in list(vars(module).items())
         if _raises_for_want_of_ops(value)
     ]
+    # mmseg puts None under the operation's name, sometimes with an underscore in front.
+    stubs += [
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module_name.split(".")[0] == "mmseg"
+        for name, value in list(vars(module).items())
+        if value is None and not name.startswith("__")
+    ]
     # The originals leave a name out instead.
     transformer = sys.modules.get("mmcv.cnn.bricks.transformer")
     left_out = "MultiScaleDeformableAttention"
@@ -75,8 +83,9 @@ def _repair_earlier_imports() -> None:
         return
     ops = importlib.import_module("mmcv.ops")
     for module, name in stubs:
-        if hasattr(ops, name):
-            setattr(module, name, getattr(ops, name))
+        public = name.removeprefix("_")
+        if public in ops.__all__:
+            setattr(module, name, getattr(ops, public))
 
 
 def ops_in_use() -> str:

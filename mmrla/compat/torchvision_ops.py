@@ -360,6 +360,60 @@ def modulated_deform_conv_backward(
         grad_bias.copy_(grad_output.sum(dim=(0, 2, 3)))
 
 
+def _multi_scale_attention(*inputs: Tensor) -> Tensor:
+    # mmcv's own for CPU, which it does not take on a GPU. Late: mmcv.ops imports this module.
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(*inputs)
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention (ICLR 2021), ``[B, queries, heads * channels]``.
+
+    Args:
+        value: ``[B, sum of H * W, heads, channels]``.
+        spatial_shapes: H and W of each level, ``[levels, 2]``.
+        level_start_index: Follows from the shapes.
+        sampling_locations: x and y in 0 .. 1, ``[B, queries, heads, levels, points, 2]``.
+        attention_weights: ``[B, queries, heads, levels, points]``.
+        im2col_step: Images at a time in compiled mmcv; no result depends on it.
+    """
+    inputs = (_wide(value), spatial_shapes, _wide(sampling_locations), _wide(attention_weights))
+    return _multi_scale_attention(*inputs).to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """All gradients of multi-scale deformable attention, in place."""
+    grads = _grads(
+        grad_output,
+        lambda v, locations, weights: _multi_scale_attention(v, spatial_shapes, locations, weights),
+        value,
+        sampling_locations,
+        attention_weights,
+    )
+    targets = (grad_value, grad_sampling_loc, grad_attn_weight)
+    for target, grad in zip(targets, grads, strict=True):
+        target.copy_(grad)
+
+
 def get_compiler_version() -> str:
     """Named in mmengine's and mmdet's environment reports."""
     return "none (mmrla's fallback over torchvision)"
@@ -384,6 +438,8 @@ PROVIDED: tuple[Callable[..., Any], ...] = (
     deform_conv_backward_parameters,
     modulated_deform_conv_forward,
     modulated_deform_conv_backward,
+    ms_deform_attn_forward,
+    ms_deform_attn_backward,
     get_compiler_version,
     get_compiling_cuda_version,
 )

@@ -10,6 +10,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
@@ -18,6 +19,8 @@ from mmrla.models.arguments import check_rate, naming
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class LayerAttentionHost:
@@ -32,7 +35,8 @@ class LayerAttentionHost:
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
-            checkpoint, ``frozen_stages`` and ``norm_eval`` leave the fresh parts alone.
+            checkpoint, ``frozen_stages``, ``norm_eval`` and ``norm_cfg=dict(requires_grad=False)``
+            leave the fresh parts alone.
         **kwargs: The backbone's.
 
     Raises:
@@ -70,6 +74,18 @@ class LayerAttentionHost:
         )
         with naming(type(self).__name__, kwargs):
             super().__init__(*args, **kwargs)
+        self._free_fresh_norms()
+
+    def _free_fresh_norms(self) -> None:
+        """Let fresh norms learn where ``norm_cfg`` freezes norms, as the recipes of DETR do.
+
+        Their gamma starts at zero, which would keep the layer attention out for good. A host that
+        adds layer attentions behind this constructor calls it again.
+        """
+        for part in self._mrla_parts() if self.keep_mrla_trainable else ():
+            for module in part.modules():
+                if isinstance(module, NORMS):
+                    module.requires_grad_(True)
 
     def _rest_unreached(self) -> None:
         """For the end of constructors: see :func:`rest_unreached`."""

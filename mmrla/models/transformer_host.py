@@ -77,6 +77,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
                     norm_cfg,
                     branch_rate(mrla_drop_path_rate, layer.ffn),
                 )
+        self._free_fresh_norms()
         if self.frozen_stages > 0:
             self._freeze_stages()
         self._rest_unreached()

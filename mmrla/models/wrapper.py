@@ -270,6 +270,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
                 f"backbone {_name(self)} looks at features between the layers of a group: its "
                 f"outputs are {_shapes(after)} with layer attention, {_shapes(before)} without"
             )
+        self._free_fresh_norms()
         if hasattr(self.joined_from[1], "_freeze_stages"):
             self._freeze_stages()
         rest_unreached(self, image_shape)

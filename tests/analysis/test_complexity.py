@@ -373,6 +373,20 @@ def test_write_replaces_a_table_and_nothing_else(tool, tmp_path):
     assert page.read_text().split("-->")[-1] == text.split("-->")[-1]
 
 
+def test_write_of_some_configs_leaves_other_rows(tool, tmp_path):
+    def table(*rows: str, ops: str) -> str:
+        return "\n".join(["| a | config |", "|---|---|", *rows, "", f"Not counted: {ops}."])
+
+    old = table("| 1 | [x](x) |", "| 2 |  |", "| 3 | [y](y) |", ops="`add`, `sum`")
+    new = table("| 0 | [w](w) |", "| 9 |  |", "| 5 | [x](x) |", "| 6 | [z](z) |", ops="`mul`")
+    (tmp_path / "README.md").write_text(f"a\n<!-- coco:begin -->\n{old}\n<!-- coco:end -->\nb")
+    tool.write("coco", new, tmp_path / "README.md", whole=False)
+    rows = ("| 0 | [w](w) |", "| 5 | [x](x) |", "| 6 | [z](z) |", "| 2 |  |", "| 3 | [y](y) |")
+    expected = table(*rows, ops="`add`, `mul`, `sum`")
+    written = (tmp_path / "README.md").read_text()
+    assert written == f"a\n<!-- coco:begin -->\n{expected}\n<!-- coco:end -->\nb"
+
+
 @pytest.mark.parametrize("group", ["imagenet", "cifar", "coco", "ablation"])
 def test_page_is_up_to_date(group, tool):
     """Parameters of the first and the last config in its table."""

@@ -174,6 +174,30 @@ def test_freezing_leaves_fresh_parts_out(tmp_path):
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_fresh_norms_learn_where_the_recipe_freezes_norms(tmp_path):
+    """As in DETR's recipes. Frozen at gamma = 0, they would keep the layer attention out."""
+    plain = filled(PlainResNet(18, **SMALL))
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    recipe = dict(SMALL, depth=18, layer_attention=LIGHT | dict(head_channels=8),
+                  norm_cfg=dict(type="BN", requires_grad=False), norm_eval=True)  # fmt: skip
+    model = warm(tmp_path / "plain.pth", **recipe).train()
+    for key, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert {p.requires_grad for p in module.parameters()} == {"mrla" in key}, key
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # the first step moves gamma away from zero, the second all behind it
+        optimizer.zero_grad()
+        sum(o.square().mean() for o in model(torch.randn(2, 3, 64, 64))).backward()
+        optimizer.step()
+    ours = [p for k, p in model.named_parameters() if ".mrla." in k]
+    assert ours
+    assert all(p.grad.any() for p in ours)
+    # Weights that came with the checkpoint follow the recipe.
+    torch.save(model.state_dict(), tmp_path / "mrla.pth")
+    model = warm(tmp_path / "mrla.pth", **recipe)
+    assert not any(p.requires_grad for k, p in model.named_parameters() if "bn" in k)
+
+
 def test_a_checkpoint_with_mrla_weights_is_taken_as_it_is_and_frozen_as_in_the_paper(tmp_path):
     source = filled(MRLAResNet(18, layer_attention=LIGHT | dict(head_channels=8), **SMALL))
     torch.save({"state_dict": source.state_dict()}, tmp_path / "mrla.pth")

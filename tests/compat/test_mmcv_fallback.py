@@ -324,6 +324,51 @@ def test_deform_conv_without_offset_is_a_convolution():
     torch.testing.assert_close(got, F.conv2d(x, weight, padding=1), atol=1e-5, rtol=1e-4)
 
 
+def multi_scale_reference(value, shapes, locations, weights):
+    """Deformable DETR (ICLR 2021), Eq. 3, one sample at a time; outside of a map is zero."""
+    batch, queries, heads, levels, points = weights.shape
+    channels = value.shape[-1]
+    maps = value.split([h * w for h, w in shapes], dim=1)
+    out = value.new_zeros(batch, queries, heads, channels)
+    for b, q, m, level, k in np.ndindex(batch, queries, heads, levels, points):
+        h, w = shapes[level]
+        plane = F.pad(maps[level][b, :, m].T.reshape(channels, h, w), (2, 2, 2, 2))
+        x, y = locations[b, q, m, level, k]
+        # Pixel centres lie at half pixels; two pixels are padding.
+        sample = bilinear(plane, y * h + 1.5, x * w + 1.5)
+        out[b, q, m] = out[b, q, m] + weights[b, q, m, level, k] * sample
+    return out.flatten(2)
+
+
+def test_multi_scale_deformable_attention():
+    """The function that mmcv calls on a GPU, whose kernel is the fallback's."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    shapes, double = [(4, 5), (2, 3)], torch.float64
+    value = torch.randn(2, 26, 2, 3, dtype=double, requires_grad=True)
+    # Some samples lie outside, as those that a network asks for do.
+    locations = (torch.rand(2, 4, 2, 2, 3, 2, dtype=double) * 1.3 - 0.15).requires_grad_()
+    weights = torch.rand(2, 4, 2, 2, 3, dtype=double, requires_grad=True)
+    leaves = [value, locations, weights]
+    starts = torch.tensor([0, 20])
+    got = MultiScaleDeformableAttnFunction.apply(
+        value, torch.tensor(shapes), starts, locations, weights, 64
+    )
+    expected = multi_scale_reference(value, shapes, locations, weights)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    mine = torch.autograd.grad(got, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    half = [x.detach().half() for x in leaves]
+    low = MultiScaleDeformableAttnFunction.apply(
+        half[0], torch.tensor(shapes), starts, half[1], half[2], 64
+    )
+    assert low.dtype == torch.half
+    torch.testing.assert_close(low.double(), expected.detach(), atol=0.05, rtol=0.05)
+
+
 # --- which is in use ---
 
 
@@ -378,8 +423,11 @@ def test_importing_twice_installs_one_finder():
 def test_mm_packages_may_be_imported_first():
     """What they put in the place of missing operations is put right: a detector detects."""
     code = """
+import sys, types
 import torch
 import mmpretrain.models
+mmseg = sys.modules["mmseg.losses"] = types.ModuleType("mmseg.losses")
+mmseg._sigmoid_focal_loss = mmseg.PSAMask = mmseg.ours = None
 try:
     import mmdet.models
 except ModuleNotFoundError:  # mmcv._ext: too early
@@ -387,8 +435,10 @@ except ModuleNotFoundError:  # mmcv._ext: too early
 import mmrla
 from mmdet.models.dense_heads import base_dense_head
 from mmdet.structures.mask import BitmapMasks
-import numpy as np
+import mmcv.ops, numpy as np
 
+assert mmseg._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
+assert (mmseg.PSAMask, mmseg.ours) == (mmcv.ops.PSAMask, None)
 boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]])
 cfg = dict(type="nms", iou_threshold=0.5)
 print(len(base_dense_head.batched_nms(boxes, torch.rand(2), torch.zeros(2), cfg)[1]))

@@ -57,7 +57,11 @@ REFERENCES = (
     "imagenet/resnet50_eca_in1k.py",
 )  # fmt: skip
 SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
-DETECTORS = {"FasterRCNN": "Faster R-CNN", "MaskRCNN": "Mask R-CNN", "RetinaNet": "RetinaNet"}
+DETECTORS = {
+    "DeformableDETR": "Deformable DETR",
+    "FasterRCNN": "Faster R-CNN",
+    "MaskRCNN": "Mask R-CNN",
+}
 ATTENTIONS = {
     "": "",
     "MRLALight": " + MRLA-light",
@@ -239,7 +243,7 @@ def measure(
     else:
         whole = complexity(built, image)
         memory = activation_memory(built, image.new_empty(2, 3, *size))
-    schedule = re.search(r"_(\d+x)(_|$)", path.stem) if path else None
+    schedule = re.search(r"_(\d+[xe])(_|$)", path.stem) if path else None
     if path is not None and path.resolve().parent.name == "ablation":
         group = "ablation"
     return Row(
@@ -447,12 +451,42 @@ def _expand(patterns: Sequence[str], parser: argparse.ArgumentParser) -> Iterato
         yield from map(Path, found)
 
 
-def write(group: str, table: str, page: Path = ROOT / "docs/configs.md") -> None:
-    """Replace what stands between the group's markers; links as from a folder of the checkout."""
+def merge(old: str, new: str) -> str:
+    """Table ``old`` with the rows of table ``new``, known by their configs, in it.
+
+    A row that ``old`` lacks goes behind the one before it in ``new``, or to the top; the operators
+    that are not counted are those of both. Rows without a config stay as they are.
+    """
+    (*lines, _, old_skipped), (*added, _, new_skipped) = old.splitlines(), new.splitlines()
+    place = 2  # behind titles and rule
+    for line in added[2:]:
+        link = line.split("|")[-2]
+        if not link.strip():
+            continue
+        found = [i for i, known in enumerate(lines) if known.split("|")[-2] == link]
+        if found:
+            lines[found[0]] = line
+        else:
+            lines.insert(place, line)
+        place = (found[0] if found else place) + 1
+    ops = {op for text in (old_skipped, new_skipped) for op in re.findall("`.+?`", text)}
+    names = ", ".join(sorted(ops, key=lambda op: op.strip("`").lower()))
+    return "\n".join([*lines, "", f"{old_skipped.partition(':')[0]}: {names or 'none'}."])
+
+
+def write(
+    group: str, table: str, page: Path = ROOT / "docs/configs.md", *, whole: bool = True
+) -> None:
+    """Replace what stands between the group's markers, or only the rows that ``table`` has.
+
+    Links of ``table`` go from the checkout's root, those of the page from a folder in it.
+    """
     begin, end = f"<!-- {group}:begin -->", f"<!-- {group}:end -->"
     before, rest = page.read_text().split(begin)
-    _, after = rest.split(end)
+    old, after = rest.split(end)
     table = table.replace("](configs/", "](../configs/")
+    if not whole:
+        table = merge(old.strip("\n"), table)
     page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
@@ -462,7 +496,9 @@ def main() -> None:
         "configs", nargs="*", help="paths or globs; default: all of configs/ but the demo"
     )
     parser.add_argument(
-        "--write", action="store_true", help="replace the tables in docs/configs.md"
+        "--write",
+        action="store_true",
+        help="replace the tables in docs/configs.md; with configs, their rows alone",
     )
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
@@ -474,10 +510,8 @@ def main() -> None:
         "800 1280 for detectors",
     )  # fmt: skip
     args = parser.parse_args()
-    if args.write and (args.configs or args.size):
-        parser.error(
-            "--write writes the tables of docs/configs.md: all configs, at their own sizes"
-        )
+    if args.write and args.size:
+        parser.error("--write writes docs/configs.md, where configs stand at their own sizes")
     MMLogger.get_current_instance().setLevel("WARNING")  # it writes to stdout, as the tables do
     asked = GROUPS if args.configs else args.groups
     paths = list(_expand(args.configs, parser)) if args.configs else default_configs(asked)
@@ -487,7 +521,7 @@ def main() -> None:
             continue
         print(markdown(table), end="\n\n", flush=True)
         if args.write:
-            write(group, markdown(table))
+            write(group, markdown(table), whole=not args.configs)
 
 
 if __name__ == "__main__":

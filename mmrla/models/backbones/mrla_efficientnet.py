@@ -71,6 +71,7 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
                     branch_rate(mrla_drop_path_rate, block),
                     self.with_cp,
                 )
+        self._free_fresh_norms()
         self._rest_unreached()
 
     def _blocks(self) -> Iterator[nn.Module]:

@@ -89,6 +89,7 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
                     norm_cfg,
                     branch_rate(mrla_drop_path_rate, block.ffn),
                 )
+        self._free_fresh_norms()
         self._rest_unreached()
 
     def init_weights(self) -> None:

@@ -1,0 +1,17 @@
+# ATSS, ResNet-50 + MRLA-light, COCO, 1x schedule.
+_base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
+
+# Makes mmcv's operations available where mmcv was installed without its compiled extension.
+custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        type="mmrla.MRLAResNet",
+        layer_attention=dict(type="MRLALight", head_channels=32),
+        # From the base's torchvision checkpoint; MRLA grows in.
+        init_cfg=dict(type="mmrla.WarmStart"),
+    )
+)
+
+# Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
+custom_hooks = [dict(type="SyncBuffersHook")]

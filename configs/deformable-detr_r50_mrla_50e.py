@@ -1,0 +1,17 @@
+# Deformable DETR, ResNet-50 + MRLA-light, COCO, 50 epochs.
+_base_ = "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
+
+# Makes mmcv's operations available where mmcv was installed without its compiled extension.
+custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        type="mmrla.MRLAResNet",
+        layer_attention=dict(type="MRLALight", head_channels=32),
+        # From the base's torchvision checkpoint; MRLA grows in.
+        init_cfg=dict(type="mmrla.WarmStart"),
+    )
+)
+
+# Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
+custom_hooks = [dict(type="SyncBuffersHook")]
