@@ -15,3 +15,12 @@ model = dict(
 
 # Norms behind fresh layer attentions learn statistics; every process ends an epoch with the same.
 custom_hooks = [dict(type="SyncBuffersHook")]
+
+# Bad images and annotations are left out with a count in the log; on_bad="raise" stops instead.
+train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
+val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
+test_dataloader = val_dataloader
+
+# A run that was killed goes on with --resume as if nothing had happened.
+train_cfg = dict(type="mmrla.ResumableTrainLoop")
+default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
