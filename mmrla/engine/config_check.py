@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 # What mmengine's runner takes from a config, and what tools read beside it.
 _TOP = frozenset(
@@ -149,8 +150,14 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     if "train" in splits:
         if "constructor" not in cfg.optim_wrapper:
             _registered(OPTIMIZERS, cfg.optim_wrapper.optimizer, "optim_wrapper.optimizer")
-        with _naming("optim_wrapper"):
-            build_optim_wrapper(model, cfg.optim_wrapper)
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel("WARNING")  # a line for each parameter that has options
+        try:
+            with _naming("optim_wrapper"):
+                build_optim_wrapper(model, cfg.optim_wrapper)
+        finally:
+            logger.setLevel(level)
         schedulers = cfg.get("param_scheduler") or ()
         schedulers = [schedulers] if isinstance(schedulers, Mapping) else schedulers
         for index, scheduler in enumerate(schedulers):
