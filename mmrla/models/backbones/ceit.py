@@ -73,8 +73,8 @@ class LocallyEnhancedFeedForward(BaseModule):
         patches = self.act(self.bn1(self.conv1(patches)))
         patches = self.act(self.bn2(self.conv2(patches)))
         patches = self.bn3(self.conv3(patches))
-        # In this order: behind flatten(2).transpose(1, 2) the gradient of a batch of one has strides
-        # that torch misreads on the CPU in the backward of a batch norm in evaluation.
+        # In this order: behind flatten(2).transpose(1, 2) the gradient of a batch of one would have
+        # strides that torch on the CPU misreads in the backward of a batch norm in evaluation.
         tokens = torch.cat([x[:, :extra], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
         return identity + self.drop_path(tokens)
 
