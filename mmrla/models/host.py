@@ -118,7 +118,7 @@ class LayerAttentionHost:
                 yield module
 
 
-def rest_unreached(backbone: nn.Module, image_shape: tuple[int, ...]) -> None:
+def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
     """Parameters that no output depends on no longer require a gradient, in place.
 
     Those behind the last of ``out_indices`` never get one, and DDP, without

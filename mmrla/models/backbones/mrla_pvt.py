@@ -77,7 +77,9 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
             **kwargs,
         )
         for (_, blocks, _), heads in zip(self.layers, self.num_heads, strict=True):
-            for block in blocks if layer_attention is not None else ():
+            for block in blocks:
+                if layer_attention is None:
+                    break
                 block.mrla = LayerAttentionOnTokens(
                     layer_attention,
                     self.embed_dims * heads,
