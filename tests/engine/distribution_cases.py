@@ -235,7 +235,7 @@ def checkpointing(every: bool) -> None:
 def accumulation(every: bool) -> None:
     """Four small batches by mmengine's wrapper make the step of the big one, norms frozen."""
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(4 * dist.get_world_size(), 3, 64, 64, dtype=torch.float64)
     for kind in KINDS:
         model = freeze_norms(fill(build("resnet", dict(type=kind)).train()))
         alone, small = copy.deepcopy(model), MMDistributedDataParallel(model)

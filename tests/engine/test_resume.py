@@ -378,13 +378,14 @@ def test_twenty_kills_at_random_moments(zygote, tmp_path):
     duration = time.monotonic() - begun
     by_epoch = ["--cfg-options", "default_hooks.checkpoint.by_epoch=True"]
     kills = writing = finished = 0
-    while kills < 20 or finished < 1:
+    status = -9
+    while kills < 20 or status == -9:  # the last one killed goes on to its end too
         work_dir = tmp_path / f"run{finished}"
         options = by_epoch if finished % 2 else []
         last = work_dir / ("epoch_4.pth" if finished % 2 else "iter_20.pth")
         pid = runs.start(work_dir, "--resume", *options)
         if kills < 20:
-            deadline = time.monotonic() + rng.uniform(0.2, 0.7) * duration
+            deadline = time.monotonic() + rng.uniform(0.15, 0.5) * duration
             in_write = kills % 4 == 3
             while runs.zygote.alive(pid):
                 half = any(work_dir.glob(".*.mmrla-tmp"))

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -85,6 +86,8 @@ def _main() -> None:
             pid = request["wait"]
             if pid not in known:
                 known[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with suppress(ProcessLookupError):
+                kill(pid)  # workers of dataloaders: os._exit below leaves them alone
             answer: object = known[pid]
         elif "alive" in request:
             pid = request["alive"]

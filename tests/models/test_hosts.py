@@ -560,3 +560,19 @@ def test_simple_feature_pyramid():
     assert all(p.grad is not None for p in neck.parameters())
     # LayerNorm over channels ends every level.
     assert outs[0].mean(1).abs().max() < 1e-5
+
+
+def test_gradients_of_one_image_are_those_of_it_in_a_batch():
+    """CeiT with frozen norms: torch on the CPU misreads some strides of a batch of one there."""
+    model = fill(build("ceit", None)).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    grads = []
+    for image in (x, x.repeat(2, 1, 1, 1)):
+        model.zero_grad()
+        flat(model(image))[0].square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        assert (got - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-15

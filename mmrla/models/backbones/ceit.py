@@ -73,7 +73,9 @@ class LocallyEnhancedFeedForward(BaseModule):
         patches = self.act(self.bn1(self.conv1(patches)))
         patches = self.act(self.bn2(self.conv2(patches)))
         patches = self.bn3(self.conv3(patches))
-        tokens = torch.cat([x[:, :extra], patches.flatten(2).transpose(1, 2)], dim=1)
+        # In this order: behind flatten(2).transpose(1, 2) the gradient of a batch of one would have
+        # strides that torch on the CPU misreads in the backward of a batch norm in evaluation.
+        tokens = torch.cat([x[:, :extra], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
         return identity + self.drop_path(tokens)
 
 
