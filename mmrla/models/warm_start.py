@@ -27,9 +27,9 @@ class WarmStart:
     so that MRLA grows in from the first step on (DIANet's unit cannot, which is said in the log). A
     checkpoint with MRLA weights (mmrla's or the released key names) is taken as it is.
 
-    With ``frozen_stages``, ``norm_eval`` or a ``norm_cfg`` that freezes norms, a freshly
-    initialised layer attention stays trainable and its norms keep learning statistics, while one
-    that came from the checkpoint is frozen like the rest.
+    With ``frozen_stages``, ``norm_eval`` or a ``norm_cfg`` that freezes norms, a fresh layer
+    attention stays trainable and its norms keep learning statistics, while one that came from the
+    checkpoint is frozen like the rest.
 
     A host joins in by the method ``start_as_identity`` of its parts, which makes what they add
     zero, and by calling :func:`init_weights_warm` in its ``init_weights``.
