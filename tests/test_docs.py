@@ -38,8 +38,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REASONS = {"installs packages", "installs git hooks"}
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
-    "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=16"
-    " model.backbone.base_channels=16 model.head.in_channels=128"
+    "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
+    " model.backbone.base_channels=32 model.head.in_channels=256"
 )
 
 
