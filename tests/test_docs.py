@@ -62,7 +62,7 @@ WAYS = (
     Way(r"mmrla (list|convert|check-env)\b"),
     Way(r"mmrla demo", "--epochs 1 --num-train 16 --num-val 4 --pictures 1", slow=True),
     Way(r"python tools/demo\.py ", slow=True),
-    Way(r"python tools/analysis/score_cam\.py ", SMALL, slow=True),
+    Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),
     Way(r"python tools/analysis/memory_vs_depth\.py ", "--depths 18 34", slow=True),
     Way(r"python tools/analysis/", slow=True),
     Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
