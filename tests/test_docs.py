@@ -38,8 +38,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REASONS = {"installs packages", "installs git hooks"}
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
-    "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=16"
-    " model.backbone.base_channels=16 model.head.in_channels=128"
+    "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
+    " model.backbone.base_channels=32 model.head.in_channels=256"
 )
 
 
@@ -62,7 +62,7 @@ WAYS = (
     Way(r"mmrla (list|convert|check-env)\b"),
     Way(r"mmrla demo", "--epochs 1 --num-train 16 --num-val 4 --pictures 1", slow=True),
     Way(r"python tools/demo\.py ", slow=True),
-    Way(r"python tools/analysis/score_cam\.py ", SMALL, slow=True),
+    Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),
     Way(r"python tools/analysis/memory_vs_depth\.py ", "--depths 18 34", slow=True),
     Way(r"python tools/analysis/", slow=True),
     Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
