@@ -233,7 +233,7 @@ def test_recipe(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_detectors_differ_from_mmdets_in_the_backbone_alone(name, tmp_path, monkeypatch):
+def test_other_detectors_differ_from_mmdets_in_backbone_and_care(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kind = next(k for k in ("_mrla-base", "_mrla", "") if k in name)
     (base,) = (path for n, (path, _) in OTHER_DETECTORS.items() if n.format(kind) == name)
@@ -251,6 +251,12 @@ def test_other_detectors_differ_from_mmdets_in_the_backbone_alone(name, tmp_path
     )
     assert cfg.pop("custom_imports") == dict(imports=["mmrla"], allow_failed_imports=False)
     assert cfg.pop("custom_hooks") == [dict(type="SyncBuffersHook")]
+    # As in the other detectors' configs: data that is checked, runs that go on after a kill.
+    expected["train_dataloader"]["dataset"].update(type="mmrla.CheckedCocoDataset", on_bad="skip")
+    for split in ("val", "test"):
+        expected[f"{split}_dataloader"]["dataset"]["type"] = "mmrla.CheckedCocoDataset"
+    expected["train_cfg"]["type"] = "mmrla.ResumableTrainLoop"
+    expected["default_hooks"]["checkpoint"]["type"] = "mmrla.AtomicCheckpointHook"
     assert cfg == expected
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, HOOKS, LOOPS, MODELS, DefaultScope
 
 from mmrla.checkpoints import to_released
 from mmrla.datasets import generate_shapes
@@ -35,7 +35,7 @@ from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-REASONS = {"installs packages", "installs git hooks"}
+REASONS = {"installs packages", "installs git hooks", "run by tests/projects"}
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
     "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
@@ -60,6 +60,7 @@ WAYS = (
     Way(r"python tools/(train|test|train_cifar)\.py ", "--dry-run"),
     Way(r"mmrla (train|test) ", "--dry-run", slow=True),
     Way(r"mmrla (list|convert|check-env)\b"),
+    Way(r"mmrla check-data "),
     Way(r"mmrla demo", "--epochs 1 --num-train 16 --num-val 4 --pictures 1", slow=True),
     Way(r"python tools/demo\.py ", slow=True),
     Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),
@@ -319,6 +320,15 @@ def test_configs_build(block, checkout):
         for hook in cfg.get("custom_hooks") or ():
             HOOKS.build(hook)
             built += 1
+        for hook in (cfg.get("default_hooks") or {}).values():
+            HOOKS.build(hook)
+            built += 1
+        named = [(LOOPS, cfg.get("train_cfg"))]
+        named += [(DATASETS, (cfg.get("train_dataloader") or {}).get("dataset"))]
+        for registry, part in named:  # these need a runner, or data
+            if part and part.get("type", "").startswith("mmrla."):
+                assert registry.get(part.type) is not None, part.type
+                built += 1
     assert built, "nothing in it was built"
 
 
@@ -391,12 +401,13 @@ def test_every_path_is_there():
 
 def test_every_make_target_and_variable_is_there():
     makefile = (ROOT / "Makefile").read_text()
+    known = makefile + (ROOT / "tools/dist_train.sh").read_text()
     for page in PAGES:
         for target in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.M):
             assert re.search(rf"^{target}:", makefile, re.M), f"{page.name}: make {target}"
         for variable in re.findall(r"`([A-Z_]+)=[^`\s]*`", page.read_text()):
             if not variable.startswith("MMRLA_"):
-                assert re.search(rf"\b{variable}\b", makefile), f"{page.name}: {variable}"
+                assert re.search(rf"\b{variable}\b", known), f"{page.name}: {variable}"
 
 
 def test_every_option_is_there():

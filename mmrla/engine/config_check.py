@@ -100,6 +100,20 @@ def _check_loader(loader: Mapping[str, Any], where: str) -> None:
         raise TypeError(f"{where}.num_workers must be an int from 0, got {workers!r}")
 
 
+def _parameters(cls: type) -> set[str] | None:
+    """What a constructor takes, with what it hands on to its ancestors'; None: anything."""
+    found: set[str] = set()
+    for ancestor in cls.__mro__:
+        if "__init__" not in vars(ancestor):
+            continue
+        parameters = inspect.signature(ancestor).parameters
+        kinds = inspect.Parameter
+        found |= {n for n, p in parameters.items() if p.kind is not kinds.VAR_KEYWORD}
+        if not any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+            return found
+    return None
+
+
 def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
     from mmengine.registry import LOOPS
 
@@ -108,8 +122,8 @@ def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
     loop = LOOPS.get(kind) if isinstance(kind, str) else kind
     if loop is None:
         raise ValueError(f"train_cfg: unknown type {kind!r}")
-    parameters = inspect.signature(loop).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters = _parameters(loop)
+    if parameters is not None:
         allowed = {"type", "by_epoch", *parameters} - {"runner", "dataloader"}
         for key in train_cfg:
             if key not in allowed and not key.startswith("_"):

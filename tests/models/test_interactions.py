@@ -271,7 +271,7 @@ def test_hosts_refuse_what_they_cannot_take(host, cfg):
         (dict(layer_attention=RLA, mrla_act_cfg=dict(type="ReLU")), "mrla_act_cfg.*RecurrentLayer"),
         (
             dict(layer_attention=dict(DIA, reduction=0)),
-            "reduction .* got reduction=0",
+            "reduction must be at least 1, got 0",
         ),
         (
             dict(layer_attention=dict(RLA, hidden_channels=0)),

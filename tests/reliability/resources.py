@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,34 @@ from mmrla.registry import HOOKS
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class Mallinfo2(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def allocated() -> int:
+    """Bytes that ``malloc`` has given out and not got back, tensors included; 0 without glibc."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = Mallinfo2
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
 @HOOKS.register_module()
 class ResourcesHook(Hook):
-    """Resident memory (bytes), open file descriptors and loss of every 10th iteration, as CSV.
+    """What a process holds at every 10th iteration, as CSV.
+
+    Resident memory and what malloc has given out (bytes), Python's blocks, open file descriptors,
+    and the loss.
 
     Args:
         out: The file.
@@ -24,7 +51,7 @@ class ResourcesHook(Hook):
 
     def __init__(self, out: str) -> None:
         self.out = Path(out)
-        self.out.write_text("iter,rss,fds,loss\n")
+        self.out.write_text("iter,rss,allocated,blocks,fds,loss\n")
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -35,4 +62,5 @@ class ResourcesHook(Hook):
         rss = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         fds = len(os.listdir("/proc/self/fd"))
         with self.out.open("a") as file:
-            file.write(f"{runner.iter + 1},{rss},{fds},{float(outputs['loss'])}\n")
+            held = f"{rss},{allocated()},{sys.getallocatedblocks()},{fds}"
+            file.write(f"{runner.iter + 1},{held},{float(outputs['loss'])}\n")

@@ -55,7 +55,7 @@ def growth(rows, key):
 def test_2000_iterations(tmp_path):
     rows = train(tmp_path, epochs=20, images=400)
     assert rows[-1]["iter"] == 2000
-    found = {key: growth(rows, key) for key in ("rss", "fds")}
+    found = {key: growth(rows, key) for key in ("rss", "allocated", "blocks", "fds")}
     losses = [mean(r["loss"] for r in rows[i : i + 20]) for i in range(0, len(rows), 20)]
     print(f"rss {rows[-1]['rss'] / 2**20:.0f} MiB, growth {found}, losses {losses}")
     assert found["rss"] <= 0.02

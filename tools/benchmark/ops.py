@@ -90,7 +90,10 @@ def _steps(
         if state is None:
             return None
         # Leaves: only this layer's backward is timed.
-        return tuple(tuple(t.detach().requires_grad_() for t in part) for part in state)
+        parts = {n: getattr(state, n) for n in ("keys", "values")}
+        return state._replace(
+            **{n: tuple(t.detach().requires_grad_() for t in part) for n, part in parts.items()}
+        )
 
     def forward() -> object:
         return layer(x, shortcut, fresh(state))[0]
