@@ -43,7 +43,8 @@ class ResourcesHook(Hook):
     """What a process holds at every 10th iteration, as CSV.
 
     Resident memory and what malloc has given out (bytes), Python's blocks, open file descriptors,
-    and the loss.
+    and the loss. Resident memory grows by what malloc keeps between pieces of changing sizes too;
+    what it has given out does not.
 
     Args:
         out: The file.
