@@ -62,7 +62,7 @@ def test_2000_iterations(tmp_path):
     found = {key: growth(rows, key) for key in ("rss", "allocated", "blocks", "fds")}
     losses = [mean(r["loss"] for r in rows[i : i + 20]) for i in range(0, len(rows), 20)]
     print(f"rss {rows[-1]['rss'] / 2**20:.0f} MiB, growth {found}, losses {losses}")
-    assert found["rss"] <= 0.02
+    assert max(found[key] for key in ("rss", "allocated", "blocks")) <= 0.02
     assert found["fds"] <= 0
     # Falls steeply, then on, and never jumps back.
     assert losses[-1] < 0.5 * losses[0]
