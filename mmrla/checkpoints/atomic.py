@@ -185,20 +185,18 @@ def latest_intact(work_dir: str | Path) -> str | None:
     newest = sorted(numbered, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
     known = {p.absolute() for p in candidates}
     candidates += [p for p in newest if p.absolute() not in known]
-    bad: dict[Path, str] = {}
+    bad: list[str] = []
     for path in candidates:
         wrong = damage(path)
         if wrong is None:
             if bad:
-                listed = "; ".join(f"{p.absolute()}: {why}" for p, why in bad.items())
                 print_log(
-                    f"checkpoint passed over: {listed}. Going on from {path.absolute()}",
+                    f"checkpoint passed over: {'; '.join(bad)}. Going on from {path.absolute()}",
                     logger="current",
                     level=30,
                 )
             return str(path)
-        bad[path] = wrong
+        bad.append(f"{path.absolute()}: {wrong}")
     if bad:
-        listed = "; ".join(f"{p.absolute()}: {why}" for p, why in bad.items())
-        raise CheckpointError(f"no intact checkpoint to resume from: {listed}")
+        raise CheckpointError(f"no intact checkpoint to resume from: {'; '.join(bad)}")
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -147,8 +148,8 @@ class NonFiniteGuardHook(Hook):
         with first_non_finite(model) as found, torch.no_grad():
             try:
                 wrapper = runner.optim_wrapper
-                context = wrapper if not isinstance(wrapper, OptimWrapperDict) else None
-                with context.optim_context(model) if context else torch.enable_grad():
+                many = isinstance(wrapper, OptimWrapperDict)
+                with nullcontext() if many else wrapper.optim_context(model):
                     data = model.data_preprocessor(self._batch, True)
                     model._run_forward(data, mode="loss")
             except Exception as error:  # a network may raise on NaN; what was found counts
@@ -158,8 +159,9 @@ class NonFiniteGuardHook(Hook):
         )
 
 
-class first_non_finite:
-    """Context that finds a network's first output that is not finite.
+@contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Find a network's first output that is not finite.
 
     The dict it gives has a ``text`` afterwards, where there was one: the layer's name and type,
     how many values, and whether its inputs were finite.
@@ -167,38 +169,27 @@ class first_non_finite:
     Args:
         model: The network.
     """
+    found: dict[str, str] = {}
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.found: dict[str, str] = {}
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        bad = next((t for t in _tensors(output) if not _is_finite(t)), None)
+        if bad is not None:
+            found["text"] = (
+                f"the first layer with such an output is {name!r} ({type(module).__name__}): "
+                f"{_count(bad)}, its input "
+                f"{'is finite' if _is_finite(inputs) else 'is not finite either'}"
+            )
 
-    def __enter__(self) -> dict[str, str]:
-        self._handles = [
-            module.register_forward_hook(self._hook(name))
-            for name, module in self.model.named_modules()
-            if name
-        ]
-        return self.found
+    def hook(name: str) -> Any:
+        return lambda *args: None if found else look(name, *args)
 
-    def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
+    named = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(hook(name)) for name, module in named]
+    try:
+        yield found
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self.found:
-                return
-            for tensor in _tensors(output):
-                if not bool(tensor.isfinite().all()):
-                    fine = all(bool(x.isfinite().all()) for x in _tensors(inputs))
-                    self.found["text"] = (
-                        f"the first layer with such an output is {name!r} "
-                        f"({type(module).__name__}): {_count(tensor)}, its input "
-                        f"{'is finite' if fine else 'is not finite either'}"
-                    )
-                    return
-
-        return look
 
 
 def require_finite(what: str, tensors: dict[str, Any]) -> None:

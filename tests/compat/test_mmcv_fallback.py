@@ -246,6 +246,16 @@ def test_sigmoid_focal_loss_far_out():
 # --- deformable convolution ---
 
 
+def assert_same(got, expected, leaves):
+    """Outputs, and the gradients of leaves."""
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    mine = torch.autograd.grad(got, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def deform_reference(
     x, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups
 ):
@@ -306,12 +316,7 @@ def test_deform_conv(modulated):
         got = deform_conv2d(x, offset, weight, *geometry)
         leaves = [x, offset, weight]
         expected = deform_reference(x, offset, None, weight, None, *geometry)
-    torch.testing.assert_close(got, expected)
-    grad = torch.randn_like(got)
-    mine = torch.autograd.grad(got, leaves, grad)
-    theirs = torch.autograd.grad(expected, leaves, grad)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same(got, expected, leaves)
 
 
 def test_deform_conv_without_offset_is_a_convolution():
@@ -355,12 +360,7 @@ def test_multi_scale_deformable_attention():
         value, torch.tensor(shapes), starts, locations, weights, 64
     )
     expected = multi_scale_reference(value, shapes, locations, weights)
-    torch.testing.assert_close(got, expected)
-    grad = torch.randn_like(got)
-    mine = torch.autograd.grad(got, leaves, grad)
-    theirs = torch.autograd.grad(expected, leaves, grad)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same(got, expected, leaves)
     half = [x.detach().half() for x in leaves]
     low = MultiScaleDeformableAttnFunction.apply(
         half[0], torch.tensor(shapes), starts, half[1], half[2], 64

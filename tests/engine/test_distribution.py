@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmrla.datasets import generate_shapes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.engine.zygote import Zygote
 
 CASES = Path(__file__).with_name("distribution_cases.py")
@@ -123,9 +122,7 @@ def test_a_process_that_dies_takes_the_job_down(how, arguments, tmp_path):
 
 
 def two_nodes(tmp_path: Path, arguments: list[str], nproc: int, **env: str):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     config, *options = arguments
     env |= dict(NNODES="2", MASTER_ADDR="127.0.0.1", PORT=port)
     logs = [tmp_path / f"node{rank}.log" for rank in range(2)]

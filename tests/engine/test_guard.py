@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
 from mmrla.models import MRLAResNet
+from tests.conftest import free_port
 
 ATTENTION = dict(type="MRLALight", head_channels=4)
 
@@ -187,10 +187,7 @@ def worker(rank, port, folder):
 
 
 def test_all_processes_stop_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path), nprocs=2)
+    mp.spawn(worker, (free_port(), tmp_path), nprocs=2)
     said = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("iteration 2: gradients are not finite" in text for text in said), said
     assert "process 1 of the batch (images/5.jpg) holds 1 NaN" in said[1]
