@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, is_main_process
+from mmengine.dist import all_reduce_params, get_rank, is_main_process
 from mmengine.fileio import get_file_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, SyncBuffersHook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -182,6 +182,10 @@ class AtomicCheckpointHook(CheckpointHook):
     intact one. Together with :class:`ResumableTrainLoop` it ends with the weights of a run that was
     never stopped, on the CPU bit for bit; with another loop a warning says that it does not.
 
+    Where mmengine's ``SyncBuffersHook`` averages the processes' norm statistics at the end of an
+    epoch, a checkpoint inside an epoch averages them too: it holds those of the first process
+    alone, and the others' would be lost.
+
     Args:
         **kwargs: As in :class:`mmengine.hooks.CheckpointHook`. With ``backend_args``,
             ``file_client_args`` or a remote ``out_dir``, writing is left to that backend.
@@ -240,6 +244,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         # As the ancestor's, but what is new is safe before anything old goes.
+        if not self.by_epoch and any(isinstance(hook, SyncBuffersHook) for hook in runner.hooks):
+            all_reduce_params(runner.model.buffers(), op="mean")  # nothing in a single process
         expired = []
         if self.max_keep_ckpts > 0 and step not in list(self.keep_ckpt_ids)[-1:]:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:

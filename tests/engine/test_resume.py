@@ -27,7 +27,7 @@ from mmrla.checkpoints.files import CheckpointError
 from mmrla.datasets import generate_shapes
 from mmrla.engine.launch import check_weights
 from mmrla.engine.resume import ResumableBatches
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.engine.zygote import Zygote, kill
 
 TRAIN = ROOT / "tools/train.py"
@@ -277,7 +277,7 @@ model = dict(backbone=dict(drop_path_rate=0.2))
 train_dataloader = dict(batch_size=2, num_workers=2, persistent_workers=True)
 train_cfg = dict(max_epochs={epochs}, val_interval=1)
 optim_wrapper = dict(type={wrapper!r})
-custom_hooks = [dict(type="EMAHook", momentum=0.1)]
+custom_hooks = [dict(type="EMAHook", momentum=0.1), dict(type="SyncBuffersHook")]
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=2), logger=dict(interval=1)
 )
@@ -407,3 +407,45 @@ def test_twenty_kills_at_random_moments(zygote, tmp_path):
             finished += 1
     print(f"{kills} kills, {writing} inside a write, {finished} runs ended")
     assert writing >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_two_processes_are_killed(by_epoch, zygote, tmp_path):
+    """Both at once, or one, which the other does not survive; between and inside iterations."""
+    runs = Runs(zygote, tmp_path, epochs=10 if by_epoch else 6)
+    options = ["--launcher", "pytorch", "--cfg-options",
+               f"default_hooks.checkpoint.by_epoch={by_epoch}"]  # fmt: skip
+
+    def start(work_dir: Path, *arguments: str) -> list[int]:
+        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        return [
+            runs.start(work_dir, *arguments, *options, RANK=str(r), LOCAL_RANK=str(r), **env)
+            for r in range(2)
+        ]
+
+    name = "epoch_10.pth" if by_epoch else "iter_18.pth"  # 10 images, 2 x 2 a step
+    begun = time.monotonic()
+    whole = [zygote.wait(pid) for pid in start(tmp_path / "whole")]
+    interval = (time.monotonic() - begun) / (15 if by_epoch else 24)
+    assert whole == [0, 0], runs.log(tmp_path / "whole").read_text()[-3000:]
+    rng = random.Random(2)
+    work_dir = tmp_path / "killed"
+    for victims in ((0, 1), (0,), (1,), (1, 0)):
+        before = latest_intact(work_dir)
+        pids = start(work_dir, "--resume")
+        while latest_intact(work_dir) == before and zygote.alive(pids[0]):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, interval))
+        for rank in victims:
+            kill(pids[rank])
+        killed = time.monotonic()
+        status = [zygote.wait(pid) for pid in pids]
+        print(f"kill {victims}: {status} after {time.monotonic() - killed:.1f} s; resumes from "
+              f"{Path(latest_intact(work_dir)).name}")  # fmt: skip
+        assert all(status[rank] == -9 for rank in victims)
+        assert all(status), "a process went on without the other"
+        assert time.monotonic() - killed < 60
+        assert all(damage(path) is None for path in work_dir.glob("*.pth"))
+    assert [zygote.wait(pid) for pid in start(work_dir, "--resume")] == [0, 0]
+    assert_same_training(work_dir / name, tmp_path / "whole" / name)
