@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -51,7 +52,7 @@ class NonFiniteGuardHook(Hook):
         if not min_loss_scale > 0:
             raise ValueError(f"min_loss_scale must be positive, got {min_loss_scale}")
         self.min_loss_scale = min_loss_scale
-        self._handles: list[Any] = []
+        self._unwatch: list[Callable[[], None]] = []
         self._batch: Any = None
         self._random: list[Tensor] = []
 
@@ -62,11 +63,8 @@ class NonFiniteGuardHook(Hook):
         wrappers = runner.optim_wrapper
         many = isinstance(wrappers, OptimWrapperDict)
         for wrapper in wrappers.values() if many else [wrappers]:
-            self._handles.append(
-                wrapper.optimizer.register_step_pre_hook(
-                    lambda optimizer, args, kwargs: self._check_gradients(runner, optimizer)
-                )
-            )
+            check = functools.partial(self._check_gradients, runner, wrapper.optimizer)
+            self._unwatch.append(_before_step(wrapper.optimizer, check))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Remember what is needed to run the iteration once more."""
@@ -106,11 +104,14 @@ class NonFiniteGuardHook(Hook):
         self._remove()
 
     def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for unwatch in self._unwatch:
+            unwatch()
+        self._unwatch = []
 
     def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow > 0):
+            return  # a fused optimizer, which itself leaves out the step that the scaler skips
         groups = optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         # A norm is not finite where an element is not; that of large finite ones may overflow too,
@@ -157,6 +158,30 @@ class NonFiniteGuardHook(Hook):
         return found.get(
             "text", "all outputs of layers are finite: it arose in the loss or backward"
         )
+
+
+def _before_step(optimizer: torch.optim.Optimizer, check: Callable[[], None]) -> Callable[[], None]:
+    """Call ``check`` before each step; returns what ends that.
+
+    Not by ``register_step_pre_hook``: once torch.compile has been used, torch 2.1 calls no such
+    hooks of optimizers that are made later.
+    """
+    step = optimizer.step
+    own = "step" in vars(optimizer)  # a schedule's, which counts steps
+
+    @functools.wraps(step)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check()
+        return step(*args, **kwargs)
+
+    def end() -> None:
+        if own:
+            setattr(optimizer, "step", step)  # noqa: B010
+        else:
+            del optimizer.step
+
+    setattr(optimizer, "step", checked)  # noqa: B010
+    return end
 
 
 @contextmanager

@@ -36,23 +36,28 @@ def test_a_classifier_at_any_size(tmp_path):
     assert max(onnx_error(path, other, sizes[:1])) > 1e-2
 
 
+ALL_STAGES = {**R18, "model.backbone.out_indices": (0, 1, 2, 3)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["MRLALight", "MRLABase"])
-def test_backbones_at_any_size(kind, tmp_path):
-    options = {**R18, "model.backbone.out_indices": (0, 1, 2, 3)}
-    if kind == "MRLABase":
-        options.update(BASE)
-    flat = exportable(
-        network("configs/imagenet/resnet50_mrla_in1k.py", options=options), "backbone"
-    )
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [("resnet50_mrla", ALL_STAGES), ("resnet50_mrla", {**ALL_STAGES, **BASE}),
+     ("pvtv2-b0_mrla", {"model.backbone.out_indices": (0, 1, 2, 3)})],
+    ids=["light", "base", "pvtv2"],
+)  # fmt: skip
+def test_backbones_at_any_size(config, options, tmp_path):
+    flat = exportable(network(f"configs/imagenet/{config}_in1k.py", options=options), "backbone")
     assert len(flat(torch.zeros(1, 3, 64, 64))) == 4
     path = export_onnx(flat, tmp_path / "backbone.onnx", (64, 96))
     assert max(onnx_error(path, flat, [(64, 96), (224, 160), (75, 101)], batch=2)) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deit-tiny_mrla", "deit-tiny_mrla-base", "pvtv2-b0_mrla"])
-def test_transformers_at_one_size(name, tmp_path):
+@pytest.mark.parametrize("kind", ["mrla", "mrla-base"])
+@pytest.mark.parametrize("host", ["deit-tiny", "pvtv2-b0", "ceit-tiny", "efficientnet-b0"])
+def test_other_hosts_at_one_size(host, kind, tmp_path):
+    name = f"{host}_{kind}"
     flat = exportable(network(f"configs/imagenet/{name}_in1k.py"), "backbone")
     path = export_onnx(flat, tmp_path / "net.onnx", (224, 224), dynamic=False)
     assert max(onnx_error(path, flat, [(224, 224)])) < 1e-4

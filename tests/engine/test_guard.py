@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
@@ -167,6 +169,61 @@ def test_a_loss_scale_that_keeps_falling():
     runner.optim_wrapper.loss_scaler = Scaler([2.0**-15])
     with pytest.raises(NonFiniteError, match="iteration 5: the loss scale fell to 3.05176e-05"):
         hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
+
+
+class Deaf(torch.optim.SGD):
+    """Calls no hooks, as torch 2.1's optimizers once torch.compile has been used."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+    step.hooked = True
+
+
+def watched(optimizer):
+    """A hook that watches the steps of an optimizer."""
+    hook, wrapper = NonFiniteGuardHook(), OptimWrapper(optimizer)
+    hook.before_train(SimpleNamespace(model=nn.Linear(2, 2), optim_wrapper=wrapper, iter=0))
+    return hook
+
+
+def test_an_optimizer_that_calls_no_hooks():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = Deaf([weight], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    hook = watched(optimizer)
+    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(NonFiniteError, match="iteration 1: gradients are not finite"):
+        optimizer.step()
+    assert weight.tolist() == [1, 1, 1]
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    schedule.step()
+    hook.after_train(None)
+    weight.grad[0] = float("nan")
+    optimizer.step()
+    assert weight.isnan().tolist() == [True, False, False]
+    torch.testing.assert_close(weight[1:].detach(), torch.full((2,), 1 - 0.1 - 0.05))
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch scales on GPUs alone")
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_no_errors(fused):
+    """A fused optimizer is stepped all the same and leaves the weights as they are itself."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=fused)
+    watched(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value, scale in ((float("inf"), 2.0), (1.0, 2.0)):
+        scaler.scale((weight * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == scale
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
 def worker(rank, port, folder):
