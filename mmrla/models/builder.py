@@ -54,7 +54,9 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
         name, cls = cls, LAYER_ATTENTIONS.get(cls.removeprefix("mmrla."))
         if cls is None:
             allowed = ", ".join(sorted(LAYER_ATTENTIONS.module_dict))
-            raise ValueError(f"unknown layer attention {name!r}; allowed: {allowed}")
+            raise ValueError(
+                f"layer_attention: unknown layer attention {name!r}; allowed: {allowed}"
+            )
     if not isinstance(cls, type) or not issubclass(cls, LayerAttention):
         raise TypeError(
             f"layer_attention: type must be a name or a subclass of LayerAttention, got {cls!r}"
