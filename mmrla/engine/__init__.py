@@ -4,7 +4,7 @@ from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
-from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook
+from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, TrimHeapHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 from mmrla.engine.resume import AtomicCheckpointHook, ResumableTrainLoop
 
@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuardHook",
     "ResumableTrainLoop",
+    "TrimHeapHook",
     "build_runner",
     "check_data",
     "init_cpu_distributed",

@@ -20,7 +20,7 @@ from mmrla.datasets.coco_check import (
     count_kinds,
     read_annotations,
 )
-from mmrla.engine.data_check import SPLITS, _datasets, _join
+from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
 
 
 @dataclass
@@ -130,7 +130,7 @@ def sets_of_config(cfg: Config) -> list[DataSet]:
     found: dict[Any, DataSet] = {}
     for split in SPLITS:
         loader = f"{split}_dataloader"
-        for where, dataset in _datasets(cfg.get(loader), loader):
+        for where, dataset in inner_datasets(cfg.get(loader), loader):
             one = _set_of(dataset)
             if one is None:
                 continue
@@ -146,11 +146,14 @@ def _set_of(dataset: Any) -> DataSet | None:
     prefix = dataset.get("data_prefix") or {}
     if kind in ("ImageNet", "CustomDataset") and not dataset.get("ann_file"):
         folder = prefix if isinstance(prefix, str) else prefix.get("img_path", "")
-        path = _join(root, folder or dataset.get("split") or "")
+        path = path_under(root, folder or dataset.get("split") or "")
         return None if "://" in path else DataSet(Path(path))
     if not kind.endswith("CocoDataset") or not dataset.get("ann_file"):
         return None
-    images, ann_file = _join(root, prefix.get("img") or ""), _join(root, dataset["ann_file"])
+    images, ann_file = (
+        path_under(root, prefix.get("img") or ""),
+        path_under(root, dataset["ann_file"]),
+    )
     if "://" in images or "://" in ann_file:
         return None
     classes = (dataset.get("metainfo") or {}).get("classes")

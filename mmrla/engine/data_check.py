@@ -12,17 +12,17 @@ from mmengine.config import Config, ConfigDict
 SPLITS = ("train", "val", "test")
 
 
-def _datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
+def inner_datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
     """The innermost datasets of a dataloader with their place in the config.
 
     Wrappers (``RepeatDataset``, ``ConcatDataset``, ...) are looked through.
     """
     if isinstance(cfg, Mapping):
         if "dataset" in cfg:
-            yield from _datasets(cfg["dataset"], f"{where}.dataset")
+            yield from inner_datasets(cfg["dataset"], f"{where}.dataset")
         elif "datasets" in cfg:
             for index, dataset in enumerate(cfg["datasets"]):
-                yield from _datasets(dataset, f"{where}.datasets[{index}]")
+                yield from inner_datasets(dataset, f"{where}.datasets[{index}]")
         else:
             yield where, cfg
 
@@ -70,7 +70,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
     changed: set[int] = set()
     for split in SPLITS:
         old_roots = set()
-        for _, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+        for _, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
             old_roots.add(roots.setdefault(id(dataset), dataset.get("data_root") or ""))
             dataset["data_root"] = new
         for where, evaluator in evaluators(cfg, split):
@@ -107,13 +107,13 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
         ValueError: A path that is relative to a data root leads out of it.
     """
     for split in splits:
-        for where, dataset in _datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+        for where, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
             root = dataset.get("data_root") or ""
             if root:
                 _require(root, f"{where}.data_root", folder=True)
             _check_inside(root, dataset.get("ann_file"), f"{where}.ann_file")
             if dataset.get("ann_file"):
-                _require(_join(root, dataset["ann_file"]), f"{where}.ann_file", folder=False)
+                _require(path_under(root, dataset["ann_file"]), f"{where}.ann_file", folder=False)
             prefixes = dataset.get("data_prefix") or {}
             if isinstance(prefixes, str):
                 prefixes = {"img_path": prefixes}
@@ -121,11 +121,11 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
                 _check_inside(root, prefix, f"{where}.data_prefix.{name}")
                 if prefix:
                     place = f"{where}.data_prefix.{name}"
-                    _require(_join(root, prefix), place, folder=True)
+                    _require(path_under(root, prefix), place, folder=True)
             if str(dataset.get("type")).rpartition(".")[2] == "ImageNet" and not prefixes:
                 # Its folder of images is the split's.
                 folder = dataset.get("split") or ""
-                _require(_join(root, folder), f"{where}.split={folder!r}", folder=True)
+                _require(path_under(root, folder), f"{where}.split={folder!r}", folder=True)
         for where, evaluator in evaluators(cfg, split):
             if evaluator.get("ann_file"):
                 _require(evaluator["ann_file"], f"{where}.ann_file", folder=False)
@@ -139,8 +139,8 @@ def _check_inside(root: str, path: Any, where: str) -> None:
         raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; name it absolutely")
 
 
-def _join(root: str, path: str) -> str:
-    # mmengine leaves absolute paths alone.
+def path_under(root: str, path: str) -> str:
+    """A dataset's path under its ``data_root``; mmengine leaves absolute and remote ones alone."""
     if _is_remote(path) or Path(path).is_absolute() or not root:
         return path
     return f"{root.rstrip('/')}/{path}"

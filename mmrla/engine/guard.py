@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmrla.engine.hooks import _unwrapped
+from mmrla.engine.hooks import unwrapped
 from mmrla.registry import HOOKS
 
 
@@ -58,7 +58,7 @@ class NonFiniteGuardHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse weights that are bad from the start, and watch the optimizers' steps."""
-        require_finite("the network before training", _unwrapped(runner.model).state_dict())
+        require_finite("the network before training", unwrapped(runner.model).state_dict())
         self._remove()
         wrappers = runner.optim_wrapper
         many = isinstance(wrappers, OptimWrapperDict)
@@ -122,7 +122,7 @@ class NonFiniteGuardHook(Hook):
             return
         bad = [
             name
-            for name, p in _unwrapped(runner.model).named_parameters()
+            for name, p in unwrapped(runner.model).named_parameters()
             if p.grad is not None and not bool(p.grad.isfinite().all())
         ]
         found = f"of {len(bad)} parameters, {bad[-1]!r} nearest to the loss" if bad else ""
@@ -134,7 +134,7 @@ class NonFiniteGuardHook(Hook):
 
     def _reason(self, runner: Runner) -> str:
         """Where the first value that is not finite comes from, in words."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         for name, tensor in model.named_parameters():
             if not bool(tensor.isfinite().all()):
                 return f"parameter {name!r} is not finite"

@@ -18,6 +18,7 @@ from mmrla.analysis import LayerAttentionRecorder, record_layer_attention
 from mmrla.analysis.modules import eval_mode
 from mmrla.checkpoints.files import state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
+from mmrla.compat.heap import give_back_free_memory
 from mmrla.engine.inspection import extract_features, preprocess
 from mmrla.registry import HOOKS
 
@@ -45,7 +46,7 @@ class CheckLoadHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Called by the runner between reading a checkpoint and filling the model."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         state = state_dict_of(checkpoint)
         report, fitting = compare(model, state)
         # A runner that tests has no training loop built.
@@ -95,7 +96,7 @@ class LayerAttentionVisHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse a network that cannot be recorded before anything has been trained."""
-        LayerAttentionRecorder(_unwrapped(runner.model))
+        LayerAttentionRecorder(unwrapped(runner.model))
 
     @master_only
     def after_train_iter(
@@ -110,7 +111,7 @@ class LayerAttentionVisHook(Hook):
             return
         from mmrla.analysis.figures import as_array, layer_attention_figure
 
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         with eval_mode(model), torch.no_grad(), record_layer_attention(model) as rec:
             images = preprocess(model, data_batch["inputs"][: self.max_images])
             extract_features(model, images)
@@ -121,7 +122,28 @@ class LayerAttentionVisHook(Hook):
         runner.visualizer.add_image("layer_attention", as_array(figure), step=step)
 
 
-def _unwrapped(model: Any) -> Any:
+@HOOKS.register_module()
+class TrimHeapHook(Hook):
+    """Gives memory that the C library keeps free back to the system, after each epoch.
+
+    The CPU's counterpart of mmengine's ``EmptyCacheHook``. Between tensors of changing sizes glibc
+    keeps ever more room, at validations above all, so that resident memory grows though nothing is
+    held. Other C libraries are left alone. The tools add it where there is no GPU.
+    """
+
+    priority = "LOWEST"
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Called by the runner after each epoch of training."""
+        give_back_free_memory()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Called by the runner after each validation."""
+        give_back_free_memory()
+
+
+def unwrapped(model: Any) -> Any:
+    """The network inside the wrapper of a distributed run."""
     return model.module if is_model_wrapper(model) else model
 
 

@@ -215,11 +215,14 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for, the model included.
 
     Args:
-        cfg: A config as :func:`load_config` returns it, with ``work_dir``.
+        cfg: A config as :func:`load_config` returns it, with ``work_dir``; where there is no GPU
+            it gets a ``mmrla.TrimHeapHook``.
 
     Returns:
         mmengine's Runner, or what ``runner_type`` names; ``train()`` and ``test()`` start it.
     """
+    if not torch.cuda.is_available():
+        cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), dict(type="mmrla.TrimHeapHook")]
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 

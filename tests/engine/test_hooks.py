@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ctypes
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import VISBACKENDS, DefaultScope
@@ -14,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmrla.checkpoints.files import CheckpointError
-from mmrla.engine import CheckLoadHook, LayerAttentionVisHook
+from mmrla.engine import CheckLoadHook, LayerAttentionVisHook, TrimHeapHook, build_runner
 from mmrla.models import MRLAResNet
 
 SMALL = dict(depth=18, stem_channels=8, base_channels=8)
@@ -162,3 +166,28 @@ def test_layer_attention_hook_refuses_before_training(tmp_path, scopes):
     ):
         with pytest.raises(ValueError, match=message):
             LayerAttentionVisHook(**kwargs)
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_free_memory_inside_the_heap_goes_back():
+    """Every other tensor of 32 KiB is freed: no end of the heap could be cut off."""
+    tensors = [torch.ones(8192) for _ in range(6000)]
+    del tensors[::2]
+    before = resident()
+    TrimHeapHook().after_val_epoch(None)
+    assert before - resident() > 0.7 * 3000 * 2**15
+    assert len(tensors) == 3000
+
+
+def test_runs_without_a_gpu_trim_their_heap(monkeypatch, tmp_path):
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(Runner, "from_cfg", lambda cfg: cfg)
+        cfg = Config(dict(work_dir=str(tmp_path), custom_hooks=[dict(type="EMAHook")]))
+        types = [hook.type for hook in build_runner(cfg).custom_hooks]
+        assert types == ["EMAHook"] + ["mmrla.TrimHeapHook"] * (not gpu)

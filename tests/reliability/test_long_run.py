@@ -27,10 +27,6 @@ randomness = dict(seed=0)
 """
 
 
-# By default glibc takes ever larger tensors from its heap, and what it keeps between them grows.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**21)}
-
-
 def train(folder, epochs, images):
     """Rows of resources.csv: iter, rss, fds, loss."""
     generate_shapes(folder / "data", images, 16)
@@ -40,8 +36,8 @@ def train(folder, epochs, images):
     done = subprocess.run(
         [sys.executable, ROOT / "tools/train.py", "config.py", "--data-root", "data",
          "--work-dir", "out", "--cfg-options", *options],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **MALLOC}, capture_output=True,
-        text=True, check=False,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with (folder / "resources.csv").open() as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from mmrla.compat.heap import give_back_free_memory
 from mmrla.ops.dispatch import ENV_VAR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,13 +121,6 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
     before = read("VmRSS")
     step()
     return read("VmHWM") - before
-
-
-def give_back_free_memory() -> None:
-    """Return the free pages of the C heap to the kernel, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 def require_parity() -> None:
