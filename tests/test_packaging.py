@@ -178,6 +178,8 @@ def test_unknown_names():
 def test_model_index_is_valid_and_complete():
     from modelindex.load_model_index import load
 
+    import mmrla.models  # registers the layer attentions
+
     index = load(str(ROOT / "model-index.yml"))
     assert index.check(silent=True) == []
     collections = {c.name for c in index.collections}
