@@ -150,10 +150,8 @@ def _set_of(dataset: Any) -> DataSet | None:
         return None if "://" in path else DataSet(Path(path))
     if not kind.endswith("CocoDataset") or not dataset.get("ann_file"):
         return None
-    images, ann_file = (
-        path_under(root, prefix.get("img") or ""),
-        path_under(root, dataset["ann_file"]),
-    )
+    images = path_under(root, prefix.get("img") or "")
+    ann_file = path_under(root, dataset["ann_file"])
     if "://" in images or "://" in ann_file:
         return None
     classes = (dataset.get("metainfo") or {}).get("classes")

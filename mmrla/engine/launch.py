@@ -222,12 +222,16 @@ def build_runner(cfg: Config) -> Runner:
         mmengine's Runner, or what ``runner_type`` names; ``train()`` and ``test()`` start it.
     """
     if not torch.cuda.is_available():
-        cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), dict(type="mmrla.TrimHeapHook")]
+        _add_hook(cfg, type="mmrla.TrimHeapHook")
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
+
+
+def _add_hook(cfg: Config, **hook: object) -> None:
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
 
 
 def check_weights(cfg: Config) -> None:
@@ -242,8 +246,8 @@ def check_weights(cfg: Config) -> None:
         CheckpointError: The file cannot be read without running code from it, or at all.
         FileNotFoundError: A local file is not there.
     """
-    hook = dict(type="mmrla.CheckLoadHook", allow_missing=list(cfg.get("allow_missing", ())))
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
+    allowed = list(cfg.get("allow_missing", ()))
+    _add_hook(cfg, type="mmrla.CheckLoadHook", allow_missing=allowed)
     path = cfg.get("load_from")
     if path is None and cfg.get("resume"):
         path = cfg.load_from = latest_intact(cfg.work_dir)

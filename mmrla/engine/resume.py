@@ -243,9 +243,9 @@ class AtomicCheckpointHook(CheckpointHook):
             _sampler(runner).seed = seed
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
-        # As the ancestor's, but what is new is safe before anything old goes.
         if not self.by_epoch and any(isinstance(hook, SyncBuffersHook) for hook in runner.hooks):
             all_reduce_params(runner.model.buffers(), op="mean")  # nothing in a single process
+        # As the ancestor's, but what is new is safe before anything old goes.
         expired = []
         if self.max_keep_ckpts > 0 and step not in list(self.keep_ckpt_ids)[-1:]:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:

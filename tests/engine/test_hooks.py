@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.engine import CheckLoadHook, LayerAttentionVisHook, TrimHeapHook, build_runner
 from mmrla.models import MRLAResNet
+from tests.reliability.resources import resident
 
 SMALL = dict(depth=18, stem_channels=8, base_channels=8)
 LIGHT = dict(type="MRLALight", head_channels=4)
@@ -166,11 +165,6 @@ def test_layer_attention_hook_refuses_before_training(tmp_path, scopes):
     ):
         with pytest.raises(ValueError, match=message):
             LayerAttentionVisHook(**kwargs)
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")

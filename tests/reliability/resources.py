@@ -13,7 +13,11 @@ from mmengine.runner import Runner
 
 from mmrla.registry import HOOKS
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Mallinfo2(ctypes.Structure):
@@ -60,8 +64,7 @@ class ResourcesHook(Hook):
         """Called by the runner after each iteration."""
         if not self.every_n_train_iters(runner, 10):
             return
-        rss = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         fds = len(os.listdir("/proc/self/fd"))
         with self.out.open("a") as file:
-            held = f"{rss},{allocated()},{sys.getallocatedblocks()},{fds}"
+            held = f"{resident()},{allocated()},{sys.getallocatedblocks()},{fds}"
             file.write(f"{runner.iter + 1},{held},{float(outputs['loss'])}\n")
