@@ -189,8 +189,10 @@ class MRLALight(_MRLA):
         scale: Tensor | None,
     ) -> tuple[Tensor, None]:
         """See :class:`LayerAttention`."""
+        assert self.value is not None
+        assert self.lambda_t is not None
         weights = LightWeights(
-            self.query.weight, self.key.weight, self.value_weight, self.lambda_t, self.head_channels
+            self.query.weight, self.key.weight, self.value.weight, self.lambda_t, self.head_channels
         )
         return mrla_light_tail(z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale), None
 
@@ -263,8 +265,9 @@ class MRLABase(_MRLA):
         scale: Tensor | None,
     ) -> tuple[Tensor, BaseGroup]:
         """See :class:`LayerAttention`."""
+        assert self.value is not None
         weights = BaseWeights(
-            self.query.weight, self.key.weight, self.value_weight, self.head_channels
+            self.query.weight, self.key.weight, self.value.weight, self.head_channels
         )
         group = BaseGroup() if state is None else state
         return mrla_base_tail(

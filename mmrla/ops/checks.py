@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm, autocast_is_on
+from mmrla.ops.reference import (
+    NO_LAYERS,
+    BaseGroup,
+    BaseWeights,
+    LightWeights,
+    Norm,
+    autocast_is_on,
+)
 
 VALUE_ACTS = (None, "gelu")
 
@@ -223,7 +230,7 @@ def check_base_tail(
     weights: BaseWeights,
     out_norm: Norm,
     drop: Tensor | None = None,
-    group: BaseGroup = BaseGroup(),
+    group: BaseGroup = NO_LAYERS,
     recompute: bool = False,
 ) -> None:
     """Raise unless the arguments of ``mrla_base_tail`` fit each other."""

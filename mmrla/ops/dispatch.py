@@ -17,7 +17,7 @@ class Backend:
     Args:
         name: The name users force it by, ``'naive'`` or ``'fused'``.
         fn: The implementation; all backends of an operation share one signature.
-        unsupported_reason: Takes the operation's arguments and returns the reason why this backend cannot
+        unsupported_reason: Takes the operation's arguments and returns why this backend cannot
             run them, or None if it can.
     """
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from mmrla.ops import verify, whole_map
 from mmrla.ops.reference import (
+    NO_LAYERS,
     BaseGroup,
     BaseWeights,
     LightWeights,
@@ -220,17 +221,21 @@ class _Inbox:
 class _Again:
     """Computes a value again, and keeps it until its own layer has taken it."""
 
-    def __init__(self) -> None:
-        self.address = 0
-        self.compute: Callable[[], Tensor] | None = None
+    def __init__(self, norm: Norm, weights: BaseWeights) -> None:
+        call = _Call(norm, weights, norm, None).without_tensors()
+        self.norm, self.weights = call.norm, call.weights
+        self.sources: tuple[Tensor | None, ...] = ()
+        """What the value is computed from, for the layer's link; nodes save it as tensors."""
         self.value: Tensor | None = None
 
-    def get(self, last: bool) -> Tensor:
+    def get(self, sources: Sequence[Any], last: bool = False) -> Tensor:
         """The value; ``last`` lets go of it."""
         value = self.value
         if value is None:
-            assert self.compute is not None
-            value = self.compute()
+            z, s, weight, bias, value_weight, mean, inverse = sources
+            norm = self.norm._replace(weight=weight, bias=bias)
+            weights = self.weights._replace(value=value_weight)
+            value = whole_map.value_again(z, s, norm, weights, mean, inverse)
         self.value = None if last else value
         return value
 
@@ -242,28 +247,25 @@ class _Link(NamedTuple):
     node: Any
     """The layer's node in autograd's graph, which its value came from."""
     again: _Again | None
+    sources: tuple[Tensor | None, ...]
+    """Of ``again``."""
 
 
-def _recomputing(own: _Again, earlier: list[_Again]) -> Any:
-    """A context in which autograd saves, in place of values, how to compute them."""
+class _Group(NamedTuple):
+    """How a node reaches the layers of its group."""
 
-    def pack(x: Tensor) -> Any:
-        for again in (own, *earlier):
-            if x.dim() == 4 and again.address == x.data_ptr():
-                return again, again is own
-        return x
-
-    def unpack(packed: Any) -> Tensor:
-        return packed[0].get(packed[1]) if isinstance(packed, tuple) else packed
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    own: _Inbox
+    inboxes: tuple[_Inbox | None, ...]
+    """Of earlier layers; None: autograd takes the value's gradient."""
+    again: tuple[_Again | None, ...]
+    """Of earlier layers and of the layer itself; None: the value is kept."""
 
 
 class _BaseTail(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, group: _Group, keep: bool, z: Tensor, s: Tensor,
-        *tensors: Tensor | None,
+        ctx: Any, call: _Call, group: _Group, sources: tuple[tuple[Tensor | None, ...], ...],
+        keep: bool, z: Tensor, s: Tensor, *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         t = len(group.inboxes)
         parameters, keys, values = tensors[:7], tensors[7 : 7 + t], tensors[7 + t :]
@@ -272,13 +274,16 @@ class _BaseTail(torch.autograd.Function):
             out, key, value, saved = ctx.implementation.base_forward(
                 z, s, *call, keys, values, keep
             )
-        if group.again is not None and saved:
-            _prepare(group.again, ctx.implementation, z, s, call, value, saved)
+        own = group.again[-1]
+        if own is not None and keep:
+            used = ctx.implementation.statistics_of(saved)
+            own.sources = (z, s, *call.norm[:2], call.weights.value, *used)
             saved = ctx.implementation.without_maps(saved)
-        ctx.save_for_backward(
-            z, s, call.drop, *parameters, *keys, key, *values, value, *saved
-        )
-        ctx.call, ctx.group = call.without_tensors(), group._replace(again=None)
+        kept: list[Tensor | None] = []
+        for again, given, v in zip(group.again, (*sources, ()), (*values, value), strict=True):
+            kept += [v] if again is None else given
+        ctx.save_for_backward(z, s, call.drop, *parameters, *keys, key, *saved, *kept)
+        ctx.call, ctx.group, ctx.small = call.without_tensors(), group, len(saved)
         ctx.set_materialize_grads(False)
         return out, key, value
 
@@ -288,12 +293,22 @@ class _BaseTail(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:
         z, s, drop, *rest = ctx.saved_tensors
-        t = len(ctx.group.inboxes) + 1
+        group, t = ctx.group, len(ctx.group.again)
         parameters, keys = tuple(rest[:7]), rest[7 : 7 + t]
-        values, saved = rest[7 + t : 7 + 2 * t], rest[7 + 2 * t :]
+        saved, kept = rest[7 + t : 7 + t + ctx.small], iter(rest[7 + t + ctx.small :])
         call = ctx.call.with_tensors(parameters, drop)
-        later = ctx.group.own.take()
         with _on_device_of(z):
+            values = [
+                next(kept) if again is None else again.get([next(kept) for _ in range(7)])
+                for again in group.again[:-1]
+            ]
+            own = group.again[-1]
+            if own is None:
+                values.append(next(kept))
+            else:
+                used = ctx.implementation.statistics_of(saved)
+                values.append(own.get((z, s, *parameters[:2], parameters[4], *used), last=True))
+            later = group.own.take()
             if grad_value is not None:
                 later.append((whole_map.laid_out(grad_value, z), torch.ones_like(keys[-1])))
             grad = torch.zeros_like(z) if grad is None else whole_map.laid_out(grad, z)
@@ -301,39 +316,14 @@ class _BaseTail(torch.autograd.Function):
                 grad, grad_key, z, s, *call, keys, values, later, saved
             )
             grad_values: list[Tensor | None] = []
-            for inbox, factor in zip(ctx.group.inboxes, factors, strict=False):
+            for inbox, factor in zip(group.inboxes, factors, strict=False):
                 if inbox is None:
                     grad_values.append(grad_o * factor.to(grad_o.dtype)[:, :, None, None])
                 else:
                     inbox.leave(grad_o, factor)
                     grad_values.append(None)
         small = _in_dtypes_of(found[2:], parameters)
-        return None, None, None, *found[:2], *small, *grad_keys, *grad_values
-
-
-class _Group(NamedTuple):
-    """How a node reaches the layers of its group."""
-
-    own: _Inbox
-    inboxes: tuple[_Inbox | None, ...]
-    """Of earlier layers; None: autograd takes the value's gradient."""
-    again: _Again | None
-    """Of the layer itself; None: values are kept."""
-
-
-def _prepare(
-    again: _Again, implementation: Any, z: Tensor, s: Tensor, call: _Call, value: Tensor,
-    saved: tuple[Tensor, ...],
-) -> None:  # fmt: skip
-    """Tell ``again`` how the value is computed."""
-    mean, inverse = implementation.statistics_of(saved)
-    again.address = value.data_ptr()
-
-    def compute() -> Tensor:
-        with torch.no_grad(), _on_device_of(z):
-            return whole_map.value_again(z, s, call.norm, call.weights, mean, inverse)
-
-    again.compute = compute
+        return None, None, None, None, *found[:2], *small, *grad_keys, *grad_values
 
 
 def base_tail(
@@ -343,7 +333,7 @@ def base_tail(
     weights: BaseWeights,
     out_norm: Norm,
     drop: Tensor | None = None,
-    group: BaseGroup = BaseGroup(),
+    group: BaseGroup = NO_LAYERS,
     recompute: bool = False,
 ) -> tuple[Tensor, BaseGroup]:
     """See :func:`mmrla.ops.reference.base_tail_reference`.
@@ -352,18 +342,20 @@ def base_tail(
     """
     call = _Call(norm, weights, out_norm, _factors(drop, z))
     z, shortcut, *values = _maps(z, shortcut, *group.values)
+    tensors = (z, shortcut, *call.parameters(), *group.keys, *values)
+    keep = _needs_backward(tensors)
     inboxes = tuple(
         None if link is None or value.grad_fn is not link.node else link.inbox
         for link, value in zip(group.links, values, strict=True)
     )
-    own = _Inbox()
-    again = _Again() if recompute and torch.is_grad_enabled() else None
-    earlier = [link.again for link in group.links if link is not None and link.again is not None]
-    recomputing = contextlib.nullcontext() if again is None else _recomputing(again, earlier)
-    tensors = (z, shortcut, *call.parameters(), *group.keys, *values)
-    with recomputing:
-        out, key, value = _BaseTail.apply(
-            call, _Group(own, inboxes, again), _needs_backward(tensors), *tensors
-        )
-    link = None if value.grad_fn is None else _Link(own, value.grad_fn, again)
-    return out, group.with_layer(key, value, link)
+    own, again = _Inbox(), _Again(norm, weights) if recompute and keep else None
+    earlier = [(None, ()) if link is None else link[2:] for link in group.links]
+    reached = _Group(own, inboxes, (*(a for a, _ in earlier), again))
+    sources = tuple(found for _, found in earlier)
+    out, key, value = _BaseTail.apply(call, reached, sources, keep, *tensors)
+    if value.grad_fn is None:
+        return out, group.with_layer(key, value)
+    made_from = () if again is None else again.sources
+    if again is not None:
+        again.sources = ()  # the link holds them; a node that did would keep them too long
+    return out, group.with_layer(key, value, _Link(own, value.grad_fn, again, made_from))

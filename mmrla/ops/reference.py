@@ -1,8 +1,8 @@
 """Every operation once, in plain torch, differentiated by autograd.
 
-The ground truth of the fused operations, and what runs wherever those cannot: under
-``torch.compile`` (whose compiler fuses it), ``torch.export``, ``torch.jit.trace`` and ONNX, on other
-devices and dtypes. Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+The ground truth of the fused operations, and what runs wherever those cannot: in
+``torch.compile``, whose compiler fuses it, ``torch.export``, ``torch.jit.trace``, ONNX, and in
+other dtypes. Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
 https://openreview.net/forum?id=pvgEL1yS3Ql.
 """
 
@@ -89,6 +89,10 @@ class BaseGroup(NamedTuple):
     def with_layer(self, key: Tensor, value: Tensor, link: Any = None) -> BaseGroup:
         """The group after one more layer."""
         return BaseGroup((*self.keys, key), (*self.values, value), (*self.links, link))
+
+
+NO_LAYERS = BaseGroup()
+"""The group before its first layer."""
 
 
 def eca_kernel_size(channels: int) -> int:
@@ -346,7 +350,7 @@ def base_tail_reference(
     weights: BaseWeights,
     out_norm: Norm,
     drop: Tensor | None = None,
-    group: BaseGroup = BaseGroup(),
+    group: BaseGroup = NO_LAYERS,
     recompute: bool = False,
 ) -> tuple[Tensor, BaseGroup]:
     """The end of a residual block with MRLA-base after it.

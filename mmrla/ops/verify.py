@@ -20,7 +20,7 @@ from torch import Tensor
 from mmrla.ops import reference
 from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 """Norm of the difference over the norm of what is expected; a wrong tap gives 0.3 and more."""
 LARGEST = 1 << 22
 """Elements of a generated map, if fewer channels can make it as small as that."""
@@ -70,7 +70,7 @@ def reason_against(
     _reasons[key] = reason
     if reason is not None:
         _failed[kind, z.device] = reason
-        warnings.warn(f"mmrla: {reason}. Plain torch runs instead; please report this.", stacklevel=2)
+        warnings.warn(f"{reason}. Plain torch runs instead; please report this.", stacklevel=2)
     return reason
 
 
@@ -195,7 +195,7 @@ class Case:
 
 def _error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over that of what is expected; nan if there is one in ``got``."""
-    # What is zero in exact arithmetic, as a query's gradient in a group's first layer, has rounding.
+    # Rounding is all there is if the exact result is 0, as of a query in a group's first layer.
     floor = 1e-3 * math.sqrt(expected.numel())
     return ((got - expected).norm() / expected.norm().clamp(min=floor)).item()
 
@@ -237,11 +237,16 @@ def _where(case: Case) -> str:
 def kernels_behind(names: Any) -> list[str]:
     """Which kernels make the named results, first suspects only."""
     makers = {
-        "out": "attention", "running": "channel_sums, attention", "grad of value": "attention_grads",
-        "grad of lambda": "attention_grads", "grad of query": "gate_backward, project_backward",
-        "grad of key": "gate_backward, project_backward", "grad of z": "input_grads, two_grads",
-        "grad of shortcut": "input_grads, two_grads", "grad of norm": "input_grads",
+        "out": "attention",
+        "running": "channel_sums, attention",
+        "grad of value": "attention_grads",
+        "grad of lambda": "attention_grads",
+        "grad of query": "gate_backward, project_backward",
+        "grad of key": "gate_backward, project_backward",
+        "grad of z": "input_grads, two_grads",
+        "grad of shortcut": "input_grads, two_grads",
+        "grad of norm": "input_grads",
         "grad of out_norm": "attention_grads",
-    }  # fmt: skip
+    }
     found = (maker for name in names for start, maker in makers.items() if start in name)
     return list(dict.fromkeys(found))

@@ -7,7 +7,6 @@ cheap to do without or to compute again, ``o`` is not. Small tensors are float32
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -92,6 +91,8 @@ def without_maps(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _retrieved(values: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """``sum_s factors[s] * values[s]``; factors are ``[B, C, 1, 1]``, in the values' dtype."""
+    if len(values) == 1:  # the softmax over one layer is 1
+        return values[0]
     o = torch.mul(values[-1], factors[-1])
     for value, factor in zip(values[:-1], factors, strict=False):
         o.addcmul_(value, factor)
@@ -220,7 +221,8 @@ def base_forward(
     weights = layer_weights(project(means, w.query), (*keys, key), w.head_channels)
     o = _retrieved((*values, value), [per_channel(f, w.head_channels).to(z.dtype) for f in weights])
     out, *out_used = _finish(y, o, out_norm, drop)
-    return out, key, value, (means, *used, *out_used, o) if keep else ()
+    kept = (o,) if keys else ()  # in a group's first layer, it is the value
+    return out, key, value, (means, *used, *out_used, *kept) if keep else ()
 
 
 def base_backward(
@@ -230,14 +232,8 @@ def base_backward(
 ) -> tuple:  # fmt: skip
     """Gradients of one layer, its own key and value being the last of ``keys`` and ``values``.
 
-    Args:
-        grad: The output's gradient.
-        grad_key: That of the layer's key from later layers, ``[B, C]``; None for 0.
-        z: As in forward; so are ``s``, ``norm``, ``w``, ``out_norm`` and ``drop``.
-        keys: All keys so far.
-        values: All values so far.
-        later: What later layers left for the layer's value: a map and its factors ``[B, C]`` each.
-        saved: What forward kept.
+    ``grad_key`` is the gradient of its key from later layers, ``[B, C]``, or None; ``later`` what
+    those left for its value: a map and its factors ``[B, C]`` each.
 
     Returns:
         Gradients of z, s, the norm's weight and bias, query, key, value, the out norm's weight and

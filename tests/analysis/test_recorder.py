@@ -16,7 +16,6 @@ from mmrla.models import (
     MRLAResNetCIFAR,
     MRLAVisionTransformer,
 )
-
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import needs_new_compiler, relative_error
 

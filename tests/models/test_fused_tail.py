@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
-
 from tests.conftest import needs_new_compiler, relative_error, stable_id
 from tests.models.test_mrla_resnet import SMALL, randomise
 

@@ -13,7 +13,6 @@ from torch import nn
 import mmrla.registry
 from mmrla.models import LayerAttentionWrapper
 from mmrla.models.wrapper import _Carried
-
 from tests.conftest import needs_new_compiler, relative_error
 
 LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
