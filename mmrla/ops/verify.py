@@ -20,7 +20,7 @@ from torch import Tensor
 from mmrla.ops import reference
 from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Norm of the difference over the norm of what is expected; a wrong tap gives 0.3 and more."""
 LARGEST = 1 << 22
 """Elements of a generated map, if fewer channels can make it as small as that."""
