@@ -19,8 +19,6 @@ from mmrla.ops.kernels import NAN
 
 LOWEST = tl.constexpr(-3.0e38)
 """Finite in bfloat16 and float32, and below any sum that could make it positive again."""
-OUTSIDE_LINE = tl.constexpr(1 << 30)
-"""First line of a group that does not exist."""
 
 
 @triton.jit
@@ -36,20 +34,29 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def filled(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, start):
+    """As :func:`zeros`, plus ``start``."""
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.zeros((ROWS, COLUMNS), tl.float32) + start,)
+    return blocks
+
+
+@triton.jit
 def tile_of(
     n, per_sample, all_groups, strips, length, steps, LINES: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """What tile ``n`` covers: each group's number, sample and first line, first step, steps.
+    """What tile ``n`` covers: groups, counted through the batch, and steps.
 
-    Groups are counted through the batch, ``per_sample`` in each sample; those past the last are
-    the last again, and ``line`` puts them outside the map.
+    Returns each group's number, whether it exists, its sample and its first line, ``per_sample``
+    groups being in each sample; the first step and the number of steps.
     """
     group = (n // strips) * GROUPS + tl.arange(0, GROUPS)
     exists = group < all_groups
-    group = tl.where(exists, group, all_groups - 1)
-    line = tl.where(exists, (group % per_sample) * LINES, OUTSIDE_LINE)
+    group = tl.minimum(group, all_groups - 1)
+    line = (group % per_sample) * LINES
     step = (n % strips) * length
-    return group, group // per_sample, line, step, tl.minimum(length, steps - step)
+    return group, exists, group // per_sample, line, step, tl.minimum(length, steps - step)
 
 
 @triton.jit
@@ -63,6 +70,15 @@ def load_taps(weight, scale, c, kept, FLIP: tl.constexpr, LAST: tl.constexpr):
         tap = k if LAST else (k % 3) * 3 + k // 3
         taps = taps + (tl.load(weight + c * 9 + (8 - tap if FLIP else tap), kept, 0.0) * scale,)
     return taps
+
+
+@triton.jit
+def plus_identity(taps):
+    """The stencil that adds its input to what ``taps`` give."""
+    total = ()
+    for k in tl.static_range(9):
+        total = total + (taps[k] + 1.0 if k == 4 else taps[k],)
+    return total
 
 
 @triton.jit

@@ -1,0 +1,483 @@
+"""Kernels of MRLA-light's block end.
+
+``y = relu(norm(z) + s)``, ``o = gate * stencil(y) + lambda_t * s``, ``out = y + drop * norm'(o)``.
+Neither y nor o is ever stored: both are made again from z and s wherever they are needed.
+N is the size of a map.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mmrla.ops.kernels import (
+    FACTOR,
+    MEAN,
+    NAN,
+    OFFSET,
+    PIVOT,
+    finish_norm,
+    load_vector,
+    norm_backward,
+    norm_parameter_grads,
+    over_channels,
+    over_places,
+    sum_places,
+)
+from mmrla.ops.kernels_stencil import (
+    LOWEST,
+    conv1d_weight_grad,
+    filled,
+    head_block,
+    line_mask,
+    load_line,
+    load_lines,
+    load_taps,
+    load_y,
+    means_grad,
+    plus_identity,
+    query_key,
+    spread,
+    sum_chunks,
+    tile_of,
+    zeros,
+)
+
+OUT_SUMS = tl.constexpr(0)
+OUT = tl.constexpr(1)
+GRAD_SUMS = tl.constexpr(2)
+GRADS = tl.constexpr(3)
+
+LAMBDA = tl.constexpr(9)
+FIELDS = tl.constexpr(10)
+"""Sums of products per channel: nine taps of W_v and lambda_t."""
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gate_forward(
+    sums, query, key, gate, means, queries, keys,
+    z, s, coefficients, value, lambda_t, out_coefficients,
+    C, H, W, heads, chunks, inverse_root,
+    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr,
+    KEEP: tl.constexpr, OUT_BATCH: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The gate ``[B, heads]`` from ``sums`` ``[B, chunks, C]``, and o's pivot if it needs one.
+
+    With ``KEEP``, also stores means, queries and keys, ``[B, C]``.
+    """
+    sample = tl.program_id(0)
+    first = tl.program_id(1) * HEADS
+    c, ok = head_block(first, heads, D, HEADS, WIDTH)
+    q, k, mean = query_key(
+        sums + sample * chunks * C, chunks, H * W, query, key, C, c, ok, QUERY, KEY, CHUNKS
+    )
+    weight = tl.sigmoid(tl.sum(q * k, 1) * inverse_root)
+    head = first + tl.arange(0, HEADS)
+    tl.store(gate + sample * heads + head, weight, head < heads)
+    if KEEP:
+        at = sample * C + c
+        tl.store(means + at, mean, ok)
+        tl.store(queries + at, q, ok)
+        tl.store(keys + at, k, ok)
+    if OUT_BATCH and sample == 0:  # o in the middle of the first map
+        factor = tl.load(coefficients + FACTOR * C + c, ok, 0.0)
+        offset = tl.load(coefficients + OFFSET * C + c, ok, 0.0)
+        total = tl.zeros((HEADS, WIDTH), tl.float32)
+        for tap in tl.static_range(9):
+            row = H // 2 + tap // 3 - 1
+            column = W // 2 + tap % 3 - 1
+            inside = ok & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            pixel = row * W + column
+            at = pixel * C + c if LAST else pixel + c * (H * W)
+            y = load_line(z + at, inside, 0.0) * factor + offset
+            y = tl.maximum(y + load_line(s + at, inside, LOWEST), 0.0)
+            total += y * tl.load(value + c * 9 + tap, ok, 0.0).to(tl.float32)
+        pixel = H // 2 * W + W // 2
+        at = pixel * C + c if LAST else pixel + c * (H * W)
+        previous = tl.load(lambda_t + c, ok, 0.0).to(tl.float32) * load_line(s + at, ok, 0.0)
+        tl.store(out_coefficients + PIVOT * C + c, weight[:, None] * total + previous, ok)
+
+
+WALK = (
+    "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
+    "rows", "count", "momentum", "eps",
+)  # fmt: skip
+"""Integers whose divisibility buys nothing: one variant for all."""
+
+
+@triton.jit
+def add_shares(sums, s, slope, LINES: tl.constexpr):
+    """Each of ``sums`` plus ``slope`` times lines 0 ... LINES - 1 of s."""
+    total = ()
+    for j in tl.static_range(LINES):
+        total = total + (sums[j] + slope * s[j + 1],)
+    return total
+
+
+@triton.jit
+def shares_of(s, start, slope, LINES: tl.constexpr):
+    """``start + slope * s`` on lines 0 ... LINES - 1."""
+    total = ()
+    for j in tl.static_range(LINES):
+        total = total + (start + slope * s[j + 1],)
+    return total
+
+
+@triton.jit
+def use_outputs(
+    done, shares, grad, result, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
+    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What :func:`attention` does with the outputs of one step; returns the new ``totals``."""
+    first, second, dot = totals
+    for j in tl.static_range(LINES):
+        mask = line_mask(line, lines, ok, j, LINES, EXACT)
+        x = done[j]
+        if MODE != OUT and mask is not None:  # s is hugely negative outside: x may be infinite
+            x = tl.where(mask, x, 0.0)
+        if MODE == OUT_SUMS:
+            first += x
+            second += x * x
+        elif MODE == OUT:
+            tl.store(result + j * line_stride, x.to(result.dtype.element_ty), mask)
+        else:
+            g = load_line(grad + j * line_stride, mask, 0.0)
+            if MODE == GRAD_SUMS:
+                first += scale * g
+                second += g * x
+            elif OUT_BATCH:
+                g = on_grad * g + (on_x * x + shares[j])
+                tl.store(result + j * line_stride, g.to(result.dtype.element_ty), mask)
+                if mask is not None:
+                    g = tl.where(mask, g, 0.0)
+                dot += g * x
+            else:
+                g = scale * g
+                first += g
+                dot += g * x
+                x += shares[j]
+                if mask is not None:
+                    x = tl.where(mask, x, 0.0)
+                second += g * x
+    return first, second, dot
+
+
+@triton.jit(do_not_specialize=WALK)
+def attention(
+    z, s, grad, result, part, dots, coefficients, gate, value, lambda_t, drop,
+    in_part, weight, bias, running_mean, running_var, out_coefficients, grad_out_norm,
+    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads,
+    rows, count, momentum, eps,
+    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr,
+    LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    EXACT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One of four passes that make y and o again from z and s.
+
+    - ``OUT_SUMS``, 2 N: ``part`` ``[programs, 2, C]``, sums of ``o - pivot`` and of its square.
+    - ``OUT``, 3 N: ``result = y + drop * norm(o)``. Finishes the norm from ``in_part``
+      (:func:`finish_norm`).
+    - ``GRAD_SUMS``, 3 N: ``part``, sums of ``drop * grad`` and of that times ``o - mean``.
+    - ``GRADS``, 4 N: ``result``, the gradient of o, and ``dots``, one row ``[C]`` per group and
+      strip: sums of it times ``gate * stencil(y)``. Finishes ``grad_out_norm`` from ``in_part``,
+      the sums of ``GRAD_SUMS``. Of a frozen norm, 3 N: o's gradient is ``drop * factor * grad``
+      and not stored, and ``part`` are the sums of ``GRAD_SUMS``.
+    """
+    program = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    kept = c < C
+    factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
+    offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
+    previous = over_channels(load_vector(lambda_t, c, kept, 0.0), LAST)
+    on_grad = tl.zeros((BC,), tl.float32)
+    on_x = tl.zeros((BC,), tl.float32)
+    constant = tl.zeros((BC,), tl.float32)
+    if MODE == OUT_SUMS:
+        constant = -tl.load(out_coefficients + PIVOT * C + c, kept, 0.0)
+    elif MODE == OUT:
+        pivot = tl.zeros((BC,), tl.float32)
+        if OUT_BATCH:
+            pivot = tl.load(out_coefficients + PIVOT * C + c, kept, 0.0)
+        on_x, constant = finish_norm(
+            in_part, rows, pivot, count, weight, bias, running_mean, running_var, momentum, eps,
+            out_coefficients, C, c, kept, program == 0, OUT_BATCH, KEEP, ROWS,
+        )  # fmt: skip
+    elif MODE == GRADS and OUT_BATCH:
+        on_grad, on_x, constant = norm_backward(
+            in_part, rows, 2 * C, count, out_coefficients, C, c, kept, ROWS
+        )
+        if program == 0:
+            norm_parameter_grads(
+                in_part, rows, 2 * C, out_coefficients, grad_out_norm, C, c, kept, ROWS
+            )
+    else:
+        constant = -tl.load(out_coefficients + MEAN * C + c, kept, 0.0)
+        if MODE == GRADS:
+            on_grad = tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
+    on_grad = over_channels(on_grad, LAST)
+    on_x = over_channels(on_x, LAST)
+    constant = over_channels(constant, LAST)
+    c = over_channels(c, LAST)
+    kept = over_channels(kept, LAST)
+    line_stride = steps * C if LAST else 1
+    step_stride = C if LAST else lines
+    shape: tl.constexpr = (GROUPS, BC) if LAST else (BC, GROUPS)
+    first = tl.zeros(shape, tl.float32)
+    second = tl.zeros(shape, tl.float32)
+    for n in range(program, tiles, programs):
+        group, exists, sample, line, step, own_steps = tile_of(
+            n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
+        )
+        group = over_places(group, LAST)
+        exists = over_places(exists, LAST)
+        sample = over_places(sample, LAST)
+        line = over_places(line, LAST)
+        ok = None if EXACT else kept & exists
+        at = sample.to(tl.int64) * C * lines * steps + (line * line_stride + step * step_stride)
+        at += c if LAST else c * (lines * steps)
+        scale = tl.full((1, 1), 1.0, tl.float32)
+        if drop is not None:
+            scale = tl.load(drop + sample)
+        weights = tl.load(gate + sample * heads + c // D, kept, 0.0)
+        # What stencil(y) and s are multiplied by, what outputs begin with.
+        slope = previous
+        start = constant
+        if MODE == OUT:
+            weights = weights * (scale * on_x)
+            slope = previous * (scale * on_x)
+            start = scale * constant
+        elif MODE == GRAD_SUMS:
+            weights = weights * scale
+            slope = previous * scale
+            start = scale * constant
+        elif MODE == GRADS:
+            start = tl.zeros((1, 1), tl.float32)
+            if OUT_BATCH:
+                slope = on_x * previous
+        on_tile = on_grad * scale
+        taps = load_taps(value, weights, c, kept, False, LAST)
+        if MODE == OUT:
+            taps = plus_identity(taps)
+        # Before the first step, then the first: nothing is finished yet.
+        here = filled(LINES, shape[0], shape[1], start)
+        if STRIPS:
+            inside = exists & kept & (step > 0)
+            y, shortcut = load_y(
+                z + at - step_stride, s + at - step_stride, line_stride, line, lines, inside,
+                factor, offset, LINES, EXACT,
+            )  # fmt: skip
+            _, _, here = spread(y, taps, here, here, start, LINES)
+        y, shortcut = load_y(
+            z + at, s + at, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+        )
+        _, before, here = spread(y, taps, here, here, start, LINES)
+        if MODE != GRADS:
+            before = add_shares(before, shortcut, slope, LINES)
+        shares = shares_of(shortcut, constant, slope, LINES)
+        dot = tl.zeros(shape, tl.float32)
+        for _ in range(1, own_steps):
+            x = at + step_stride
+            y, shortcut = load_y(
+                z + x, s + x, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+            )
+            done, before, here = spread(y, taps, before, here, start, LINES)
+            first, second, dot = use_outputs(
+                done, shares, grad + at, result + at, line_stride, line, lines, ok,
+                (first, second, dot), scale, on_tile, on_x, MODE, OUT_BATCH, LINES, EXACT,
+            )  # fmt: skip
+            if MODE != GRADS:
+                before = add_shares(before, shortcut, slope, LINES)
+            else:
+                shares = shares_of(shortcut, constant, slope, LINES)
+            at = x
+        done = before
+        if STRIPS:
+            inside = exists & kept & (step + own_steps < steps)
+            y, shortcut = load_y(
+                z + at + step_stride, s + at + step_stride, line_stride, line, lines, inside,
+                factor, offset, LINES, EXACT,
+            )  # fmt: skip
+            done, _, _ = spread(y, taps, before, here, start, LINES)
+        first, second, dot = use_outputs(
+            done, shares, grad + at, result + at, line_stride, line, lines, ok,
+            (first, second, dot), scale, on_tile, on_x, MODE, OUT_BATCH, LINES, EXACT,
+        )  # fmt: skip
+        if MODE == GRADS:
+            if not OUT_BATCH:
+                dot = dot * on_grad
+            row = group * strips + n % strips
+            tl.store(dots + row * C + c, dot, exists & kept)
+    if MODE == OUT_SUMS or (MODE == GRAD_SUMS or (MODE == GRADS and not OUT_BATCH)):
+        c = tl.program_id(1) * BC + tl.arange(0, BC)
+        row = part + program * 2 * C + c
+        tl.store(row, sum_places(first, LAST), c < C)
+        tl.store(row + C, sum_places(second, LAST), c < C)
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gate_backward(
+    dots, gate, means, queries, keys, grad_queries, grad_keys, tap_part,
+    C, heads, rows, inverse_root,
+    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys ``[B, C]``; ``tap_part``: a row ``[2, TAPS]`` per program.
+
+    ``dots`` ``[B, rows, C]``: sums of o's gradient times ``gate * stencil(y)``.
+    """
+    sample = tl.program_id(0)
+    first = tl.program_id(1) * HEADS
+    c, ok = head_block(first, heads, D, HEADS, WIDTH)
+    dot = sum_chunks(dots + sample * rows * C, rows, C, c, ok, CHUNKS)
+    head = first + tl.arange(0, HEADS)
+    weight = tl.load(gate + sample * heads + head, head < heads, 0.0)
+    grad_logit = ((1.0 - weight) * tl.sum(dot, 1) * inverse_root)[:, None]
+    at = sample * C + c
+    grad_query = grad_logit * tl.load(keys + at, ok, 0.0)
+    grad_key = grad_logit * tl.load(queries + at, ok, 0.0)
+    tl.store(grad_queries + at, grad_query, ok)
+    tl.store(grad_keys + at, grad_key, ok)
+    row = tap_part + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * TAPS
+    tap = tl.arange(0, TAPS)
+    own = means + sample * C
+    tl.store(row + tap, conv1d_weight_grad(grad_query, own, C, c, ok, QUERY, TAPS))
+    tl.store(row + TAPS + tap, conv1d_weight_grad(grad_key, own, C, c, ok, KEY, TAPS))
+
+
+@triton.jit
+def use_input_grads(
+    done, older, newer, latest, z, s, grad, gm, gs, line_stride, line, lines, ok, sums,
+    factor, offset, mean, weights, share, previous,
+    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What :func:`input_grads` does for one step; returns the new ``sums``.
+
+    ``older``, ``newer`` and ``latest`` are lines -1 ... LINES of o's gradient in the step before,
+    in this one and in the next.
+    """
+    for j in tl.static_range(LINES):
+        mask = line_mask(line, lines, ok, j, LINES, EXACT)
+        at = j * line_stride
+        x = load_line(z + at, mask, 0.0)
+        shortcut = load_line(s + at, mask, LOWEST)
+        y = tl.maximum(x * factor + offset + shortcut, 0.0, propagate_nan=NAN)
+        own = newer[j + 1]
+        g = own if not OUT_BATCH else load_line(grad + at, mask, 0.0)
+        g = tl.where(y == 0.0, 0.0, done[j] + g)  # nan stays nan
+        y = y * weights
+        sums = (
+            sums[0] + y * latest[j + 2], sums[1] + y * newer[j + 2], sums[2] + y * older[j + 2],
+            sums[3] + y * latest[j + 1], sums[4] + y * newer[j + 1], sums[5] + y * older[j + 1],
+            sums[6] + y * latest[j], sums[7] + y * newer[j], sums[8] + y * older[j],
+            sums[9] + own * share * shortcut, sums[10] + g, sums[11] + g * (x - mean),
+        )  # fmt: skip
+        if BATCH:
+            tl.store(gm + at, g.to(gm.dtype.element_ty), mask)
+        else:
+            tl.store(gm + at, (factor * g).to(gm.dtype.element_ty), mask)
+            g = g + previous * own
+            tl.store(gs + at, g.to(gs.dtype.element_ty), mask)
+    return sums
+
+
+@triton.jit(do_not_specialize=WALK)
+def input_grads(
+    go, z, s, grad, gm, gs, part, coefficients, gate, value, lambda_t, drop, out_coefficients,
+    grad_queries, grad_keys, query, key,
+    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads,
+    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, D: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr,
+    LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    EXACT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``gm = (y > 0) * (grad + stencil^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
+
+    Writes ``part`` ``[programs, 12, C]``: sums of go times each neighbour of y (the gradient of
+    W_v), of ``go * s``, of gm and of ``gm * (z - mean)``. Without ``BATCH``, ``factor * gm`` is the
+    gradient of z and stored instead, and so is the shortcut's, ``gm + lambda_t * go`` (6 N).
+    Without ``OUT_BATCH``, ``go`` is ``grad`` itself, which is then read once, and the frozen norm's
+    factor and ``drop`` are applied here.
+    """
+    program = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    kept = c < C
+    factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
+    offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
+    mean = over_channels(tl.load(coefficients + MEAN * C + c, kept, 0.0), LAST)
+    previous = over_channels(load_vector(lambda_t, c, kept, 0.0), LAST)
+    on_grad = tl.full((1, 1), 1.0, tl.float32)
+    if not OUT_BATCH:
+        on_grad = over_channels(tl.load(out_coefficients + FACTOR * C + c, kept, 0.0), LAST)
+    c = over_channels(c, LAST)
+    kept = over_channels(kept, LAST)
+    line_stride = steps * C if LAST else 1
+    step_stride = C if LAST else lines
+    shape: tl.constexpr = (GROUPS, BC) if LAST else (BC, GROUPS)
+    sums = zeros(12, shape[0], shape[1])
+    for n in range(program, tiles, programs):
+        _, exists, sample, line, step, own_steps = tile_of(
+            n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
+        )
+        exists = over_places(exists, LAST)
+        sample = over_places(sample, LAST)
+        line = over_places(line, LAST)
+        ok = None if EXACT else kept & exists
+        at = sample.to(tl.int64) * C * lines * steps + (line * line_stride + step * step_stride)
+        at += c if LAST else c * (lines * steps)
+        share = on_grad
+        if not OUT_BATCH and drop is not None:
+            share = on_grad * tl.load(drop + sample)
+        weights = tl.load(gate + sample * heads + c // D, kept, 0.0) * share
+        taps = load_taps(value, weights, c, kept, True, LAST)
+        start = means_grad(
+            grad_queries + sample * C, grad_keys + sample * C, query, key, C, c, kept, QUERY, KEY
+        )
+        start = start / (lines * steps)
+        on_shortcut = previous * share
+        here = filled(LINES, shape[0], shape[1], start)
+        older = zeros(LINES + 2, shape[0], shape[1])
+        if STRIPS:
+            inside = exists & kept & (step > 0)
+            older = load_lines(
+                go + at - step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+            )
+            _, _, here = spread(older, taps, here, here, start, LINES)
+        newer = load_lines(go + at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+        _, before, here = spread(newer, taps, here, here, start, LINES)
+        for _ in range(1, own_steps):
+            x = at + step_stride
+            latest = load_lines(go + x, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+            done, before, here = spread(latest, taps, before, here, start, LINES)
+            sums = use_input_grads(
+                done, older, newer, latest, z + at, s + at, grad + at, gm + at, gs + at,
+                line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
+                on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
+            )  # fmt: skip
+            older = newer
+            newer = latest
+            at = x
+        latest = zeros(LINES + 2, shape[0], shape[1])
+        done = before
+        if STRIPS:
+            inside = exists & kept & (step + own_steps < steps)
+            latest = load_lines(
+                go + at + step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+            )
+            done, _, _ = spread(latest, taps, before, here, start, LINES)
+        sums = use_input_grads(
+            done, older, newer, latest, z + at, s + at, grad + at, gm + at, gs + at,
+            line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
+            on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
+        )  # fmt: skip
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    for k in tl.static_range(12):
+        # Fields are rows and columns of W_v: lines and steps change places in NCHW.
+        field = k if LAST or k >= 9 else (k % 3) * 3 + k // 3
+        tl.store(part + (program * 12 + field) * C + c, sum_places(sums[k], LAST), c < C)
