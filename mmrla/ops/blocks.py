@@ -15,16 +15,17 @@ from torch import Tensor
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200; for tensors on no GPU."""
-WARPS = 16
-"""Per multiprocessor: what the stencils' registers leave room for. Launches make about as many."""
-THREAD_ELEMENTS = 4
-"""Neighbouring channels per thread in channels_last: loads of 8 bytes in bfloat16."""
+REGISTERS = 65536
+"""Per multiprocessor."""
+FLAT_WARPS = 16
+"""Of flat passes per multiprocessor."""
+THREAD_ELEMENTS = 2
+"""Neighbouring channels per thread of a stencil in channels_last: a warp's loads are 128 bytes in
+bfloat16. With 4, instructions per element are a seventh fewer, but half the warps have room."""
 FLAT_ELEMENTS = 4096
 """Elements per block of a flat pass, at 32 per thread."""
 FLAT_BLOCKS = 16
 """The most blocks that a program of ``pixel_sums`` adds up for one sum."""
-THREADS = 128
-"""Per program of a stencil."""
 LONGEST_STRIP = 64
 """Steps; longer strips save nothing."""
 PROLOGUE_ELEMENTS = 64
@@ -85,7 +86,9 @@ class Plan(NamedTuple):
     walk: Walk
     """For stencils that hold few values per line."""
     short_walk: Walk
-    """For those that hold many."""
+    """For those that hold more."""
+    ring_walk: Walk
+    """For those that hold three steps of a map."""
 
 
 def power_of_two(n: int) -> int:
@@ -130,14 +133,15 @@ def plan(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
     return Plan(
         (B, C, H, W), pixels, (H // 2) * W + W // 2, float(B * pixels), lines, steps, last,
         flat, chunk, chunks, (chunk_programs, flat.grid[1]),
-        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (4, 2)),
-        walk_blocks(B, C, lines, steps, last, sms, (2,)),
+        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (4, 2), 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (4, 2), 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (2,), 168),
     )  # fmt: skip
 
 
 def flat_programs(options: dict[str, Any], channel_blocks: int, sms: int) -> int:
     """Programs of a flat pass per channel block that the device runs at once."""
-    return max(1, sms * WARPS // options["num_warps"] // channel_blocks)
+    return max(1, sms * FLAT_WARPS // options["num_warps"] // channel_blocks)
 
 
 def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
@@ -162,27 +166,30 @@ def prologue_rows(warps: int, channels: int) -> int:
 
 
 def walk_blocks(
-    B: int, C: int, lines: int, steps: int, last: bool, sms: int, choices: tuple[int, ...]
-) -> Walk:
+    B: int, C: int, lines: int, steps: int, last: bool, sms: int, choices: tuple[int, ...],
+    registers: int,
+) -> Walk:  # fmt: skip
     """Groups of lines and strips of steps, with little waste and enough programs.
 
-    ``choices``: numbers of lines per group; more need fewer instructions and more registers.
+    ``choices``: numbers of lines per group; more need fewer instructions and more ``registers``,
+    the most per thread.
     """
 
     def work(count: int) -> int:  # a group's: its lines, and about one for their two neighbours
         return triton.cdiv(lines, count) * (count + 1)
 
     count = min(choices, key=work)
+    threads = 256 if last and registers <= 128 else 128
     if last:
         channels = least_padding(C, tuple(min(b, power_of_two(C)) for b in (128, 64, 32)))
-        groups = THREADS * THREAD_ELEMENTS // channels
+        groups = threads * THREAD_ELEMENTS // channels
     else:
         groups = 32
-        channels = THREADS // groups
+        channels = threads // groups
     channel_blocks = triton.cdiv(C, channels)
     all_groups = B * triton.cdiv(lines, count)
     blocks = triton.cdiv(all_groups, groups)
-    most = max(1, sms * WARPS * 32 // THREADS // channel_blocks)
+    most = max(1, sms * (REGISTERS // (registers * threads)) // channel_blocks)
     # Few blocks: strips of 8 steps or more, since each reads two steps of its neighbours.
     strips = max(1, min(most // blocks, steps // 8), triton.cdiv(steps, LONGEST_STRIP))
     length = triton.cdiv(steps, strips)
@@ -191,7 +198,8 @@ def walk_blocks(
     exact = lines % count == 0 and all_groups % groups == 0 and C % channels == 0
     options = dict(
         LINES=count, GROUPS=groups, BC=channels, LAST=last, EXACT=exact, STRIPS=strips > 1,
-        ROWS=prologue_rows(THREADS // 32, channels), num_warps=THREADS // 32, num_stages=1,
+        ROWS=prologue_rows(threads // 32, channels), num_warps=threads // 32, num_stages=1,
+        maxnreg=registers,
     )  # fmt: skip
     return Walk(
         (programs, channel_blocks), programs, blocks * strips, triton.cdiv(lines, count),

@@ -179,9 +179,9 @@ def channel_sums(
     squares = tl.zeros(shape, tl.float32)
     blocks = tl.cdiv(HW, BP)
     for n in range(program, B * blocks, programs):
-        sample = (n // blocks).to(tl.int64) * C * HW
+        base = (n // blocks).to(tl.int64) * C * HW
         at, ok = pixel_block((n % blocks) * BP + tl.arange(0, BP), HW, C, c, kept, LAST)
-        x = tl.load(z + sample + at, ok, 0.0).to(tl.float32)
+        x = tl.load(z + base + at, ok, 0.0).to(tl.float32)
         x = tl.where(ok, x - pivot, 0.0)
         total += x
         squares += x * x
@@ -215,13 +215,13 @@ def pixel_sums(
     factor = over_channels(factor, LAST)
     offset = over_channels(offset, LAST)
     for n in range(program, B * chunks, programs):
-        sample = (n // chunks).to(tl.int64) * C * HW
+        base = (n // chunks).to(tl.int64) * C * HW
         total = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            y = tl.load(z + sample + at, ok, 0.0).to(tl.float32) * factor + offset
-            y += tl.load(s + sample + at, ok, 0.0).to(tl.float32)
+            y = tl.load(z + base + at, ok, 0.0).to(tl.float32) * factor + offset
+            y += tl.load(s + base + at, ok, 0.0).to(tl.float32)
             total += tl.where(ok, tl.maximum(y, 0.0, propagate_nan=NAN), 0.0)
         tl.store(sums + n * C + c, sum_places(total, LAST), kept)
 
@@ -321,14 +321,14 @@ def input_norm_grads(
     for n in range(program, B * blocks, programs):
         sample = (n // blocks).to(tl.int64)
         at, ok = pixel_block((n % blocks) * BP + tl.arange(0, BP), HW, C, c, kept, LAST)
-        at += sample * C * HW
-        grad = tl.load(gm + at, ok, 0.0).to(tl.float32)
-        values = tl.load(z + at, ok, 0.0).to(tl.float32)
+        base = sample * C * HW
+        grad = tl.load(gm + base + at, ok, 0.0).to(tl.float32)
+        values = tl.load(z + base + at, ok, 0.0).to(tl.float32)
         if go is not None:
             share = previous
             if not OUT_BATCH and drop is not None:
                 share = previous * tl.load(drop + sample)
-            attention = tl.load(go + at, ok, 0.0).to(tl.float32)
-            tl.store(gs + at, (grad + share * attention).to(gs.dtype.element_ty), ok)
+            attention = tl.load(go + base + at, ok, 0.0).to(tl.float32)
+            tl.store(gs + base + at, (grad + share * attention).to(gs.dtype.element_ty), ok)
         grad = on_grad * grad + on_z * values + constant
-        tl.store(gz + at, grad.to(gz.dtype.element_ty), ok)
+        tl.store(gz + base + at, grad.to(gz.dtype.element_ty), ok)

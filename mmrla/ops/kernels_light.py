@@ -177,7 +177,7 @@ def light_backward(
     """
     plan = plan_of(z)
     B, C, _, _ = plan.sizes
-    flat, walk, short = plan.flat, plan.walk, plan.short_walk
+    flat, walk, ring = plan.flat, plan.short_walk, plan.ring_walk
     D = w.head_channels
     heads = C // D
     options = head_options(w)
@@ -187,7 +187,7 @@ def light_backward(
     coefficients, out_coefficients, means, queries, keys, gate = split_kept(saved[0], plan, D)
     fields = FIELDS.value + 2
     part, out_part, dots, grad_queries, grad_keys, tap_part = floats(
-        z.device, short.programs * fields * C, walk.programs * 2 * C, B * rows * C, B * C, B * C,
+        z.device, ring.programs * fields * C, walk.programs * 2 * C, B * rows * C, B * C, B * C,
         B * head_blocks * 2 * taps,
     )  # fmt: skip
     grad_norm, grad_value, grad_lambda, grad_out_norm, grad_taps = floats(
@@ -204,18 +204,18 @@ def light_backward(
             MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, D=D, **walk.options,
         )  # fmt: skip
     gate_backward[(B, head_blocks)](
-        dots, gate, means, queries, keys, grad_queries, grad_keys, tap_part,
+        dots, means, queries, keys, grad_queries, grad_keys, tap_part,
         C, heads, rows, D**-0.5, TAPS=taps, **options,
     )  # fmt: skip
-    input_grads[short.grid](
+    input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
         out_coefficients, grad_queries, grad_keys, w.query, w.key,
-        *walk_sizes(short, plan), heads,
+        *walk_sizes(ring, plan), heads,
         BATCH=norm.batch, OUT_BATCH=out_norm.batch, D=D,
-        QUERY=options["QUERY"], KEY=options["KEY"], **short.options,
+        QUERY=options["QUERY"], KEY=options["KEY"], **ring.options,
     )  # fmt: skip
     parameters = (
-        part, short.programs, coefficients, grad_value, grad_lambda, grad_norm,
+        part, ring.programs, coefficients, grad_value, grad_lambda, grad_norm,
         None if out_norm.batch else out_part, walk.programs, out_coefficients, grad_out_norm,
         tap_part, B * head_blocks, grad_taps,
     )  # fmt: skip

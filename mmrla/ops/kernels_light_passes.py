@@ -129,7 +129,7 @@ def shares_of(s, start, slope, LINES: tl.constexpr):
 
 @triton.jit
 def use_outputs(
-    done, shares, grad, result, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
+    done, shares, grad, result, at, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
     MODE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """What :func:`attention` does with the outputs of one step; returns the new ``totals``."""
@@ -143,15 +143,15 @@ def use_outputs(
             first += x
             second += x * x
         elif MODE == OUT:
-            tl.store(result + j * line_stride, x.to(result.dtype.element_ty), mask)
+            tl.store(result + (at + j * line_stride), x.to(result.dtype.element_ty), mask)
         else:
-            g = load_line(grad + j * line_stride, mask, 0.0)
+            g = load_line(grad + (at + j * line_stride), mask, 0.0)
             if MODE == GRAD_SUMS:
                 first += scale * g
                 second += g * x
             elif OUT_BATCH:
                 g = on_grad * g + (on_x * x + shares[j])
-                tl.store(result + j * line_stride, g.to(result.dtype.element_ty), mask)
+                tl.store(result + (at + j * line_stride), g.to(result.dtype.element_ty), mask)
                 if mask is not None:
                     g = tl.where(mask, g, 0.0)
                 dot += g * x
@@ -193,7 +193,6 @@ def attention(
     factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
     offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
     previous = over_channels(load_vector(lambda_t, c, kept, 0.0), LAST)
-    on_grad = tl.zeros((BC,), tl.float32)
     on_x = tl.zeros((BC,), tl.float32)
     constant = tl.zeros((BC,), tl.float32)
     if MODE == OUT_SUMS:
@@ -207,18 +206,15 @@ def attention(
             out_coefficients, C, c, kept, program == 0, OUT_BATCH, KEEP, ROWS,
         )  # fmt: skip
     elif MODE == GRADS and OUT_BATCH:
-        on_grad, on_x, constant = norm_backward(
-            in_part, rows, 2 * C, count, out_coefficients, C, c, kept, ROWS
-        )
+        factors = norm_backward(in_part, rows, 2 * C, count, out_coefficients, C, c, kept, ROWS)
+        on_x = factors[1]
+        constant = factors[2]
         if program == 0:
             norm_parameter_grads(
                 in_part, rows, 2 * C, out_coefficients, grad_out_norm, C, c, kept, ROWS
             )
     else:
         constant = -tl.load(out_coefficients + MEAN * C + c, kept, 0.0)
-        if MODE == GRADS:
-            on_grad = tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
-    on_grad = over_channels(on_grad, LAST)
     on_x = over_channels(on_x, LAST)
     constant = over_channels(constant, LAST)
     c = over_channels(c, LAST)
@@ -237,8 +233,9 @@ def attention(
         sample = over_places(sample, LAST)
         line = over_places(line, LAST)
         ok = None if EXACT else kept & exists
-        at = sample.to(tl.int64) * C * lines * steps + (line * line_stride + step * step_stride)
-        at += c if LAST else c * (lines * steps)
+        # Offsets inside a sample fit into 32 bits, which saves registers.
+        base = sample.to(tl.int64) * C * lines * steps
+        at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
         scale = tl.full((1, 1), 1.0, tl.float32)
         if drop is not None:
             scale = tl.load(drop + sample)
@@ -258,7 +255,9 @@ def attention(
             start = tl.zeros((1, 1), tl.float32)
             if OUT_BATCH:
                 slope = on_x * previous
-        on_tile = on_grad * scale
+        on_grad = scale
+        if MODE == GRADS:  # loaded again for each tile: registers are scarce
+            on_grad = scale * tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
         taps = load_taps(value, weights, c, kept, False, LAST)
         if MODE == OUT:
             taps = plus_identity(taps)
@@ -267,12 +266,12 @@ def attention(
         if STRIPS:
             inside = exists & kept & (step > 0)
             y, shortcut = load_y(
-                z + at - step_stride, s + at - step_stride, line_stride, line, lines, inside,
+                z + base, s + base, at - step_stride, line_stride, line, lines, inside,
                 factor, offset, LINES, EXACT,
             )  # fmt: skip
             _, _, here = spread(y, taps, here, here, start, LINES)
         y, shortcut = load_y(
-            z + at, s + at, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+            z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, EXACT
         )
         _, before, here = spread(y, taps, here, here, start, LINES)
         if MODE != GRADS:
@@ -282,12 +281,12 @@ def attention(
         for _ in range(1, own_steps):
             x = at + step_stride
             y, shortcut = load_y(
-                z + x, s + x, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+                z + base, s + base, x, line_stride, line, lines, ok, factor, offset, LINES, EXACT
             )
             done, before, here = spread(y, taps, before, here, start, LINES)
             first, second, dot = use_outputs(
-                done, shares, grad + at, result + at, line_stride, line, lines, ok,
-                (first, second, dot), scale, on_tile, on_x, MODE, OUT_BATCH, LINES, EXACT,
+                done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
+                (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, EXACT,
             )  # fmt: skip
             if MODE != GRADS:
                 before = add_shares(before, shortcut, slope, LINES)
@@ -298,17 +297,17 @@ def attention(
         if STRIPS:
             inside = exists & kept & (step + own_steps < steps)
             y, shortcut = load_y(
-                z + at + step_stride, s + at + step_stride, line_stride, line, lines, inside,
+                z + base, s + base, at + step_stride, line_stride, line, lines, inside,
                 factor, offset, LINES, EXACT,
             )  # fmt: skip
             done, _, _ = spread(y, taps, before, here, start, LINES)
         first, second, dot = use_outputs(
-            done, shares, grad + at, result + at, line_stride, line, lines, ok,
-            (first, second, dot), scale, on_tile, on_x, MODE, OUT_BATCH, LINES, EXACT,
+            done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
+            (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, EXACT,
         )  # fmt: skip
         if MODE == GRADS:
-            if not OUT_BATCH:
-                dot = dot * on_grad
+            if not OUT_BATCH:  # on_grad contains scale, and dot does already
+                dot *= tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
             row = group * strips + n % strips
             tl.store(dots + row * C + c, dot, exists & kept)
     if MODE == OUT_SUMS or (MODE == GRAD_SUMS or (MODE == GRADS and not OUT_BATCH)):
@@ -323,7 +322,7 @@ def attention(
 
 @triton.jit
 def gate_backward(
-    dots, gate, means, queries, keys, grad_queries, grad_keys, tap_part,
+    dots, means, queries, keys, grad_queries, grad_keys, tap_part,
     C, heads, rows, inverse_root,
     D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr,
@@ -336,12 +335,13 @@ def gate_backward(
     first = tl.program_id(1) * HEADS
     c, ok = head_block(first, heads, D, HEADS, WIDTH)
     dot = sum_chunks(dots + sample * rows * C, rows, C, c, ok, CHUNKS)
-    head = first + tl.arange(0, HEADS)
-    weight = tl.load(gate + sample * heads + head, head < heads, 0.0)
-    grad_logit = ((1.0 - weight) * tl.sum(dot, 1) * inverse_root)[:, None]
     at = sample * C + c
-    grad_query = grad_logit * tl.load(keys + at, ok, 0.0)
-    grad_key = grad_logit * tl.load(queries + at, ok, 0.0)
+    q = tl.load(queries + at, ok, 0.0)
+    k = tl.load(keys + at, ok, 0.0)
+    complement = tl.sigmoid(-tl.sum(q * k, 1) * inverse_root)  # 1 - gate, exact for gates near 1
+    grad_logit = (complement * tl.sum(dot, 1) * inverse_root)[:, None]
+    grad_query = grad_logit * k
+    grad_key = grad_logit * q
     tl.store(grad_queries + at, grad_query, ok)
     tl.store(grad_keys + at, grad_key, ok)
     row = tap_part + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * TAPS
@@ -353,7 +353,7 @@ def gate_backward(
 
 @triton.jit
 def use_input_grads(
-    done, older, newer, latest, z, s, grad, gm, gs, line_stride, line, lines, ok, sums,
+    done, older, newer, latest, z, s, grad, gm, gs, first, line_stride, line, lines, ok, sums,
     factor, offset, mean, weights, share, previous,
     BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +364,7 @@ def use_input_grads(
     """
     for j in tl.static_range(LINES):
         mask = line_mask(line, lines, ok, j, LINES, EXACT)
-        at = j * line_stride
+        at = first + j * line_stride
         x = load_line(z + at, mask, 0.0)
         shortcut = load_line(s + at, mask, LOWEST)
         y = tl.maximum(x * factor + offset + shortcut, 0.0, propagate_nan=NAN)
@@ -429,8 +429,8 @@ def input_grads(
         sample = over_places(sample, LAST)
         line = over_places(line, LAST)
         ok = None if EXACT else kept & exists
-        at = sample.to(tl.int64) * C * lines * steps + (line * line_stride + step * step_stride)
-        at += c if LAST else c * (lines * steps)
+        base = sample.to(tl.int64) * C * lines * steps
+        at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
         share = on_grad
         if not OUT_BATCH and drop is not None:
             share = on_grad * tl.load(drop + sample)
@@ -446,18 +446,18 @@ def input_grads(
         if STRIPS:
             inside = exists & kept & (step > 0)
             older = load_lines(
-                go + at - step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+                go + base, at - step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
             )
             _, _, here = spread(older, taps, here, here, start, LINES)
-        newer = load_lines(go + at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+        newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
         _, before, here = spread(newer, taps, here, here, start, LINES)
         for _ in range(1, own_steps):
             x = at + step_stride
-            latest = load_lines(go + x, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+            latest = load_lines(go + base, x, line_stride, line, lines, ok, 0.0, LINES, EXACT)
             done, before, here = spread(latest, taps, before, here, start, LINES)
             sums = use_input_grads(
-                done, older, newer, latest, z + at, s + at, grad + at, gm + at, gs + at,
-                line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
+                done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base,
+                at, line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
                 on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
             )  # fmt: skip
             older = newer
@@ -468,11 +468,11 @@ def input_grads(
         if STRIPS:
             inside = exists & kept & (step + own_steps < steps)
             latest = load_lines(
-                go + at + step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+                go + base, at + step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
             )
             done, _, _ = spread(latest, taps, before, here, start, LINES)
         sums = use_input_grads(
-            done, older, newer, latest, z + at, s + at, grad + at, gm + at, gs + at,
+            done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base, at,
             line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
             on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
         )  # fmt: skip

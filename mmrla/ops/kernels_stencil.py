@@ -111,27 +111,30 @@ def load_line(x, mask, OUTSIDE: tl.constexpr):
 
 @triton.jit
 def load_lines(
-    x, line_stride, line, lines, ok, OUTSIDE: tl.constexpr, LINES: tl.constexpr,
+    x, at, line_stride, line, lines, ok, OUTSIDE: tl.constexpr, LINES: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Lines -1 ... LINES of one step, ``x`` pointing at line 0; ``OUTSIDE`` outside the map."""
+    """Lines -1 ... LINES of one step, line 0 being at ``x + at``; ``OUTSIDE`` outside the map.
+
+    ``x`` points at a sample, ``at`` is an offset of 32 bits.
+    """
     values = ()
     for j in tl.static_range(LINES + 2):
         mask = line_mask(line, lines, ok, j - 1, LINES, EXACT)
-        values = values + (load_line(x + (j - 1) * line_stride, mask, OUTSIDE),)
+        values = values + (load_line(x + (at + (j - 1) * line_stride), mask, OUTSIDE),)
     return values
 
 
 @triton.jit
 def load_y(
-    z, s, line_stride, line, lines, ok, factor, offset, LINES: tl.constexpr, EXACT: tl.constexpr
+    z, s, at, line_stride, line, lines, ok, factor, offset, LINES: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """``y = relu(norm(z) + s)`` and s on lines -1 ... LINES of one step; y is 0 outside the map.
 
     It is so without a select, since s is hugely negative there.
     """
-    shortcut = load_lines(s, line_stride, line, lines, ok, LOWEST, LINES, EXACT)
-    values = load_lines(z, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+    shortcut = load_lines(s, at, line_stride, line, lines, ok, LOWEST, LINES, EXACT)
+    values = load_lines(z, at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
     y = ()
     for j in tl.static_range(LINES + 2):
         normed = values[j] * factor + offset
