@@ -133,8 +133,8 @@ def plan(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
     return Plan(
         (B, C, H, W), pixels, (H // 2) * W + W // 2, float(B * pixels), lines, steps, last,
         flat, chunk, chunks, (chunk_programs, flat.grid[1]),
-        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (4, 2), 128),
-        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (4, 2), 128),
+        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (2,), 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (2,), 128),
         walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (2,), 168),
     )  # fmt: skip
 

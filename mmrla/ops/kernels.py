@@ -158,10 +158,11 @@ def pivot_of(z, middle, HW, C, c, kept, LAST: tl.constexpr):
     return tl.load(z + (middle * C + c if LAST else middle + c * HW), kept, 0.0).to(tl.float32)
 
 
-FLAT = ["B", "middle", "programs", "rows", "chunks", "chunk"]
+UNSPECIALISED = ("B", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows")
+"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
 
-@triton.jit(do_not_specialize=FLAT)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def channel_sums(
     z, part, B, C, HW, middle, programs,
     ROWS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
@@ -190,7 +191,7 @@ def channel_sums(
     tl.store(row + C, sum_places(squares, LAST), kept)
 
 
-@triton.jit(do_not_specialize=[*FLAT, "count", "momentum", "eps"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pixel_sums(
     z, s, part, coefficients, weight, bias, running_mean, running_var, sums,
     B, C, HW, middle, programs, rows, chunks, chunk, count, momentum, eps,
@@ -263,10 +264,7 @@ def finish_parameters(
         tl.store(grad_taps + tap, sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, ROWS))
 
 
-END = [*FLAT, "out_rows", "tap_rows", "count"]
-
-
-@triton.jit(do_not_specialize=END)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def parameter_grads(
     part, rows, coefficients, grad_value, grad_lambda, grad_norm,
     out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps, C,
@@ -281,7 +279,7 @@ def parameter_grads(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=END)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def input_norm_grads(
     gm, z, go, gz, gs, lambda_t, drop,
     part, rows, coefficients, grad_value, grad_lambda, grad_norm,

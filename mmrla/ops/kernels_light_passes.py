@@ -53,10 +53,17 @@ FIELDS = tl.constexpr(10)
 """Sums of products per channel: nine taps of W_v and lambda_t."""
 
 
+UNSPECIALISED = (
+    "H", "W", "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
+    "heads", "chunks", "rows",
+)  # fmt: skip
+"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
+
+
 # ---- forward -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_forward(
     sums, query, key, gate, means, queries, keys,
     z, s, coefficients, value, lambda_t, out_coefficients,
@@ -100,13 +107,6 @@ def gate_forward(
         at = pixel * C + c if LAST else pixel + c * (H * W)
         previous = tl.load(lambda_t + c, ok, 0.0).to(tl.float32) * load_line(s + at, ok, 0.0)
         tl.store(out_coefficients + PIVOT * C + c, weight[:, None] * total + previous, ok)
-
-
-WALK = (
-    "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
-    "rows", "count", "momentum", "eps",
-)  # fmt: skip
-"""Integers whose divisibility buys nothing: one variant for all."""
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def use_outputs(
     return first, second, dot
 
 
-@triton.jit(do_not_specialize=WALK)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention(
     z, s, grad, result, part, dots, coefficients, gate, value, lambda_t, drop,
     in_part, weight, bias, running_mean, running_var, out_coefficients, grad_out_norm,
@@ -320,7 +320,7 @@ def attention(
 # ---- backward ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_backward(
     dots, means, queries, keys, grad_queries, grad_keys, tap_part,
     C, heads, rows, inverse_root,
@@ -387,7 +387,7 @@ def use_input_grads(
     return sums
 
 
-@triton.jit(do_not_specialize=WALK)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def input_grads(
     go, z, s, grad, gm, gs, part, coefficients, gate, value, lambda_t, drop, out_coefficients,
     grad_queries, grad_keys, query, key,
