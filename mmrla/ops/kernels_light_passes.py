@@ -20,9 +20,6 @@ from mmrla.ops.kernels import (
     load_vector,
     norm_backward,
     norm_parameter_grads,
-    over_channels,
-    over_places,
-    sum_places,
 )
 from mmrla.ops.kernels_stencil import (
     LOWEST,
@@ -190,9 +187,9 @@ def attention(
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
-    factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
-    offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
-    previous = over_channels(load_vector(lambda_t, c, kept, 0.0), LAST)
+    factor = tl.load(coefficients + FACTOR * C + c, kept, 0.0)[None, :]
+    offset = tl.load(coefficients + OFFSET * C + c, kept, 0.0)[None, :]
+    previous = load_vector(lambda_t, c, kept, 0.0)[None, :]
     on_x = tl.zeros((BC,), tl.float32)
     constant = tl.zeros((BC,), tl.float32)
     if MODE == OUT_SUMS:
@@ -215,23 +212,22 @@ def attention(
             )
     else:
         constant = -tl.load(out_coefficients + MEAN * C + c, kept, 0.0)
-    on_x = over_channels(on_x, LAST)
-    constant = over_channels(constant, LAST)
-    c = over_channels(c, LAST)
-    kept = over_channels(kept, LAST)
+    on_x = on_x[None, :]
+    constant = constant[None, :]
+    c = c[None, :]
+    kept = kept[None, :]
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
-    shape: tl.constexpr = (GROUPS, BC) if LAST else (BC, GROUPS)
-    first = tl.zeros(shape, tl.float32)
-    second = tl.zeros(shape, tl.float32)
+    first = tl.zeros((GROUPS, BC), tl.float32)
+    second = tl.zeros((GROUPS, BC), tl.float32)
     for n in range(program, tiles, programs):
         group, exists, sample, line, step, own_steps = tile_of(
             n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
         )
-        group = over_places(group, LAST)
-        exists = over_places(exists, LAST)
-        sample = over_places(sample, LAST)
-        line = over_places(line, LAST)
+        group = group[:, None]
+        exists = exists[:, None]
+        sample = sample[:, None]
+        line = line[:, None]
         ok = None if EXACT else kept & exists
         # Offsets inside a sample fit into 32 bits, which saves registers.
         base = sample.to(tl.int64) * C * lines * steps
@@ -262,7 +258,7 @@ def attention(
         if MODE == OUT:
             taps = plus_identity(taps)
         # Before the first step, then the first: nothing is finished yet.
-        here = filled(LINES, shape[0], shape[1], start)
+        here = filled(LINES, GROUPS, BC, start)
         if STRIPS:
             inside = exists & kept & (step > 0)
             y, shortcut = load_y(
@@ -277,7 +273,7 @@ def attention(
         if MODE != GRADS:
             before = add_shares(before, shortcut, slope, LINES)
         shares = shares_of(shortcut, constant, slope, LINES)
-        dot = tl.zeros(shape, tl.float32)
+        dot = tl.zeros((GROUPS, BC), tl.float32)
         for _ in range(1, own_steps):
             x = at + step_stride
             y, shortcut = load_y(
@@ -313,8 +309,8 @@ def attention(
     if MODE == OUT_SUMS or (MODE == GRAD_SUMS or (MODE == GRADS and not OUT_BATCH)):
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         row = part + program * 2 * C + c
-        tl.store(row, sum_places(first, LAST), c < C)
-        tl.store(row + C, sum_places(second, LAST), c < C)
+        tl.store(row, tl.sum(first, 0), c < C)
+        tl.store(row + C, tl.sum(second, 0), c < C)
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -408,26 +404,25 @@ def input_grads(
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
-    factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
-    offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
-    mean = over_channels(tl.load(coefficients + MEAN * C + c, kept, 0.0), LAST)
-    previous = over_channels(load_vector(lambda_t, c, kept, 0.0), LAST)
+    factor = tl.load(coefficients + FACTOR * C + c, kept, 0.0)[None, :]
+    offset = tl.load(coefficients + OFFSET * C + c, kept, 0.0)[None, :]
+    mean = tl.load(coefficients + MEAN * C + c, kept, 0.0)[None, :]
+    previous = load_vector(lambda_t, c, kept, 0.0)[None, :]
     on_grad = tl.full((1, 1), 1.0, tl.float32)
     if not OUT_BATCH:
-        on_grad = over_channels(tl.load(out_coefficients + FACTOR * C + c, kept, 0.0), LAST)
-    c = over_channels(c, LAST)
-    kept = over_channels(kept, LAST)
+        on_grad = tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)[None, :]
+    c = c[None, :]
+    kept = kept[None, :]
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
-    shape: tl.constexpr = (GROUPS, BC) if LAST else (BC, GROUPS)
-    sums = zeros(12, shape[0], shape[1])
+    sums = zeros(12, GROUPS, BC)
     for n in range(program, tiles, programs):
         _, exists, sample, line, step, own_steps = tile_of(
             n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
         )
-        exists = over_places(exists, LAST)
-        sample = over_places(sample, LAST)
-        line = over_places(line, LAST)
+        exists = exists[:, None]
+        sample = sample[:, None]
+        line = line[:, None]
         ok = None if EXACT else kept & exists
         base = sample.to(tl.int64) * C * lines * steps
         at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
@@ -441,8 +436,8 @@ def input_grads(
         )
         start = start / (lines * steps)
         on_shortcut = previous * share
-        here = filled(LINES, shape[0], shape[1], start)
-        older = zeros(LINES + 2, shape[0], shape[1])
+        here = filled(LINES, GROUPS, BC, start)
+        older = zeros(LINES + 2, GROUPS, BC)
         if STRIPS:
             inside = exists & kept & (step > 0)
             older = load_lines(
@@ -463,7 +458,7 @@ def input_grads(
             older = newer
             newer = latest
             at = x
-        latest = zeros(LINES + 2, shape[0], shape[1])
+        latest = zeros(LINES + 2, GROUPS, BC)
         done = before
         if STRIPS:
             inside = exists & kept & (step + own_steps < steps)
@@ -480,4 +475,4 @@ def input_grads(
     for k in tl.static_range(12):
         # Fields are rows and columns of W_v: lines and steps change places in NCHW.
         field = k if LAST or k >= 9 else (k % 3) * 3 + k // 3
-        tl.store(part + (program * 12 + field) * C + c, sum_places(sums[k], LAST), c < C)
+        tl.store(part + (program * 12 + field) * C + c, tl.sum(sums[k], 0), c < C)
