@@ -40,16 +40,20 @@ class Walk(NamedTuple):
     grid: tuple[int, int]
     programs: int
     """Per channel block."""
-    tiles: int
-    """Of the whole batch."""
     groups: int
     """Per sample: of neighbouring lines."""
     strips: int
     """Into which the steps are cut."""
-    length: int
-    """Steps per strip."""
+    sizes: tuple[int, ...]
+    """Arguments of a stencil: C, lines, steps, tiles, programs, groups per sample and in all, strips
+    and their length. Of ``WIDE`` groups, lines per LINES, so that the compiler knows alignments."""
     options: dict[str, Any]
-    """Compile-time constants, ``ROWS`` for the prologue included."""
+    """Compile-time constants.
+
+    ``FULL``: groups end where maps do; ``EXACT``: and blocks have no other remainder either;
+    ``WIDE``: a group's lines are neighbours in memory and one access; ``STRIPS``: more than one;
+    ``ROWS`` of partial sums are read at once.
+    """
 
 
 class Flat(NamedTuple):
@@ -130,12 +134,13 @@ def plan(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
     chunks = triton.cdiv(flat.blocks, chunk)
     chunk_programs = even_programs(B * chunks, flat_programs(flat.options, flat.grid[1], sms))
     lines, steps = (H, W) if last else (W, H)
+    columns = (4,) if W % 4 == 0 else (2,)
     return Plan(
         (B, C, H, W), pixels, (H // 2) * W + W // 2, float(B * pixels), lines, steps, last,
         flat, chunk, chunks, (chunk_programs, flat.grid[1]),
-        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (2,), 128),
-        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (2,), 128),
-        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else (2,), 168),
+        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else columns, 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else columns, 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else columns, 168),
     )  # fmt: skip
 
 
@@ -195,13 +200,17 @@ def walk_blocks(
     length = triton.cdiv(steps, strips)
     strips = triton.cdiv(steps, length)
     programs = even_programs(blocks * strips, most)
-    exact = lines % count == 0 and all_groups % groups == 0 and C % channels == 0
+    full = lines % count == 0
+    whole = not last and full
     options = dict(
-        LINES=count, GROUPS=groups, BC=channels, LAST=last, EXACT=exact, STRIPS=strips > 1,
+        LINES=count, GROUPS=groups, BC=channels, LAST=last, FULL=full, WIDE=whole,
+        EXACT=full and all_groups % groups == 0 and C % channels == 0, STRIPS=strips > 1,
         ROWS=prologue_rows(threads // 32, channels), num_warps=threads // 32, num_stages=1,
         maxnreg=registers,
     )  # fmt: skip
-    return Walk(
-        (programs, channel_blocks), programs, blocks * strips, triton.cdiv(lines, count),
-        strips, length, options,
+    per_sample = triton.cdiv(lines, count)
+    sizes = (
+        C, lines // count if whole else lines, steps, blocks * strips, programs, per_sample,
+        all_groups, strips, length,
     )  # fmt: skip
+    return Walk((programs, channel_blocks), programs, per_sample, strips, sizes, options)

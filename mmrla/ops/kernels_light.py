@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmrla.ops.blocks import Plan, Walk, plan_of, power_of_two
+from mmrla.ops.blocks import Plan, plan_of, power_of_two
 from mmrla.ops.kernels import (
     COEFFICIENTS,
     channel_sums,
@@ -73,15 +73,6 @@ def head_options(w: LightWeights) -> dict[str, int]:
         D=w.head_channels, HEADS=heads, WIDTH=width,
         CHUNKS=max(1, CHUNK_ELEMENTS // (heads * width)),
         QUERY=w.query.shape[-1], KEY=w.key.shape[-1],
-    )  # fmt: skip
-
-
-def walk_sizes(walk: Walk, plan: Plan) -> tuple[int, ...]:
-    """Arguments from ``C`` to ``length`` of a stencil."""
-    B, C, _, _ = plan.sizes
-    return (
-        C, plan.lines, plan.steps, walk.tiles, walk.programs, walk.groups, B * walk.groups,
-        walk.strips, walk.length,
     )  # fmt: skip
 
 
@@ -142,7 +133,7 @@ def light_forward(
         attention[walk.grid](
             z, s, z, out, out_part, None, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, *out_norm.tensors, out_coefficients, None,
-            *walk_sizes(walk, plan), heads,
+            *walk.sizes, heads,
             walk.programs, plan.count, out_norm.momentum, out_norm.eps,
             MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=keep, D=D, **walk.options,
         )  # fmt: skip
@@ -200,7 +191,7 @@ def light_backward(
         attention[walk.grid](
             z, s, grad, go, out_part, dots, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, None, None, None, None, out_coefficients, grad_out_norm,
-            *walk_sizes(walk, plan), heads, walk.programs, plan.count, 0.0, 0.0,
+            *walk.sizes, heads, walk.programs, plan.count, 0.0, 0.0,
             MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, D=D, **walk.options,
         )  # fmt: skip
     gate_backward[(B, head_blocks)](
@@ -210,7 +201,7 @@ def light_backward(
     input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
         out_coefficients, grad_queries, grad_keys, w.query, w.key,
-        *walk_sizes(ring, plan), heads,
+        *ring.sizes, heads,
         BATCH=norm.batch, OUT_BATCH=out_norm.batch, D=D,
         QUERY=options["QUERY"], KEY=options["KEY"], **ring.options,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from mmrla.ops.kernels_stencil import (
     filled,
     head_block,
     line_mask,
+    load_group,
     load_line,
     load_lines,
     load_taps,
@@ -35,6 +36,7 @@ from mmrla.ops.kernels_stencil import (
     plus_identity,
     query_key,
     spread,
+    store_group,
     sum_chunks,
     tile_of,
     zeros,
@@ -127,39 +129,45 @@ def shares_of(s, start, slope, LINES: tl.constexpr):
 @triton.jit
 def use_outputs(
     done, shares, grad, result, at, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
-    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
+    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """What :func:`attention` does with the outputs of one step; returns the new ``totals``."""
     first, second, dot = totals
-    for j in tl.static_range(LINES):
-        mask = line_mask(line, lines, ok, j, LINES, EXACT)
-        x = done[j]
-        if MODE != OUT and mask is not None:  # s is hugely negative outside: x may be infinite
-            x = tl.where(mask, x, 0.0)
-        if MODE == OUT_SUMS:
-            first += x
-            second += x * x
-        elif MODE == OUT:
-            tl.store(result + (at + j * line_stride), x.to(result.dtype.element_ty), mask)
-        else:
-            g = load_line(grad + (at + j * line_stride), mask, 0.0)
-            if MODE == GRAD_SUMS:
-                first += scale * g
-                second += g * x
+    if MODE == OUT:
+        store_group(result, done, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    else:
+        g = ()
+        new = ()
+        if MODE != OUT_SUMS:
+            g = load_group(grad, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+        for j in tl.static_range(LINES):
+            mask = line_mask(line, lines, ok, j, LINES, FULL)
+            x = done[j]
+            if mask is not None:  # s is hugely negative outside: x may be infinite
+                x = tl.where(mask, x, 0.0)
+            if MODE == OUT_SUMS:
+                first += x
+                second += x * x
+            elif MODE == GRAD_SUMS:
+                first += scale * g[j]
+                second += g[j] * x
             elif OUT_BATCH:
-                g = on_grad * g + (on_x * x + shares[j])
-                tl.store(result + (at + j * line_stride), g.to(result.dtype.element_ty), mask)
+                own = on_grad * g[j] + (on_x * x + shares[j])
                 if mask is not None:
-                    g = tl.where(mask, g, 0.0)
-                dot += g * x
+                    own = tl.where(mask, own, 0.0)
+                dot += own * x
+                new = new + (own,)
             else:
-                g = scale * g
-                first += g
-                dot += g * x
+                own = scale * g[j]
+                first += own
+                dot += own * x
                 x += shares[j]
                 if mask is not None:
                     x = tl.where(mask, x, 0.0)
-                second += g * x
+                second += own * x
+        if MODE == GRADS and OUT_BATCH:
+            store_group(result, new, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
     return first, second, dot
 
 
@@ -171,7 +179,8 @@ def attention(
     rows, count, momentum, eps,
     MODE: tl.constexpr, OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr,
     LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
-    EXACT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+    EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One of four passes that make y and o again from z and s.
 
@@ -216,6 +225,8 @@ def attention(
     constant = constant[None, :]
     c = c[None, :]
     kept = kept[None, :]
+    if WIDE:
+        lines *= LINES
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
     first = tl.zeros((GROUPS, BC), tl.float32)
@@ -263,11 +274,11 @@ def attention(
             inside = exists & kept & (step > 0)
             y, shortcut = load_y(
                 z + base, s + base, at - step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, EXACT,
+                factor, offset, LINES, FULL, WIDE,
             )  # fmt: skip
             _, _, here = spread(y, taps, here, here, start, LINES)
         y, shortcut = load_y(
-            z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+            z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, FULL, WIDE
         )
         _, before, here = spread(y, taps, here, here, start, LINES)
         if MODE != GRADS:
@@ -277,12 +288,23 @@ def attention(
         for _ in range(1, own_steps):
             x = at + step_stride
             y, shortcut = load_y(
-                z + base, s + base, x, line_stride, line, lines, ok, factor, offset, LINES, EXACT
+                z + base,
+                s + base,
+                x,
+                line_stride,
+                line,
+                lines,
+                ok,
+                factor,
+                offset,
+                LINES,
+                FULL,
+                WIDE,
             )
             done, before, here = spread(y, taps, before, here, start, LINES)
             first, second, dot = use_outputs(
                 done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
-                (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, EXACT,
+                (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, FULL, WIDE,
             )  # fmt: skip
             if MODE != GRADS:
                 before = add_shares(before, shortcut, slope, LINES)
@@ -294,12 +316,12 @@ def attention(
             inside = exists & kept & (step + own_steps < steps)
             y, shortcut = load_y(
                 z + base, s + base, at + step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, EXACT,
+                factor, offset, LINES, FULL, WIDE,
             )  # fmt: skip
             done, _, _ = spread(y, taps, before, here, start, LINES)
         first, second, dot = use_outputs(
             done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
-            (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, EXACT,
+            (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, FULL, WIDE,
         )  # fmt: skip
         if MODE == GRADS:
             if not OUT_BATCH:  # on_grad contains scale, and dot does already
@@ -349,37 +371,43 @@ def gate_backward(
 
 @triton.jit
 def use_input_grads(
-    done, older, newer, latest, z, s, grad, gm, gs, first, line_stride, line, lines, ok, sums,
+    done, older, newer, latest, z, s, grad, gm, gs, at, line_stride, line, lines, ok, sums,
     factor, offset, mean, weights, share, previous,
-    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr,
+    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """What :func:`input_grads` does for one step; returns the new ``sums``.
 
     ``older``, ``newer`` and ``latest`` are lines -1 ... LINES of o's gradient in the step before,
     in this one and in the next.
     """
+    x = load_group(z, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+    shortcut = load_group(s, at, line_stride, line, lines, ok, LOWEST, LINES, FULL, WIDE)
+    g = newer[1:]
+    if OUT_BATCH:
+        g = load_group(grad, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+    new_gm = ()
+    new_gs = ()
     for j in tl.static_range(LINES):
-        mask = line_mask(line, lines, ok, j, LINES, EXACT)
-        at = first + j * line_stride
-        x = load_line(z + at, mask, 0.0)
-        shortcut = load_line(s + at, mask, LOWEST)
-        y = tl.maximum(x * factor + offset + shortcut, 0.0, propagate_nan=NAN)
         own = newer[j + 1]
-        g = own if not OUT_BATCH else load_line(grad + at, mask, 0.0)
-        g = tl.where(y == 0.0, 0.0, done[j] + g)  # nan stays nan
+        y = tl.maximum(x[j] * factor + offset + shortcut[j], 0.0, propagate_nan=NAN)
+        masked = tl.where(y == 0.0, 0.0, done[j] + g[j])  # nan stays nan
         y = y * weights
         sums = (
             sums[0] + y * latest[j + 2], sums[1] + y * newer[j + 2], sums[2] + y * older[j + 2],
-            sums[3] + y * latest[j + 1], sums[4] + y * newer[j + 1], sums[5] + y * older[j + 1],
+            sums[3] + y * latest[j + 1], sums[4] + y * own, sums[5] + y * older[j + 1],
             sums[6] + y * latest[j], sums[7] + y * newer[j], sums[8] + y * older[j],
-            sums[9] + own * share * shortcut, sums[10] + g, sums[11] + g * (x - mean),
+            sums[9] + own * share * shortcut[j], sums[10] + masked,
+            sums[11] + masked * (x[j] - mean),
         )  # fmt: skip
         if BATCH:
-            tl.store(gm + at, g.to(gm.dtype.element_ty), mask)
+            new_gm = new_gm + (masked,)
         else:
-            tl.store(gm + at, (factor * g).to(gm.dtype.element_ty), mask)
-            g = g + previous * own
-            tl.store(gs + at, g.to(gs.dtype.element_ty), mask)
+            new_gm = new_gm + (factor * masked,)
+            new_gs = new_gs + (masked + previous * own,)
+    store_group(gm, new_gm, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    if not BATCH:
+        store_group(gs, new_gs, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
     return sums
 
 
@@ -391,7 +419,8 @@ def input_grads(
     BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, D: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr,
     LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
-    EXACT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+    EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """``gm = (y > 0) * (grad + stencil^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
 
@@ -413,6 +442,8 @@ def input_grads(
         on_grad = tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)[None, :]
     c = c[None, :]
     kept = kept[None, :]
+    if WIDE:
+        lines *= LINES
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
     sums = zeros(12, GROUPS, BC)
@@ -441,19 +472,28 @@ def input_grads(
         if STRIPS:
             inside = exists & kept & (step > 0)
             older = load_lines(
-                go + base, at - step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+                go + base,
+                at - step_stride,
+                line_stride,
+                line,
+                lines,
+                inside,
+                0.0,
+                LINES,
+                FULL,
+                WIDE,
             )
             _, _, here = spread(older, taps, here, here, start, LINES)
-        newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+        newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
         _, before, here = spread(newer, taps, here, here, start, LINES)
         for _ in range(1, own_steps):
             x = at + step_stride
-            latest = load_lines(go + base, x, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+            latest = load_lines(go + base, x, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
             done, before, here = spread(latest, taps, before, here, start, LINES)
             sums = use_input_grads(
                 done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base,
                 at, line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
-                on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
+                on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
             )  # fmt: skip
             older = newer
             newer = latest
@@ -463,13 +503,22 @@ def input_grads(
         if STRIPS:
             inside = exists & kept & (step + own_steps < steps)
             latest = load_lines(
-                go + base, at + step_stride, line_stride, line, lines, inside, 0.0, LINES, EXACT
+                go + base,
+                at + step_stride,
+                line_stride,
+                line,
+                lines,
+                inside,
+                0.0,
+                LINES,
+                FULL,
+                WIDE,
             )
             done, _, _ = spread(latest, taps, before, here, start, LINES)
         sums = use_input_grads(
             done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base, at,
             line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
-            on_shortcut, BATCH, OUT_BATCH, LINES, EXACT,
+            on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
         )  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     for k in tl.static_range(12):
