@@ -228,7 +228,7 @@ class Translator:
             "tt.expand_dims": lambda: f"expand({args[0]}, {numbers['axis']})",
             "tt.reshape": lambda: f"reshape({args[0]}, {shape_of(before)}, {shape_of(after)})",
             "tt.trans": lambda: (
-                f"trans({args[0]}, ({re.search(r'array<i32: ([^>]*)>', rest)[1]},))"  # type: ignore[index]
+                f"trans({args[0]}, ({re.search(r'array<i32: ([^>]*)>', rest)[1]},))"
             ),
             "tt.addptr": lambda: f"Pointer({args[0]}.memory, {args[0]}.at + {args[1]})",
             "tt.ptr_to_int": lambda: f"run.address({pointee!r}, {args[0]})",
@@ -349,7 +349,7 @@ class Translator:
         mark = len(self.out)
         self.emit(depth, f"def {function}({', '.join(inner)}):")
         end = self.block(depth + 1, [])
-        axis = re.search(r"axis = (\d+)", rest)[1]  # type: ignore[index]
+        axis = re.search(r"axis = (\d+)", rest)[1]
         kinds = re.findall(r"tensor<[^>]*>", end.split(" -> ")[0])
         xs = self.whole(args, kinds)
         if op == "tt.scan":
