@@ -7,6 +7,7 @@ compile-time constants: a network has one variant of each kernel per shape of ma
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ REGISTERS = 65536
 FLAT_WARPS = 16
 """Of flat passes per multiprocessor."""
 THREAD_ELEMENTS = 2
-"""Neighbouring channels per thread of a stencil in channels_last: a warp's loads are 128 bytes in
-bfloat16. With 4, instructions per element are a seventh fewer, but half the warps have room."""
+"""Channels per thread of a stencil. In channels_last, a warp then loads 128 bytes in bfloat16;
+with 4 channels, instructions per element are a seventh fewer, but half the warps have room."""
 FLAT_ELEMENTS = 4096
 """Elements per block of a flat pass, at 32 per thread."""
 FLAT_BLOCKS = 16
@@ -45,8 +46,8 @@ class Walk(NamedTuple):
     strips: int
     """Into which the steps are cut."""
     sizes: tuple[int, ...]
-    """Arguments of a stencil: C, lines, steps, tiles, programs, groups per sample and in all, strips
-    and their length. Of ``WIDE`` groups, lines per LINES, so that the compiler knows alignments."""
+    """Arguments of a stencil: C, lines, steps, tiles, programs, groups per sample and in all,
+    strips and their length."""
     options: dict[str, Any]
     """Compile-time constants.
 
@@ -64,6 +65,7 @@ class Flat(NamedTuple):
     blocks: int
     """Per sample."""
     options: dict[str, Any]
+    """Compile-time constants; ``UNIT`` divides the pixels of a map in NCHW."""
 
 
 class Plan(NamedTuple):
@@ -159,7 +161,10 @@ def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
         channels = min(FLAT_ELEMENTS // wide, power_of_two(C))
     warps = max(1, wide * channels // 1024)
     rows = prologue_rows(warps, channels)
-    options = dict(BP=wide, BC=channels, LAST=last, ROWS=rows, num_warps=warps, num_stages=1)
+    unit = 1 if last else math.gcd(pixels, 8)
+    options = dict(
+        BP=wide, BC=channels, LAST=last, UNIT=unit, ROWS=rows, num_warps=warps, num_stages=1
+    )
     blocks, channel_blocks = triton.cdiv(pixels, wide), triton.cdiv(C, channels)
     programs = even_programs(B * blocks, flat_programs(options, channel_blocks, sms))
     return Flat((programs, channel_blocks), programs, blocks, options)
@@ -190,7 +195,7 @@ def walk_blocks(
         groups = threads * THREAD_ELEMENTS // channels
     else:
         groups = 32
-        channels = threads // groups
+        channels = threads * THREAD_ELEMENTS // groups
     channel_blocks = triton.cdiv(C, channels)
     all_groups = B * triton.cdiv(lines, count)
     blocks = triton.cdiv(all_groups, groups)
@@ -201,16 +206,13 @@ def walk_blocks(
     strips = triton.cdiv(steps, length)
     programs = even_programs(blocks * strips, most)
     full = lines % count == 0
-    whole = not last and full
     options = dict(
-        LINES=count, GROUPS=groups, BC=channels, LAST=last, FULL=full, WIDE=whole,
+        LINES=count, GROUPS=groups, BC=channels, LAST=last, FULL=full, WIDE=full and not last,
         EXACT=full and all_groups % groups == 0 and C % channels == 0, STRIPS=strips > 1,
         ROWS=prologue_rows(threads // 32, channels), num_warps=threads // 32, num_stages=1,
         maxnreg=registers,
     )  # fmt: skip
     per_sample = triton.cdiv(lines, count)
-    sizes = (
-        C, lines // count if whole else lines, steps, blocks * strips, programs, per_sample,
-        all_groups, strips, length,
-    )  # fmt: skip
+    tiles = blocks * strips
+    sizes = (C, lines, steps, tiles, programs, per_sample, all_groups, strips, length)
     return Walk((programs, channel_blocks), programs, per_sample, strips, sizes, options)

@@ -158,7 +158,7 @@ def pivot_of(z, middle, HW, C, c, kept, LAST: tl.constexpr):
     return tl.load(z + (middle * C + c if LAST else middle + c * HW), kept, 0.0).to(tl.float32)
 
 
-UNSPECIALISED = ("B", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows")
+UNSPECIALISED = ("B", "HW", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows")
 """Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
 
@@ -166,11 +166,13 @@ UNSPECIALISED = ("B", "middle", "programs", "rows", "chunks", "chunk", "out_rows
 def channel_sums(
     z, part, B, C, HW, middle, programs,
     ROWS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sums for a norm's statistics: reads z (1 N).
 
     Writes ``part`` ``[programs, 2, C]``: sums of ``z - pivot`` and of its square.
     """
+    HW = HW // UNIT * UNIT  # so that the compiler knows alignments
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
@@ -196,13 +198,14 @@ def pixel_sums(
     z, s, part, coefficients, weight, bias, running_mean, running_var, sums,
     B, C, HW, middle, programs, rows, chunks, chunk, count, momentum, eps,
     BATCH: tl.constexpr, ROWS: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sums over pixels of ``y = relu(norm(z) + s)``: reads z and s (2 N).
 
     Finishes the norm's statistics from ``part`` (:func:`finish_norm`), stores its coefficients and
     moves its running statistics. Writes ``sums`` ``[B, chunks, C]``; a chunk is ``chunk`` blocks.
     """
+    HW = HW // UNIT * UNIT
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
@@ -286,7 +289,7 @@ def input_norm_grads(
     out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps,
     B, C, HW, programs, count,
     FIELDS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, OUT_BATCH: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of z and, if ``go`` is given, of the shortcut: reads gm, z, go, writes two (5 N).
 
@@ -296,6 +299,7 @@ def input_norm_grads(
     output, and the frozen norm's factor and ``drop`` are applied here. Each of the first programs
     also does some of the jobs of :func:`finish_parameters`.
     """
+    HW = HW // UNIT * UNIT
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C

@@ -1,6 +1,6 @@
 """MRLA-light's block end by Triton kernels: forward and backward on the host.
 
-N is the size of a map, y and o are never stored (:mod:`mmrla.ops.kernels_light_passes`). Bytes
+N is the size of a map, y and o are never stored (:mod:`mmrla.ops.kernels_light_attention`). Bytes
 moved and launches, by the norms' statistics (the block's norm, the attention's):
 
 =============== ============== ===============
@@ -26,8 +26,7 @@ from mmrla.ops.kernels import (
     parameter_grads,
     pixel_sums,
 )
-from mmrla.ops.kernels_light_passes import (
-    FIELDS,
+from mmrla.ops.kernels_light_attention import (
     GRAD_SUMS,
     GRADS,
     OUT,
@@ -35,8 +34,8 @@ from mmrla.ops.kernels_light_passes import (
     attention,
     gate_backward,
     gate_forward,
-    input_grads,
 )
+from mmrla.ops.kernels_light_grads import FIELDS, input_grads
 from mmrla.ops.reference import LightWeights, Norm
 
 HEAD_CHANNELS = 128

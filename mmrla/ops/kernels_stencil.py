@@ -22,6 +22,13 @@ LOWEST = tl.constexpr(-3.0e38)
 """Finite in bfloat16 and float32, and below any sum that could make it positive again."""
 
 
+UNSPECIALISED = (
+    "H", "W", "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
+    "heads", "chunks", "rows",
+)  # fmt: skip
+"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
+
+
 @triton.jit
 def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``COUNT`` blocks of zeros, each a tensor of its own."""

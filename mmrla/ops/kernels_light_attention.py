@@ -1,4 +1,4 @@
-"""Kernels of MRLA-light's block end.
+"""Kernels of MRLA-light's block end: the gate, and the passes that make o.
 
 ``y = relu(norm(z) + s)``, ``o = gate * stencil(y) + lambda_t * s``, ``out = y + drop * norm'(o)``.
 Neither y nor o is ever stored: both are made again from z and s wherever they are needed.
@@ -13,7 +13,6 @@ import triton.language as tl
 from mmrla.ops.kernels import (
     FACTOR,
     MEAN,
-    NAN,
     OFFSET,
     PIVOT,
     finish_norm,
@@ -23,43 +22,27 @@ from mmrla.ops.kernels import (
 )
 from mmrla.ops.kernels_stencil import (
     LOWEST,
+    UNSPECIALISED,
     conv1d_weight_grad,
     filled,
     head_block,
     line_mask,
     load_group,
     load_line,
-    load_lines,
     load_taps,
     load_y,
-    means_grad,
     plus_identity,
     query_key,
     spread,
     store_group,
     sum_chunks,
     tile_of,
-    zeros,
 )
 
 OUT_SUMS = tl.constexpr(0)
 OUT = tl.constexpr(1)
 GRAD_SUMS = tl.constexpr(2)
 GRADS = tl.constexpr(3)
-
-LAMBDA = tl.constexpr(9)
-FIELDS = tl.constexpr(10)
-"""Sums of products per channel: nine taps of W_v and lambda_t."""
-
-
-UNSPECIALISED = (
-    "H", "W", "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
-    "heads", "chunks", "rows",
-)  # fmt: skip
-"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
-
-
-# ---- forward -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -106,6 +89,37 @@ def gate_forward(
         at = pixel * C + c if LAST else pixel + c * (H * W)
         previous = tl.load(lambda_t + c, ok, 0.0).to(tl.float32) * load_line(s + at, ok, 0.0)
         tl.store(out_coefficients + PIVOT * C + c, weight[:, None] * total + previous, ok)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def gate_backward(
+    dots, means, queries, keys, grad_queries, grad_keys, tap_part,
+    C, heads, rows, inverse_root,
+    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys ``[B, C]``; ``tap_part``: a row ``[2, TAPS]`` per program.
+
+    ``dots`` ``[B, rows, C]``: sums of o's gradient times ``gate * stencil(y)``.
+    """
+    sample = tl.program_id(0)
+    first = tl.program_id(1) * HEADS
+    c, ok = head_block(first, heads, D, HEADS, WIDTH)
+    dot = sum_chunks(dots + sample * rows * C, rows, C, c, ok, CHUNKS)
+    at = sample * C + c
+    q = tl.load(queries + at, ok, 0.0)
+    k = tl.load(keys + at, ok, 0.0)
+    complement = tl.sigmoid(-tl.sum(q * k, 1) * inverse_root)  # 1 - gate, exact for gates near 1
+    grad_logit = (complement * tl.sum(dot, 1) * inverse_root)[:, None]
+    grad_query = grad_logit * k
+    grad_key = grad_logit * q
+    tl.store(grad_queries + at, grad_query, ok)
+    tl.store(grad_keys + at, grad_key, ok)
+    row = tap_part + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * TAPS
+    tap = tl.arange(0, TAPS)
+    own = means + sample * C
+    tl.store(row + tap, conv1d_weight_grad(grad_query, own, C, c, ok, QUERY, TAPS))
+    tl.store(row + TAPS + tap, conv1d_weight_grad(grad_key, own, C, c, ok, KEY, TAPS))
 
 
 @triton.jit
@@ -226,7 +240,7 @@ def attention(
     c = c[None, :]
     kept = kept[None, :]
     if WIDE:
-        lines *= LINES
+        lines = lines // LINES * LINES  # so that the compiler knows alignments
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
     first = tl.zeros((GROUPS, BC), tl.float32)
@@ -333,195 +347,3 @@ def attention(
         row = part + program * 2 * C + c
         tl.store(row, tl.sum(first, 0), c < C)
         tl.store(row + C, tl.sum(second, 0), c < C)
-
-
-# ---- backward ------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def gate_backward(
-    dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-    C, heads, rows, inverse_root,
-    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of queries and keys ``[B, C]``; ``tap_part``: a row ``[2, TAPS]`` per program.
-
-    ``dots`` ``[B, rows, C]``: sums of o's gradient times ``gate * stencil(y)``.
-    """
-    sample = tl.program_id(0)
-    first = tl.program_id(1) * HEADS
-    c, ok = head_block(first, heads, D, HEADS, WIDTH)
-    dot = sum_chunks(dots + sample * rows * C, rows, C, c, ok, CHUNKS)
-    at = sample * C + c
-    q = tl.load(queries + at, ok, 0.0)
-    k = tl.load(keys + at, ok, 0.0)
-    complement = tl.sigmoid(-tl.sum(q * k, 1) * inverse_root)  # 1 - gate, exact for gates near 1
-    grad_logit = (complement * tl.sum(dot, 1) * inverse_root)[:, None]
-    grad_query = grad_logit * k
-    grad_key = grad_logit * q
-    tl.store(grad_queries + at, grad_query, ok)
-    tl.store(grad_keys + at, grad_key, ok)
-    row = tap_part + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * TAPS
-    tap = tl.arange(0, TAPS)
-    own = means + sample * C
-    tl.store(row + tap, conv1d_weight_grad(grad_query, own, C, c, ok, QUERY, TAPS))
-    tl.store(row + TAPS + tap, conv1d_weight_grad(grad_key, own, C, c, ok, KEY, TAPS))
-
-
-@triton.jit
-def use_input_grads(
-    done, older, newer, latest, z, s, grad, gm, gs, at, line_stride, line, lines, ok, sums,
-    factor, offset, mean, weights, share, previous,
-    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """What :func:`input_grads` does for one step; returns the new ``sums``.
-
-    ``older``, ``newer`` and ``latest`` are lines -1 ... LINES of o's gradient in the step before,
-    in this one and in the next.
-    """
-    x = load_group(z, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
-    shortcut = load_group(s, at, line_stride, line, lines, ok, LOWEST, LINES, FULL, WIDE)
-    g = newer[1:]
-    if OUT_BATCH:
-        g = load_group(grad, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
-    new_gm = ()
-    new_gs = ()
-    for j in tl.static_range(LINES):
-        own = newer[j + 1]
-        y = tl.maximum(x[j] * factor + offset + shortcut[j], 0.0, propagate_nan=NAN)
-        masked = tl.where(y == 0.0, 0.0, done[j] + g[j])  # nan stays nan
-        y = y * weights
-        sums = (
-            sums[0] + y * latest[j + 2], sums[1] + y * newer[j + 2], sums[2] + y * older[j + 2],
-            sums[3] + y * latest[j + 1], sums[4] + y * own, sums[5] + y * older[j + 1],
-            sums[6] + y * latest[j], sums[7] + y * newer[j], sums[8] + y * older[j],
-            sums[9] + own * share * shortcut[j], sums[10] + masked,
-            sums[11] + masked * (x[j] - mean),
-        )  # fmt: skip
-        if BATCH:
-            new_gm = new_gm + (masked,)
-        else:
-            new_gm = new_gm + (factor * masked,)
-            new_gs = new_gs + (masked + previous * own,)
-    store_group(gm, new_gm, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
-    if not BATCH:
-        store_group(gs, new_gs, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
-    return sums
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def input_grads(
-    go, z, s, grad, gm, gs, part, coefficients, gate, value, lambda_t, drop, out_coefficients,
-    grad_queries, grad_keys, query, key,
-    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads,
-    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, D: tl.constexpr,
-    QUERY: tl.constexpr, KEY: tl.constexpr,
-    LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
-    EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """``gm = (y > 0) * (grad + stencil^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
-
-    Writes ``part`` ``[programs, 12, C]``: sums of go times each neighbour of y (the gradient of
-    W_v), of ``go * s``, of gm and of ``gm * (z - mean)``. Without ``BATCH``, ``factor * gm`` is the
-    gradient of z and stored instead, and so is the shortcut's, ``gm + lambda_t * go`` (6 N).
-    Without ``OUT_BATCH``, ``go`` is ``grad`` itself, which is then read once, and the frozen norm's
-    factor and ``drop`` are applied here.
-    """
-    program = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    kept = c < C
-    factor = tl.load(coefficients + FACTOR * C + c, kept, 0.0)[None, :]
-    offset = tl.load(coefficients + OFFSET * C + c, kept, 0.0)[None, :]
-    mean = tl.load(coefficients + MEAN * C + c, kept, 0.0)[None, :]
-    previous = load_vector(lambda_t, c, kept, 0.0)[None, :]
-    on_grad = tl.full((1, 1), 1.0, tl.float32)
-    if not OUT_BATCH:
-        on_grad = tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)[None, :]
-    c = c[None, :]
-    kept = kept[None, :]
-    if WIDE:
-        lines *= LINES
-    line_stride = steps * C if LAST else 1
-    step_stride = C if LAST else lines
-    sums = zeros(12, GROUPS, BC)
-    for n in range(program, tiles, programs):
-        _, exists, sample, line, step, own_steps = tile_of(
-            n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
-        )
-        exists = exists[:, None]
-        sample = sample[:, None]
-        line = line[:, None]
-        ok = None if EXACT else kept & exists
-        base = sample.to(tl.int64) * C * lines * steps
-        at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
-        share = on_grad
-        if not OUT_BATCH and drop is not None:
-            share = on_grad * tl.load(drop + sample)
-        weights = tl.load(gate + sample * heads + c // D, kept, 0.0) * share
-        taps = load_taps(value, weights, c, kept, True, LAST)
-        start = means_grad(
-            grad_queries + sample * C, grad_keys + sample * C, query, key, C, c, kept, QUERY, KEY
-        )
-        start = start / (lines * steps)
-        on_shortcut = previous * share
-        here = filled(LINES, GROUPS, BC, start)
-        older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older = load_lines(
-                go + base,
-                at - step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            _, _, here = spread(older, taps, here, here, start, LINES)
-        newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
-        _, before, here = spread(newer, taps, here, here, start, LINES)
-        for _ in range(1, own_steps):
-            x = at + step_stride
-            latest = load_lines(go + base, x, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
-            done, before, here = spread(latest, taps, before, here, start, LINES)
-            sums = use_input_grads(
-                done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base,
-                at, line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
-                on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
-            older = newer
-            newer = latest
-            at = x
-        latest = zeros(LINES + 2, GROUPS, BC)
-        done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest = load_lines(
-                go + base,
-                at + step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            done, _, _ = spread(latest, taps, before, here, start, LINES)
-        sums = use_input_grads(
-            done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base, at,
-            line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
-            on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
-        )  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    for k in tl.static_range(12):
-        # Fields are rows and columns of W_v: lines and steps change places in NCHW.
-        field = k if LAST or k >= 9 else (k % 3) * 3 + k // 3
-        tl.store(part + (program * 12 + field) * C + c, tl.sum(sums[k], 0), c < C)
