@@ -69,7 +69,7 @@ def head_options(w: LightWeights) -> dict[str, int]:
     width = power_of_two(w.head_channels)
     heads = max(1, HEAD_CHANNELS // width)
     return dict(
-        D=w.head_channels, HEADS=heads, WIDTH=width,
+        HEADS=heads, WIDTH=width,
         CHUNKS=max(1, CHUNK_ELEMENTS // (heads * width)),
         QUERY=w.query.shape[-1], KEY=w.key.shape[-1],
     )  # fmt: skip
@@ -124,7 +124,7 @@ def light_forward(
     gate_forward[(B, -(-heads // options["HEADS"]))](
         sums, w.query, w.key, gate, means, queries, keys,
         z, s, coefficients, w.value, w.lambda_t, out_coefficients,
-        C, H, W, heads, plan.chunks, D**-0.5,
+        C, H, W, heads, D, plan.chunks, D**-0.5,
         KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last, **options,
     )  # fmt: skip
     out = torch.empty_like(z)
@@ -132,9 +132,9 @@ def light_forward(
         attention[walk.grid](
             z, s, z, out, out_part, None, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, *out_norm.tensors, out_coefficients, None,
-            *walk.sizes, heads,
+            *walk.sizes, heads, D,
             walk.programs, plan.count, out_norm.momentum, out_norm.eps,
-            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=keep, D=D, **walk.options,
+            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=keep, **walk.options,
         )  # fmt: skip
     return out, (kept,) if keep else ()
 
@@ -190,18 +190,18 @@ def light_backward(
         attention[walk.grid](
             z, s, grad, go, out_part, dots, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, None, None, None, None, out_coefficients, grad_out_norm,
-            *walk.sizes, heads, walk.programs, plan.count, 0.0, 0.0,
-            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, D=D, **walk.options,
+            *walk.sizes, heads, D, walk.programs, plan.count, 0.0, 0.0,
+            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, **walk.options,
         )  # fmt: skip
     gate_backward[(B, head_blocks)](
         dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-        C, heads, rows, D**-0.5, TAPS=taps, **options,
+        C, heads, D, rows, D**-0.5, TAPS=taps, **options,
     )  # fmt: skip
     input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
         out_coefficients, grad_queries, grad_keys, w.query, w.key,
-        *ring.sizes, heads,
-        BATCH=norm.batch, OUT_BATCH=out_norm.batch, D=D,
+        *ring.sizes, heads, D,
+        BATCH=norm.batch, OUT_BATCH=out_norm.batch,
         QUERY=options["QUERY"], KEY=options["KEY"], **ring.options,
     )  # fmt: skip
     parameters = (
