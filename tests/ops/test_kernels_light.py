@@ -133,8 +133,12 @@ def test_odd_sizes(layout: str, batch: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize(("layout", "dtype"), [("last", torch.float16), ("first", torch.bfloat16)])
 def test_half_precision(layout: str, dtype: torch.dtype) -> None:
+    """Maps and parameters."""
+    case = a_case(ODD, heads=3, layout=layout, dtype=dtype, query=5, key=1)
+    weights = LightWeights(*(x.to(dtype) for x in case.weights[:4]), case.weights.head_channels)
+    affine = dict(weight=case.norm.weight.to(dtype), bias=case.norm.bias.to(dtype))
     eps = torch.finfo(dtype).eps
-    compare(a_case(ODD, heads=3, layout=layout, dtype=dtype, query=5, key=1), eps, 2 * eps)
+    compare(case._replace(weights=weights, norm=case.norm._replace(**affine)), eps, 2 * eps)
 
 
 @pytest.mark.parametrize(
