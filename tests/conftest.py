@@ -17,6 +17,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 # Ground truth and real images that may lie beside a checkout.
 SHARED = Path(os.environ.get("MMRLA_SHARED", ROOT.parent / "shared"))
 
+needs_new_compiler = pytest.mark.skipif(
+    not hasattr(torch.library, "custom_op"), reason="torch.compile before torch 2.4"
+)
+
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmrla.analysis.modules import layer_attentions
 from mmrla.layers import LayerAttention, Retrieval
-from mmrla.ops.memory import is_compiling
+from mmrla.ops.fused import is_compiling
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from torch import Tensor
 from mmrla.layers.layer_attention import Retrieval
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import linear_rla, query_key
-from mmrla.ops.linear_rla import LinearRLAState
-from mmrla.ops.linear_rla.naive import feature_map_of
+from mmrla.ops.linear_rla import LinearRLAState, feature_map_of
 
 
 class LinearRLA(QueryKeyValue):

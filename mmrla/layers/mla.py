@@ -11,7 +11,7 @@ from torch import Tensor
 from mmrla.layers.layer_attention import Retrieval
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import mla
-from mmrla.ops.query_key import project, summary_of
+from mmrla.ops.reference import channel_means, project
 
 MLAState = tuple[Tensor, ...]
 """The features of a group so far, each ``[B, C, H, W]``."""
@@ -50,7 +50,7 @@ class MLA(QueryKeyValue):
         self, x: Tensor, shortcut: Tensor, state: MLAState | None, memory: None = None
     ) -> Retrieval:
         """See :class:`LayerAttention`; the scores are the softmax of Eq. 4."""
-        summaries = [summary_of(feature) for feature in (*(state or ()), x)]
-        query = project(summaries[-1], self.query.weight)
-        keys = [project(summary, self.key.weight) for summary in summaries]
+        means = [channel_means(feature) for feature in (*(state or ()), x)]
+        query = project(means[-1], self.query.weight)
+        keys = [project(mean, self.key.weight) for mean in means]
         return self.softmax_retrieval(query, keys)

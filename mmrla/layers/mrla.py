@@ -8,15 +8,18 @@ released behaviour is the default here; see each class.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import Retrieval
-from mmrla.layers.norm import batch_norm_of, is_plain, update_running_statistics
+from mmrla.layers.norm import is_plain, norm_of
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import (
+    BaseGroup,
+    BaseWeights,
+    LightWeights,
     Op,
     mrla_base,
     mrla_base_tail,
@@ -24,20 +27,7 @@ from mmrla.ops import (
     mrla_light_tail,
     query_key,
 )
-from mmrla.ops.memory import is_compiling
-from mmrla.ops.mrla_light import VALUE_ACTS
-from mmrla.ops.residual_tail import TailOutput
-
-
-class MRLABaseState(NamedTuple):
-    """What a group's layers have left, a tuple of one for each."""
-
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
-    recipes: tuple[Any, ...] | None = ()
-    """How backward computes each value again; None: some layer cannot tell."""
-    deferred: tuple[Any, ...] | None = ()
-    """Where the gradient of each value can be left; None: some layer has no such place."""
+from mmrla.ops.checks import VALUE_ACTS
 
 
 class _MRLA(QueryKeyValue):
@@ -199,19 +189,12 @@ class MRLALight(_MRLA):
         scale: Tensor | None,
     ) -> tuple[Tensor, None]:
         """See :class:`LayerAttention`."""
-        found = mrla_light_tail(
-            z,
-            shortcut,
-            batch_norm_of(norm),
-            self.query.weight,
-            self.key.weight,
-            self.value_weight,
-            self.lambda_t,
-            self.head_channels,
-            batch_norm_of(out_norm),
-            scale,
+        assert self.value is not None
+        assert self.lambda_t is not None
+        weights = LightWeights(
+            self.query.weight, self.key.weight, self.value.weight, self.lambda_t, self.head_channels
         )
-        return _finish(found, norm, out_norm), None
+        return mrla_light_tail(z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale), None
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
@@ -257,16 +240,15 @@ class MRLABase(_MRLA):
         self.recompute_values = recompute_values
 
     def forward(
-        self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None
-    ) -> tuple[Tensor, MRLABaseState]:
+        self, x: Tensor, shortcut: Tensor, state: BaseGroup | None
+    ) -> tuple[Tensor, BaseGroup]:
         """See :class:`LayerAttention`; the state holds the keys and values of the group."""
         query, key = query_key(x, self.query.weight, self.key.weight)
-        state = MRLABaseState() if state is None else state
-        state = MRLABaseState((*state.keys, key), (*state.values, self.value_of(x)), None, None)
+        state = (BaseGroup() if state is None else state).with_layer(key, self.value_of(x))
         return mrla_base(query, state.keys, state.values, self.head_channels), state
 
     def retrieval(
-        self, x: Tensor, shortcut: Tensor, state: MRLABaseState | None, memory: None = None
+        self, x: Tensor, shortcut: Tensor, state: BaseGroup | None, memory: None = None
     ) -> Retrieval:
         """See :class:`LayerAttention`; the scores are the softmax of Eq. 9."""
         query, key = query_key(x, self.query.weight, self.key.weight)
@@ -277,44 +259,18 @@ class MRLABase(_MRLA):
         self,
         z: Tensor,
         shortcut: Tensor,
-        state: MRLABaseState | None,
+        state: BaseGroup | None,
         norm: nn.BatchNorm2d,
         out_norm: nn.BatchNorm2d,
         scale: Tensor | None,
-    ) -> tuple[Tensor, MRLABaseState]:
+    ) -> tuple[Tensor, BaseGroup]:
         """See :class:`LayerAttention`."""
-        state = MRLABaseState() if state is None else state
-        found, key, value, recipe, deferred = mrla_base_tail(
-            z,
-            shortcut,
-            batch_norm_of(norm),
-            self.query.weight,
-            self.key.weight,
-            self.value_weight,
-            state.keys,
-            state.values,
-            self.head_channels,
-            batch_norm_of(out_norm),
-            scale,
-            state.recipes if self.recompute_values and not is_compiling() else None,
-            state.deferred,
+        assert self.value is not None
+        weights = BaseWeights(
+            self.query.weight, self.key.weight, self.value.weight, self.head_channels
         )
-        state = MRLABaseState(
-            (*state.keys, key),
-            (*state.values, value),
-            _one_more(state.recipes, recipe),
-            _one_more(state.deferred, deferred),
-        )
-        return _finish(found, norm, out_norm), state
-
-
-def _one_more(found: tuple[Any, ...] | None, more: Any) -> tuple[Any, ...] | None:
-    return None if found is None or more is None else (*found, more)
-
-
-def _finish(found: TailOutput, norm: nn.BatchNorm2d, out_norm: nn.BatchNorm2d) -> Tensor:
-    """Update the norms' running statistics; returns the tail's output."""
-    count = found.out.numel() // found.out.shape[1]
-    update_running_statistics(norm, found.mean, found.var, count)
-    update_running_statistics(out_norm, found.out_mean, found.out_var, count)
-    return found.out
+        group = BaseGroup() if state is None else state
+        return mrla_base_tail(
+            z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale, group,
+            self.recompute_values,
+        )  # fmt: skip

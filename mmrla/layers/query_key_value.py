@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention, Retrieval
 from mmrla.ops import eca_kernel_size
-from mmrla.ops.memory import autocast_dtype
-from mmrla.ops.mrla_base.retrieve import weights_of
-from mmrla.ops.query_key import check_head_channels
+from mmrla.ops.checks import check_head_channels
+from mmrla.ops.reference import autocast_dtype, layer_weights
 
 ALL = "all"
 """``head_channels`` of one head: as many channels as the layer has."""
@@ -86,7 +85,7 @@ class QueryKeyValue(LayerAttention):
 
     def softmax_retrieval(self, query: Tensor, keys: Sequence[Tensor]) -> Retrieval:
         """What :meth:`retrieval` tells where scores are a softmax over the keys ``[B, C]``."""
-        scores = weights_of(query, keys, self.head_channels)[:, :, :: self.head_channels]
+        scores = layer_weights(query, keys, self.head_channels)
         return Retrieval(self.heads(query), scores.permute(1, 2, 0))
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ compile-time constants: a network has one variant of each kernel per shape of ma
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200; for tensors on no GPU."""
-WARPS = 16
-"""Per multiprocessor: what the stencils' registers leave room for. Launches make about as many."""
-THREAD_ELEMENTS = 4
-"""Neighbouring channels per thread in channels_last: loads of 8 bytes in bfloat16."""
+REGISTERS = 65536
+"""Per multiprocessor."""
+FLAT_WARPS = 16
+"""Of flat passes per multiprocessor."""
+THREAD_ELEMENTS = 2
+"""Channels per thread of a stencil. In channels_last, a warp then loads 128 bytes in bfloat16;
+with 4 channels, instructions per element are a seventh fewer, but half the warps have room."""
 FLAT_ELEMENTS = 4096
 """Elements per block of a flat pass, at 32 per thread."""
 FLAT_BLOCKS = 16
 """The most blocks that a program of ``pixel_sums`` adds up for one sum."""
-THREADS = 128
-"""Per program of a stencil."""
 LONGEST_STRIP = 64
 """Steps; longer strips save nothing."""
 PROLOGUE_ELEMENTS = 64
@@ -39,16 +41,20 @@ class Walk(NamedTuple):
     grid: tuple[int, int]
     programs: int
     """Per channel block."""
-    tiles: int
-    """Of the whole batch."""
     groups: int
     """Per sample: of neighbouring lines."""
     strips: int
     """Into which the steps are cut."""
-    length: int
-    """Steps per strip."""
+    sizes: tuple[int, ...]
+    """Arguments of a stencil: C, lines, steps, tiles, programs, groups per sample and in all,
+    strips and their length."""
     options: dict[str, Any]
-    """Compile-time constants, ``ROWS`` for the prologue included."""
+    """Compile-time constants.
+
+    ``FULL``: groups end where maps do; ``EXACT``: and blocks have no other remainder either;
+    ``WIDE``: a group's lines are neighbours in memory and one access; ``STRIPS``: more than one;
+    ``ROWS`` of partial sums are read at once.
+    """
 
 
 class Flat(NamedTuple):
@@ -59,6 +65,7 @@ class Flat(NamedTuple):
     blocks: int
     """Per sample."""
     options: dict[str, Any]
+    """Compile-time constants; ``UNIT`` divides the pixels of a map in NCHW."""
 
 
 class Plan(NamedTuple):
@@ -85,7 +92,9 @@ class Plan(NamedTuple):
     walk: Walk
     """For stencils that hold few values per line."""
     short_walk: Walk
-    """For those that hold many."""
+    """For those that hold more."""
+    ring_walk: Walk
+    """For those that hold three steps of a map."""
 
 
 def power_of_two(n: int) -> int:
@@ -127,17 +136,19 @@ def plan(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
     chunks = triton.cdiv(flat.blocks, chunk)
     chunk_programs = even_programs(B * chunks, flat_programs(flat.options, flat.grid[1], sms))
     lines, steps = (H, W) if last else (W, H)
+    columns = (4,) if W % 4 == 0 else (2,)
     return Plan(
         (B, C, H, W), pixels, (H // 2) * W + W // 2, float(B * pixels), lines, steps, last,
         flat, chunk, chunks, (chunk_programs, flat.grid[1]),
-        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else (4, 2)),
-        walk_blocks(B, C, lines, steps, last, sms, (2,)),
+        walk_blocks(B, C, lines, steps, last, sms, (7, 4) if last else columns, 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else columns, 128),
+        walk_blocks(B, C, lines, steps, last, sms, (4,) if last else columns, 168),
     )  # fmt: skip
 
 
 def flat_programs(options: dict[str, Any], channel_blocks: int, sms: int) -> int:
     """Programs of a flat pass per channel block that the device runs at once."""
-    return max(1, sms * WARPS // options["num_warps"] // channel_blocks)
+    return max(1, sms * FLAT_WARPS // options["num_warps"] // channel_blocks)
 
 
 def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
@@ -150,7 +161,10 @@ def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
         channels = min(FLAT_ELEMENTS // wide, power_of_two(C))
     warps = max(1, wide * channels // 1024)
     rows = prologue_rows(warps, channels)
-    options = dict(BP=wide, BC=channels, LAST=last, ROWS=rows, num_warps=warps, num_stages=1)
+    unit = 1 if last else math.gcd(pixels, 8)
+    options = dict(
+        BP=wide, BC=channels, LAST=last, UNIT=unit, ROWS=rows, num_warps=warps, num_stages=1
+    )
     blocks, channel_blocks = triton.cdiv(pixels, wide), triton.cdiv(C, channels)
     programs = even_programs(B * blocks, flat_programs(options, channel_blocks, sms))
     return Flat((programs, channel_blocks), programs, blocks, options)
@@ -162,38 +176,43 @@ def prologue_rows(warps: int, channels: int) -> int:
 
 
 def walk_blocks(
-    B: int, C: int, lines: int, steps: int, last: bool, sms: int, choices: tuple[int, ...]
-) -> Walk:
+    B: int, C: int, lines: int, steps: int, last: bool, sms: int, choices: tuple[int, ...],
+    registers: int,
+) -> Walk:  # fmt: skip
     """Groups of lines and strips of steps, with little waste and enough programs.
 
-    ``choices``: numbers of lines per group; more need fewer instructions and more registers.
+    ``choices``: numbers of lines per group; more need fewer instructions and more ``registers``,
+    the most per thread.
     """
 
     def work(count: int) -> int:  # a group's: its lines, and about one for their two neighbours
         return triton.cdiv(lines, count) * (count + 1)
 
     count = min(choices, key=work)
+    threads = 256 if last and registers <= 128 else 128
     if last:
         channels = least_padding(C, tuple(min(b, power_of_two(C)) for b in (128, 64, 32)))
-        groups = THREADS * THREAD_ELEMENTS // channels
+        groups = threads * THREAD_ELEMENTS // channels
     else:
         groups = 32
-        channels = THREADS // groups
+        channels = threads * THREAD_ELEMENTS // groups
     channel_blocks = triton.cdiv(C, channels)
     all_groups = B * triton.cdiv(lines, count)
     blocks = triton.cdiv(all_groups, groups)
-    most = max(1, sms * WARPS * 32 // THREADS // channel_blocks)
+    most = max(1, sms * (REGISTERS // (registers * threads)) // channel_blocks)
     # Few blocks: strips of 8 steps or more, since each reads two steps of its neighbours.
     strips = max(1, min(most // blocks, steps // 8), triton.cdiv(steps, LONGEST_STRIP))
     length = triton.cdiv(steps, strips)
     strips = triton.cdiv(steps, length)
     programs = even_programs(blocks * strips, most)
-    exact = lines % count == 0 and all_groups % groups == 0 and C % channels == 0
+    full = lines % count == 0
     options = dict(
-        LINES=count, GROUPS=groups, BC=channels, LAST=last, EXACT=exact, STRIPS=strips > 1,
-        ROWS=prologue_rows(THREADS // 32, channels), num_warps=THREADS // 32, num_stages=1,
+        LINES=count, GROUPS=groups, BC=channels, LAST=last, FULL=full, WIDE=full and not last,
+        EXACT=full and all_groups % groups == 0 and C % channels == 0, STRIPS=strips > 1,
+        ROWS=prologue_rows(threads // 32, channels), num_warps=threads // 32, num_stages=1,
+        maxnreg=registers,
     )  # fmt: skip
-    return Walk(
-        (programs, channel_blocks), programs, blocks * strips, triton.cdiv(lines, count),
-        strips, length, options,
-    )  # fmt: skip
+    per_sample = triton.cdiv(lines, count)
+    tiles = blocks * strips
+    sizes = (C, lines, steps, tiles, programs, per_sample, all_groups, strips, length)
+    return Walk((programs, channel_blocks), programs, per_sample, strips, sizes, options)

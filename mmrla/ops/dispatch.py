@@ -17,13 +17,13 @@ class Backend:
     Args:
         name: The name users force it by, ``'naive'`` or ``'fused'``.
         fn: The implementation; all backends of an operation share one signature.
-        why_not: Takes the operation's arguments and returns the reason why this backend cannot
-            run them, or None where it can.
+        unsupported_reason: Takes the operation's arguments and returns why this backend cannot
+            run them, or None if it can.
     """
 
     name: str
     fn: Callable[..., Any]
-    why_not: Callable[..., str | None]
+    unsupported_reason: Callable[..., str | None]
 
 
 class Selection(NamedTuple):
@@ -44,7 +44,7 @@ class Op:
 
     Args:
         name: The operation's name, for messages.
-        check: Takes the operation's arguments and raises where they are unusable.
+        check: Takes the operation's arguments and raises if they are unusable.
         backends: The implementations, fastest first.
     """
 
@@ -69,7 +69,7 @@ class Op:
                     f"{self.name} has no backend {forced!r} (asked for by {forced_by}); "
                     f"allowed: {', '.join(map(repr, self.backends))}"
                 )
-            reason = self.backends[forced].why_not(*args, **kwargs)
+            reason = self.backends[forced].unsupported_reason(*args, **kwargs)
             if reason is not None:
                 raise RuntimeError(
                     f"{self.name}: {forced_by} forces {forced!r}, which cannot run here: {reason}"
@@ -77,7 +77,7 @@ class Op:
             return Selection(self.backends[forced], f"forced by {forced_by}")
         refusals: list[str] = []
         for candidate in self.backends.values():
-            reason = candidate.why_not(*args, **kwargs)
+            reason = candidate.unsupported_reason(*args, **kwargs)
             if reason is None:
                 chosen = "; ".join([*refusals, f"{candidate.name} can run"])
                 return Selection(candidate, chosen)
@@ -94,5 +94,5 @@ class Op:
 
 
 def always(*args: Any, **kwargs: Any) -> None:
-    """The ``why_not`` of a backend that runs anywhere."""
+    """The ``unsupported_reason`` of a backend that runs anywhere."""
     return None

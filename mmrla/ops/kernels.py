@@ -158,18 +158,21 @@ def pivot_of(z, middle, HW, C, c, kept, LAST: tl.constexpr):
     return tl.load(z + (middle * C + c if LAST else middle + c * HW), kept, 0.0).to(tl.float32)
 
 
-FLAT = ["B", "middle", "programs", "rows", "chunks", "chunk"]
+UNSPECIALISED = ("B", "HW", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows")
+"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
 
-@triton.jit(do_not_specialize=FLAT)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def channel_sums(
     z, part, B, C, HW, middle, programs,
     ROWS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sums for a norm's statistics: reads z (1 N).
 
     Writes ``part`` ``[programs, 2, C]``: sums of ``z - pivot`` and of its square.
     """
+    HW = HW // UNIT * UNIT  # so that the compiler knows alignments
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
@@ -179,9 +182,9 @@ def channel_sums(
     squares = tl.zeros(shape, tl.float32)
     blocks = tl.cdiv(HW, BP)
     for n in range(program, B * blocks, programs):
-        sample = (n // blocks).to(tl.int64) * C * HW
+        base = (n // blocks).to(tl.int64) * C * HW
         at, ok = pixel_block((n % blocks) * BP + tl.arange(0, BP), HW, C, c, kept, LAST)
-        x = tl.load(z + sample + at, ok, 0.0).to(tl.float32)
+        x = tl.load(z + base + at, ok, 0.0).to(tl.float32)
         x = tl.where(ok, x - pivot, 0.0)
         total += x
         squares += x * x
@@ -190,18 +193,19 @@ def channel_sums(
     tl.store(row + C, sum_places(squares, LAST), kept)
 
 
-@triton.jit(do_not_specialize=[*FLAT, "count", "momentum", "eps"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pixel_sums(
     z, s, part, coefficients, weight, bias, running_mean, running_var, sums,
     B, C, HW, middle, programs, rows, chunks, chunk, count, momentum, eps,
     BATCH: tl.constexpr, ROWS: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sums over pixels of ``y = relu(norm(z) + s)``: reads z and s (2 N).
 
     Finishes the norm's statistics from ``part`` (:func:`finish_norm`), stores its coefficients and
     moves its running statistics. Writes ``sums`` ``[B, chunks, C]``; a chunk is ``chunk`` blocks.
     """
+    HW = HW // UNIT * UNIT
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
@@ -215,13 +219,13 @@ def pixel_sums(
     factor = over_channels(factor, LAST)
     offset = over_channels(offset, LAST)
     for n in range(program, B * chunks, programs):
-        sample = (n // chunks).to(tl.int64) * C * HW
+        base = (n // chunks).to(tl.int64) * C * HW
         total = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            y = tl.load(z + sample + at, ok, 0.0).to(tl.float32) * factor + offset
-            y += tl.load(s + sample + at, ok, 0.0).to(tl.float32)
+            y = tl.load(z + base + at, ok, 0.0).to(tl.float32) * factor + offset
+            y += tl.load(s + base + at, ok, 0.0).to(tl.float32)
             total += tl.where(ok, tl.maximum(y, 0.0, propagate_nan=NAN), 0.0)
         tl.store(sums + n * C + c, sum_places(total, LAST), kept)
 
@@ -263,10 +267,7 @@ def finish_parameters(
         tl.store(grad_taps + tap, sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, ROWS))
 
 
-END = [*FLAT, "out_rows", "tap_rows", "count"]
-
-
-@triton.jit(do_not_specialize=END)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def parameter_grads(
     part, rows, coefficients, grad_value, grad_lambda, grad_norm,
     out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps, C,
@@ -281,14 +282,14 @@ def parameter_grads(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=END)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def input_norm_grads(
     gm, z, go, gz, gs, lambda_t, drop,
     part, rows, coefficients, grad_value, grad_lambda, grad_norm,
     out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps,
     B, C, HW, programs, count,
     FIELDS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, OUT_BATCH: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of z and, if ``go`` is given, of the shortcut: reads gm, z, go, writes two (5 N).
 
@@ -298,6 +299,7 @@ def input_norm_grads(
     output, and the frozen norm's factor and ``drop`` are applied here. Each of the first programs
     also does some of the jobs of :func:`finish_parameters`.
     """
+    HW = HW // UNIT * UNIT
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
@@ -321,14 +323,14 @@ def input_norm_grads(
     for n in range(program, B * blocks, programs):
         sample = (n // blocks).to(tl.int64)
         at, ok = pixel_block((n % blocks) * BP + tl.arange(0, BP), HW, C, c, kept, LAST)
-        at += sample * C * HW
-        grad = tl.load(gm + at, ok, 0.0).to(tl.float32)
-        values = tl.load(z + at, ok, 0.0).to(tl.float32)
+        base = sample * C * HW
+        grad = tl.load(gm + base + at, ok, 0.0).to(tl.float32)
+        values = tl.load(z + base + at, ok, 0.0).to(tl.float32)
         if go is not None:
             share = previous
             if not OUT_BATCH and drop is not None:
                 share = previous * tl.load(drop + sample)
-            attention = tl.load(go + at, ok, 0.0).to(tl.float32)
-            tl.store(gs + at, (grad + share * attention).to(gs.dtype.element_ty), ok)
+            attention = tl.load(go + base + at, ok, 0.0).to(tl.float32)
+            tl.store(gs + base + at, (grad + share * attention).to(gs.dtype.element_ty), ok)
         grad = on_grad * grad + on_z * values + constant
-        tl.store(gz + at, grad.to(gz.dtype.element_ty), ok)
+        tl.store(gz + base + at, grad.to(gz.dtype.element_ty), ok)

@@ -5,6 +5,7 @@ so that each value is loaded and converted once per line and used by nine output
 lines are rows and steps are columns; in NCHW, lines are columns and steps are rows, so that
 neighbouring threads read neighbouring addresses. The lines of all samples form groups of ``LINES``;
 a tile is a strip of steps of ``GROUPS`` groups and ``BC`` channels, and a program loops over tiles.
+All blocks are ``[GROUPS, BC]``.
 
 A name that a loop carries must start as a tensor of its own (``zeros``): of two names for one
 tensor the compiler carries one.
@@ -19,8 +20,13 @@ from mmrla.ops.kernels import NAN
 
 LOWEST = tl.constexpr(-3.0e38)
 """Finite in bfloat16 and float32, and below any sum that could make it positive again."""
-OUTSIDE_LINE = tl.constexpr(1 << 30)
-"""First line of a group that does not exist."""
+
+
+UNSPECIALISED = (
+    "H", "W", "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
+    "heads", "chunks", "rows",
+)  # fmt: skip
+"""Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
 
 @triton.jit
@@ -36,20 +42,29 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def filled(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, start):
+    """As :func:`zeros`, plus ``start``."""
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.zeros((ROWS, COLUMNS), tl.float32) + start,)
+    return blocks
+
+
+@triton.jit
 def tile_of(
     n, per_sample, all_groups, strips, length, steps, LINES: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """What tile ``n`` covers: each group's number, sample and first line, first step, steps.
+    """What tile ``n`` covers: groups, counted through the batch, and steps.
 
-    Groups are counted through the batch, ``per_sample`` in each sample; those past the last are
-    the last again, and ``line`` puts them outside the map.
+    Returns each group's number, whether it exists, its sample and its first line, ``per_sample``
+    groups being in each sample; the first step and the number of steps.
     """
     group = (n // strips) * GROUPS + tl.arange(0, GROUPS)
     exists = group < all_groups
-    group = tl.where(exists, group, all_groups - 1)
-    line = tl.where(exists, (group % per_sample) * LINES, OUTSIDE_LINE)
+    group = tl.minimum(group, all_groups - 1)
+    line = (group % per_sample) * LINES
     step = (n % strips) * length
-    return group, group // per_sample, line, step, tl.minimum(length, steps - step)
+    return group, exists, group // per_sample, line, step, tl.minimum(length, steps - step)
 
 
 @triton.jit
@@ -66,16 +81,25 @@ def load_taps(weight, scale, c, kept, FLIP: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def line_mask(line, lines, ok, INDEX: tl.constexpr, LINES: tl.constexpr, EXACT: tl.constexpr):
+def plus_identity(taps):
+    """The stencil that adds its input to what ``taps`` give."""
+    total = ()
+    for k in tl.static_range(9):
+        total = total + (taps[k] + 1.0 if k == 4 else taps[k],)
+    return total
+
+
+@triton.jit
+def line_mask(line, lines, ok, INDEX: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr):
     """Whether each group's line ``INDEX`` is inside the map; None if all are and ``ok`` is None.
 
-    ``EXACT``: the lines 0 ... LINES - 1 are inside for all groups.
+    ``FULL``: the lines 0 ... LINES - 1 are inside in all groups.
     """
     mask = ok
     if INDEX < 0:
         inside = line + INDEX >= 0
         mask = inside if ok is None else ok & inside
-    elif INDEX >= LINES or not EXACT:
+    elif INDEX >= LINES or not FULL:
         inside = line + INDEX < lines
         mask = inside if ok is None else ok & inside
     return mask
@@ -94,28 +118,84 @@ def load_line(x, mask, OUTSIDE: tl.constexpr):
 
 
 @triton.jit
-def load_lines(
-    x, line_stride, line, lines, ok, OUTSIDE: tl.constexpr, LINES: tl.constexpr,
-    EXACT: tl.constexpr,
+def wide(at, LINES: tl.constexpr):
+    """Offsets of all lines of each group, neighbours in memory, as a third dimension."""
+    return at[:, :, None] + tl.arange(0, LINES)[None, None, :]
+
+
+@triton.jit
+def load_group(
+    x, at, line_stride, line, lines, ok, OUTSIDE: tl.constexpr, LINES: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Lines -1 ... LINES of one step, ``x`` pointing at line 0; ``OUTSIDE`` outside the map."""
+    """Lines 0 ... LINES - 1 of one step, line 0 being at ``x + at``; ``OUTSIDE`` outside the map.
+
+    ``x`` points at a sample, ``at`` is an offset of 32 bits. ``WIDE``: each group's 2 or 4 lines
+    are one access, aligned and inside the map.
+    """
     values = ()
-    for j in tl.static_range(LINES + 2):
-        mask = line_mask(line, lines, ok, j - 1, LINES, EXACT)
-        values = values + (load_line(x + (j - 1) * line_stride, mask, OUTSIDE),)
+    if WIDE:
+        mask = None if ok is None else ok[:, :, None]
+        group = load_line(x[:, :, None] + wide(at, LINES), mask, OUTSIDE)
+        if LINES == 2:
+            values = tl.split(group)
+        else:
+            group = tl.reshape(group, (group.shape[0], group.shape[1], 2, 2))
+            even, odd = tl.split(group)
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            values = (first, second, third, fourth)
+    else:
+        for j in tl.static_range(LINES):
+            mask = line_mask(line, lines, ok, j, LINES, FULL)
+            values = values + (load_line(x + (at + j * line_stride), mask, OUTSIDE),)
     return values
 
 
 @triton.jit
+def store_group(
+    x, values, at, line_stride, line, lines, ok, LINES: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Stores what :func:`load_group` would load."""
+    if WIDE:
+        if LINES == 2:
+            group = tl.join(values[0], values[1])
+        else:
+            group = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+            group = tl.reshape(group, (group.shape[0], group.shape[1], 4))
+        mask = None if ok is None else ok[:, :, None]
+        tl.store(x[:, :, None] + wide(at, LINES), group.to(x.dtype.element_ty), mask)
+    else:
+        for j in tl.static_range(LINES):
+            mask = line_mask(line, lines, ok, j, LINES, FULL)
+            tl.store(x + (at + j * line_stride), values[j].to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_lines(
+    x, at, line_stride, line, lines, ok, OUTSIDE: tl.constexpr, LINES: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """As :func:`load_group`, with the lines before and after each group: -1 ... LINES."""
+    before = line_mask(line, lines, ok, -1, LINES, FULL)
+    after = line_mask(line, lines, ok, LINES, LINES, FULL)
+    first = load_line(x + (at - line_stride), before, OUTSIDE)
+    group = load_group(x, at, line_stride, line, lines, ok, OUTSIDE, LINES, FULL, WIDE)
+    return (first,) + group + (load_line(x + (at + LINES * line_stride), after, OUTSIDE),)
+
+
+@triton.jit
 def load_y(
-    z, s, line_stride, line, lines, ok, factor, offset, LINES: tl.constexpr, EXACT: tl.constexpr
+    z, s, at, line_stride, line, lines, ok, factor, offset, LINES: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``y = relu(norm(z) + s)`` and s on lines -1 ... LINES of one step; y is 0 outside the map.
 
     It is so without a select, since s is hugely negative there.
     """
-    shortcut = load_lines(s, line_stride, line, lines, ok, LOWEST, LINES, EXACT)
-    values = load_lines(z, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+    shortcut = load_lines(s, at, line_stride, line, lines, ok, LOWEST, LINES, FULL, WIDE)
+    values = load_lines(z, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
     y = ()
     for j in tl.static_range(LINES + 2):
         normed = values[j] * factor + offset

@@ -1,8 +1,8 @@
 """Every operation once, in plain torch, differentiated by autograd.
 
-The ground truth of the fused operations, and what runs wherever those cannot: under
-``torch.compile`` (whose compiler fuses it), ``torch.export``, ``torch.jit.trace`` and ONNX, on other
-devices and dtypes. Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+The ground truth of the fused operations, and what runs wherever those cannot: in
+``torch.compile``, whose compiler fuses it, ``torch.export``, ``torch.jit.trace``, ONNX, and in
+other dtypes. Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
 https://openreview.net/forum?id=pvgEL1yS3Ql.
 """
 
@@ -89,6 +89,10 @@ class BaseGroup(NamedTuple):
     def with_layer(self, key: Tensor, value: Tensor, link: Any = None) -> BaseGroup:
         """The group after one more layer."""
         return BaseGroup((*self.keys, key), (*self.values, value), (*self.links, link))
+
+
+NO_LAYERS = BaseGroup()
+"""The group before its first layer."""
 
 
 def eca_kernel_size(channels: int) -> int:
@@ -182,12 +186,12 @@ def per_channel(weights: Tensor, head_channels: int) -> Tensor:
     return weights.repeat_interleave(head_channels, dim=1)[:, :, None, None]
 
 
-def light_gate(query: Tensor, key: Tensor, head_channels: int) -> Tensor:
-    """``sigmoid(<q, k>_head / sqrt(d_k))``, ``[B, C / d_k]``, from query and key ``[B, C]``."""
+def light_logits(query: Tensor, key: Tensor, head_channels: int) -> Tensor:
+    """``<q, k>_head / sqrt(d_k)``, ``[B, C / d_k]``, from query and key ``[B, C]``."""
     heads = (-1, head_channels)
     with torch.autocast(query.device.type, enabled=False):  # logits stay in float32
         logits = torch.einsum("bhd,bhd->bh", query.unflatten(1, heads), key.unflatten(1, heads))
-    return torch.sigmoid(logits / math.sqrt(head_channels))
+    return logits / math.sqrt(head_channels)
 
 
 def light_reference(
@@ -218,7 +222,7 @@ def light_reference(
         o, ``[B, C, H, W]``, in the dtype that the convolution of ``x`` has (autocast's, under it).
     """
     query, key = query_key(x, query_weight, key_weight)
-    gate = light_gate(query, key, head_channels)
+    gate = torch.sigmoid(light_logits(query, key, head_channels))
     value = value_of(x, value_weight)
     if value_act == "gelu":
         value = F.gelu(value)
@@ -297,62 +301,6 @@ def mla_reference(
     return base_reference(query, keys, [value_of(x, value_weight) for x in features], head_channels)
 
 
-LinearRLAState = tuple[Tensor, Tensor]
-"""``U_t``, ``[B, C / d_k, d_k, d_k, H, W]``, and ``Z_t``, ``[B, C / d_k, d_k]``."""
-
-
-def feature_map_of(x: Tensor) -> Tensor:
-    """``phi(x) = elu(x) + 1``, as ``exp(min(x, 0)) + max(x, 0)``.
-
-    The same function, but above zero where ``elu(x) + 1`` rounds to it, so that the quotient that
-    follows is one.
-    """
-    return x.clamp(max=0).exp() + x.relu()
-
-
-def linear_rla_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: LinearRLAState | None,
-    head_channels: int,
-) -> tuple[Tensor, LinearRLAState]:
-    """One step of the recurrence of A.3, for each head of d_k channels.
-
-    ``U_t = U_{t-1} + phi(k_t)^T V_t``, ``Z_t = Z_{t-1} + phi(k_t)``,
-    ``o_t = phi(q_t) U_t / (phi(q_t) Z_t)``. The state does not grow along a group of layers, but is
-    d_k times a value. It is kept in float32 or wider, also under autocast.
-
-    Args:
-        query: The layer's query, ``[B, C]``.
-        key: Its key, ``[B, C]``.
-        value: Its value, ``[B, C, H, W]``.
-        state: What the previous layer returned, None for a group's first.
-        head_channels: d_k; divides C. C is one head, 1 is channel-wise.
-
-    Returns:
-        o_t, shaped like ``value`` and in its dtype, and the new state.
-    """
-    dtype = torch.promote_types(value.dtype, query.dtype)
-    heads = (-1, head_channels)
-    with torch.autocast(value.device.type, enabled=False):
-        phi_query = feature_map_of(query.to(dtype)).unflatten(1, heads)
-        phi_key = feature_map_of(key.to(dtype)).unflatten(1, heads)
-        values = value.to(dtype).unflatten(1, heads).flatten(3).flatten(2)  # [B, heads, d_k * H*W]
-        rows, column = values.flatten(0, 1)[:, None], phi_key.flatten(0, 1)[:, :, None]
-        if state is None:
-            u, z = torch.bmm(column, rows), phi_key
-        else:
-            u = torch.baddbmm(state[0].to(dtype).flatten(3).flatten(0, 1), column, rows)
-            z = state[1] + phi_key
-        numerator = torch.bmm(phi_query.flatten(0, 1)[:, None], u)
-        # All of phi underflows if queries or keys are far below zero: nothing is retrieved then.
-        total = (phi_query * z).sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-        o = numerator.reshape(values.shape) / total
-    shape = (*z.shape, head_channels, *value.shape[2:])
-    return o.reshape(value.shape).to(value.dtype), (u.reshape(shape), z)
-
-
 def residual_relu(z: Tensor, shortcut: Tensor, norm: Norm) -> Tensor:
     """``y = relu(norm(z) + shortcut)``."""
     return torch.relu_(norm(z).add_(shortcut))
@@ -402,7 +350,7 @@ def base_tail_reference(
     weights: BaseWeights,
     out_norm: Norm,
     drop: Tensor | None = None,
-    group: BaseGroup = BaseGroup(),
+    group: BaseGroup = NO_LAYERS,
     recompute: bool = False,
 ) -> tuple[Tensor, BaseGroup]:
     """The end of a residual block with MRLA-base after it.

@@ -16,9 +16,8 @@ from mmrla.models import (
     MRLAResNetCIFAR,
     MRLAVisionTransformer,
 )
-from mmrla.ops import custom_op
 from mmrla.registry import LAYER_ATTENTIONS
-from tests.conftest import relative_error
+from tests.conftest import needs_new_compiler, relative_error
 
 LIGHT = dict(type="MRLALight", head_channels=8)
 OUTPUT = dict(type="MRLALight", head_channels=8, recurrence="output")
@@ -231,7 +230,7 @@ def test_errors():
         _ = rec.groups
 
 
-@pytest.mark.skipif(not custom_op.CAN_REGISTER, reason="torch.compile needs torch 2.4")
+@needs_new_compiler
 def test_a_compiled_network_records_nothing_and_says_so():
     """Nor does its graph keep what was there when it was compiled."""
     model = MRLAResNetCIFAR(20, layer_attention=BASE).eval()

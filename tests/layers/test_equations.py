@@ -7,11 +7,11 @@ from math import sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from mmrla.ops.linear_rla.naive import feature_map_of
 from torch.autograd import gradcheck
 
 from mmrla.layers import MLA, DWConv, LinearRLA, MRLABase, MRLALight
 from mmrla.ops import linear_rla, mla, mrla_light
-from mmrla.ops.linear_rla.naive import feature_map_of
 from tests.conftest import relative_error
 
 # B, C, H, W, layers, d_k

@@ -19,7 +19,7 @@ from mmrla.models import (
     MRLAResNeXt,
     MRLAVisionTransformer,
 )
-from tests.conftest import relative_error
+from tests.conftest import needs_new_compiler, relative_error
 from tests.layers import test_equations as equations
 from tests.models.test_hosts import flat
 
@@ -204,11 +204,10 @@ def test_a_stage_on_real_images_by_its_equations(attention, coco_mini):
     )
 
 
+@needs_new_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", TYPES)
 def test_compiled_in_one_graph(attention):
-    if not hasattr(torch.library, "custom_op"):
-        pytest.skip("torch.compile needs torch.library.custom_op")
     torch._dynamo.reset()
     model = build("resnet20", attention).train()
     for part in model.modules():

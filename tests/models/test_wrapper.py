@@ -13,8 +13,7 @@ from torch import nn
 import mmrla.registry
 from mmrla.models import LayerAttentionWrapper
 from mmrla.models.wrapper import _Carried
-from mmrla.ops import custom_op
-from tests.conftest import relative_error
+from tests.conftest import needs_new_compiler, relative_error
 
 LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
 REGNET = dict(
@@ -256,7 +255,7 @@ def test_copies_and_pickles():
             assert all(map(torch.equal, other(image), expected))
 
 
-@pytest.mark.skipif(not custom_op.CAN_REGISTER, reason="this torch has no torch.library.custom_op")
+@needs_new_compiler
 @pytest.mark.parametrize(("name", "attention"), [("regnet", LIGHT), ("convnext", BASE)])
 def test_compiles_to_one_graph(name, attention):
     torch._dynamo.reset()

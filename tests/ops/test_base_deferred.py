@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
+from mmrla.ops.mrla_base import deferred as module
 from torch.utils.checkpoint import checkpoint
 
 from mmrla.ops import BatchNorm, mrla_base_tail
-from mmrla.ops.mrla_base import deferred as module
 from tests.ops.fused_cases import Tail, close
 from tests.ops.test_base_memory import SHAPE, allocated, make
 

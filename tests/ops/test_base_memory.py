@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmrla.ops.mrla_base import recompute
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from mmrla.ops import BatchNorm, mrla_base, mrla_base_tail
-from mmrla.ops.mrla_base import recompute
 from tests.ops.fused_cases import Tail, base_args, close
 
 SHAPE = (2, 4, 24, 24)

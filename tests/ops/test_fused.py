@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmrla.ops.mrla_base import fused as base_fused
+from mmrla.ops.mrla_light import fused as light_fused
+from mmrla.ops.query_key import query_key_of
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +19,6 @@ from mmrla.ops import (
     mrla_light_tail,
     passes,
 )
-from mmrla.ops.mrla_base import fused as base_fused
-from mmrla.ops.mrla_light import fused as light_fused
-from mmrla.ops.query_key import query_key_of
 from tests.conftest import stable_id
 from tests.ops.fused_cases import (
     LAYOUTS,

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from mmrla.ops.triton_support import triton_is_recent
 
 from mmrla.ops import mrla_base, mrla_light, passes
-from mmrla.ops.triton_support import triton_is_recent
 from tests.conftest import ROOT
 from tests.ops.fused_cases import Tail, base_args, close, feature_map, gradients, light_args
 
@@ -26,8 +26,9 @@ SHAPES = [((2, 24, 7, 7), 8), ((1, 5, 1, 1), 5), ((1, 6, 13, 17), 3), ((1, 72, 2
 @pytest.fixture
 def by_triton(monkeypatch):
     """Sends tensors of the CPU to the kernels, which the interpreter runs; counts the launches."""
-    from mmrla.ops import depthwise, passes_triton
     from mmrla.ops.depthwise import kernels
+
+    from mmrla.ops import depthwise, passes_triton
 
     launches = []
 
@@ -144,11 +145,11 @@ def test_relu_keeps_nan(by_triton):
 
 @pytest.mark.skipif(INTERPRETS, reason="the interpreter compiles nothing")
 def test_kernels_compile_for_a_gpu_that_is_not_here():
+    from mmrla.ops.depthwise import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from mmrla.ops import passes_triton
-    from mmrla.ops.depthwise import kernels
 
     def build(fn, **constants):
         types = {}

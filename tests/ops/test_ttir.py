@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mmrla.ops
+from tests.ops.kernel_guards import jit_functions, shared_names, triton_modules
+
 triton = pytest.importorskip("triton", reason="no Triton")
 ttir = pytest.importorskip("tests.ops.ttir", reason="another Triton", exc_type=ImportError)
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 tl = triton.language
 
@@ -74,3 +79,153 @@ def test_faults(launch, message):
     with ttir.launches_on_cpu(), pytest.raises(ttir.KernelFault, match=message) as caught:
         launch(torch.randn(100))
     assert "test_ttir.py:" in str(caught.value)
+
+
+def test_strict_and_barriers():
+    x, out = torch.randn(16), torch.zeros(32)
+    with ttir.launches_on_cpu(strict=True):
+        with pytest.raises(ttir.KernelFault, match="reads back out .* without a barrier"):
+            turns[(1,)](x, out, False)
+        turns[(1,)](x, out, True)
+    assert torch.equal(out[16:], x.flip(0))
+    with ttir.launches_on_cpu():
+        turns[(1,)](x, out, False)
+
+
+def test_addresses():
+    def keep(table, k):
+        x = torch.randn(40).bfloat16()[k:]
+        keeps_address[(1,)](table, x, k)
+        return x
+
+    table, out = torch.zeros(4, dtype=torch.int64), torch.zeros(20)
+    with ttir.launches_on_cpu():
+        xs = [keep(table, k) for k in range(4)]
+        adds_by_address[(1,)](table, out, 4, 20, BLOCK=32)
+        torch.testing.assert_close(out, sum(x[:20].float() for x in xs))
+        with pytest.raises(ttir.KernelFault, match="element 40 of x, whose storage has 40"):
+            adds_by_address[(1,)](table, torch.zeros(64), 4, 64, BLOCK=64)
+        with pytest.raises(ttir.KernelFault, match="not aligned"):
+            adds_by_address[(1,)](table + 1, out, 4, 20, BLOCK=32)
+        with pytest.raises(ttir.KernelFault, match="no known tensor's"):
+            adds_by_address[(1,)](torch.full_like(table, 64), out, 4, 20, BLOCK=32)
+        del xs[2]
+        with pytest.raises(ttir.KernelFault, match="of x, which has been freed"):
+            adds_by_address[(1,)](table, out, 4, 20, BLOCK=32)
+    with ttir.launches_on_cpu(), pytest.raises(ttir.KernelFault, match="no known tensor's"):
+        adds_by_address[(1,)](table[:2], out, 2, 20, BLOCK=32)
+
+
+@triton.jit
+def covers(x, out, flag, n, BLOCK: tl.constexpr):
+    """Branches with results, 64 bits, a while loop, two reductions, integers of all kinds."""
+    at = tl.arange(0, BLOCK)
+    v = tl.load(x + at, at < n, -float("inf"))
+    if flag > 1:  # noqa: SIM108
+        far = tl.full((BLOCK,), 5_000_000_000, tl.int64)
+    else:
+        far = at.to(tl.int64)
+    k = 0
+    while k * k < n:
+        k += 1
+    best, where = tl.max(v, 0, return_indices=True)
+    tl.store(out, best)
+    tl.store(out + 1, where.to(tl.float32))
+    tl.store(out + 2, k + (-7 // n) + (-7 % n))
+    tl.store(out + 3, tl.sum((far >> 1) * (at == 2), 0).to(tl.float32))
+    tl.store(out + 4, tl.sum(tl.cumsum(tl.where(at < n, v, 0.0), 0) * (at == n - 1), 0))
+    turned = tl.trans(tl.reshape(at, (BLOCK // 4, 4)))
+    tl.store(out + 8 + tl.reshape(turned, (BLOCK,)), at.to(tl.bfloat16).to(tl.float32))
+
+
+@pytest.mark.parametrize("flag", [1, 2])
+def test_operations(flag):
+    x, out = torch.randn(13), torch.zeros(40)
+    with ttir.launches_on_cpu():
+        covers[(1,)](x, out, flag, 13, BLOCK=32)
+    far = 2_500_000_000 if flag == 2 else 1
+    # Integers are divided towards zero, as in C.
+    expected = torch.tensor([x.max(), x.argmax(), 4 + 0 - 7, far, x.sum()])
+    torch.testing.assert_close(out[:5], expected)
+    assert torch.equal(out[8:].view(8, 4), torch.arange(32.0).view(4, 8).T)
+
+
+@triton.jit
+def old_moments(grad, x, out, height, width, BLOCK: tl.constexpr):
+    """As ``_moments_kernel`` once was, which gave zeros for the bottom taps on a GPU."""
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    zero = tl.full((BLOCK,), 0.0, tl.float32)
+    m0, m1, m2 = zero, zero, zero
+    before = zero
+    current = zero
+    following = tl.load(grad + column, mask=inside, other=0.0)
+    for row in range(-1, height + 1):
+        here = tl.load(x + row * width + column, inside & (row >= 0) & (row < height), 0.0)
+        m0 += following * here
+        m1 += current * here
+        m2 += before * here
+        before = current
+        current = following
+        ahead = inside & (row + 2 < height)
+        following = tl.load(grad + (row + 2) * width + column, mask=ahead, other=0.0)
+    tl.store(out + column, m0, inside)
+    tl.store(out + width + column, m1, inside)
+    tl.store(out + 2 * width + column, m2, inside)
+
+
+def test_a_name_that_is_not_carried():
+    grad, x = torch.randn(7, 5), torch.randn(7, 5)
+    products = [grad[1:] * x[:-1], grad * x, grad[:-1] * x[1:]]
+    expected = torch.stack([product.sum(0) for product in products])
+    interpreted, compiled = torch.zeros(3, 5), torch.zeros(3, 5)
+    InterpretedFunction(old_moments.fn)[(1,)](grad, x, interpreted, 7, 5, BLOCK=8)
+    torch.testing.assert_close(interpreted, expected)
+    with ttir.launches_on_cpu(carries=False):
+        old_moments[(1,)](grad, x, compiled, 7, 5, BLOCK=8)
+    torch.testing.assert_close(compiled[:2], expected[:2])
+    assert not compiled[2].any()
+    with (
+        ttir.launches_on_cpu(),
+        pytest.raises(ttir.KernelFault, match="`before` is rebound in the loop at test_ttir.py"),
+    ):
+        old_moments[(1,)](grad, x, compiled, 7, 5, BLOCK=8)
+    (found,) = shared_names(old_moments)
+    assert "before, current, m0, m1, m2 hold one tensor" in found
+
+
+@triton.jit
+def shares_names(x, BLOCK: tl.constexpr):
+    a = b = tl.load(x)
+    c, d = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    rows = (c, a)
+    for k in range(4):  # a and b; a and rows
+        a, b = b, a + k
+        rows = (rows[1], rows[0])
+        for j in range(4):  # nothing: the loop around carries each as a value
+            a, b = b, a * j
+    if BLOCK > 1:
+        c = d
+    for k in range(4):  # c and d
+        c, d = d, c + k
+    for k in tl.static_range(4):  # unrolled
+        c = d
+        d = c * k
+    for k in range(4):  # each its own again
+        c, d = d, c + k
+    tl.store(x, a + b + tl.sum(c + d, 0) + tl.sum(rows[0], 0))
+
+
+def test_names_that_share_a_tensor():
+    shared = [text.split(": ")[1].split(" hold")[0] for text in shared_names(shares_names)]
+    assert shared == ["a, b, rows", "c, d"]
+
+
+def test_kernels_give_each_name_a_tensor():
+    kernels = {
+        f"{module.__name__}.{name}": fn
+        for module in triton_modules(mmrla.ops)
+        for name, fn in jit_functions(module).items()
+    }
+    assert kernels
+    assert {name: found for name, fn in kernels.items() if (found := shared_names(fn))} == {}

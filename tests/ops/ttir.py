@@ -74,6 +74,7 @@ class Compiled:
     dropped: list[str]
 
 
+_CHECKS = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # cached text has their results
 _compiled: dict[str, Compiled] = {}
 _binders: dict[Any, Callable] = {}
 
@@ -148,15 +149,7 @@ def compile_ttir(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Com
         NotImplementedError: the kernel uses what the translation does not model.
     """
     _, (options, signature, constants, attributes), backend = _bind(fn, args, kwargs)
-    parts = (
-        "checked TTIR",
-        triton.__version__,
-        fn.cache_key,
-        signature,
-        constants,
-        attributes,
-        options,
-    )
+    parts = (_CHECKS, triton.__version__, fn.cache_key, signature, constants, attributes, options)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     if key in _compiled:
         return _compiled[key]

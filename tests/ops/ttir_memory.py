@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.ops.ttir_numpy import DTYPES, SIZES, Pointer, full, narrow_bf16, widen_bf16
 
+MOST_UNMARKED = 2**22
 VIEWS = {"bf16": np.uint16, "i1": np.bool_}
 COMBINE = {"fadd": np.add, "add": np.add, "max": np.maximum, "min": np.minimum,
            "or": np.bitwise_or, "and": np.bitwise_and, "xor": np.bitwise_xor}  # fmt: skip
@@ -43,11 +44,12 @@ class Memory:
         self.views: dict[str, np.ndarray] = {}
         self.unit = 0
         self.written = False
-        self.unseen: list[tuple[int, int, Any, Any]] = []  # loads before the first store
+        self.unseen: list[tuple[int, int, Any, Any]] = []  # loads before any store
+        self.unmarked = 0
 
     def close(self) -> None:
         self.launch = -1
-        self.bytes = self.views = self.writer = self.reader = self.unseen = None  # type: ignore
+        self.bytes = self.views = self.writer = self.reader = self.unseen = None
 
     def view(self, kind: str) -> np.ndarray:
         if kind not in self.views:
@@ -164,41 +166,42 @@ class Run:
             self.fault(f"a pointer to {kind} is not aligned to its size")
         return Pointer(memory, (address - memory.base) // SIZES[kind])
 
-    def inside(self, kind: str, memory: Memory, at: Any) -> None:
+    def inside(self, kind: str, memory: Memory, at: Any, mask: Any = None) -> None:
         size = memory.nbytes // SIZES[kind] if not memory.lost else 0
-        wrong = (at < 0) | (at >= size)
-        if np.any(wrong):
+        wrong = at.view(np.uint64) >= size  # negative ones are huge
+        if mask is not None:
+            wrong = wrong & mask
+        if wrong.any():
             if memory.lost:
                 self.fault(f"uses {memory.lost}")
-            bad = np.asarray(at)[wrong].flat[0]
+            bad = np.broadcast_to(at, wrong.shape)[wrong].flat[0]
             self.fault(f"element {bad} of {memory.name}, whose storage has {size}")
 
     def load(self, kind: str, pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
         memory, at = pointer.memory, pointer.at
-        if mask is not None and not np.all(mask):
-            used = np.broadcast_to(mask, np.broadcast_shapes(np.shape(at), np.shape(mask)))
-            if other is None:
-                other = np.nan if np.dtype(DTYPES[kind]).kind == "f" else 0
-            other = np.asarray(other).astype(DTYPES[kind])
-            if not used.any():
-                return np.broadcast_to(other, used.shape)[()]
-            at = full(at, used.shape)
-            chosen = at[used]
-            self.inside(kind, memory, chosen)
-            self.note_load(memory, SIZES[kind], chosen)
-            value = memory.view(kind)[np.where(used, at, chosen[0])]
-            value = widen_bf16(value) if kind == "bf16" else value
-            return np.where(used, value, other)[()]
-        self.inside(kind, memory, at)
-        self.note_load(memory, SIZES[kind], at)
-        value = memory.view(kind)[at]
-        return widen_bf16(value) if kind == "bf16" else value
+        if mask is None or mask.all():
+            self.inside(kind, memory, at)
+            self.note_load(memory, SIZES[kind], at)
+            value = memory.view(kind)[at]
+            return widen_bf16(value) if kind == "bf16" else value
+        dtype = np.dtype(DTYPES[kind])
+        if other is None:
+            other = dtype.type("nan" if dtype.kind == "f" else 0)
+        if not mask.any():
+            return np.broadcast_to(other, np.broadcast_shapes(at.shape, mask.shape))[()]
+        self.inside(kind, memory, at, mask)
+        self.note_load(memory, SIZES[kind], at, mask)
+        value = memory.view(kind)[np.where(mask, at, 0)]
+        return np.where(mask, widen_bf16(value) if kind == "bf16" else value, other)[()]
 
-    def note_load(self, memory: Memory, size: int, at: Any) -> None:
+    def note_load(self, memory: Memory, size: int, at: Any, mask: Any = None) -> None:
         if not memory.written:  # most tensors are never written, and need no marks
-            memory.unseen.append((self.space.step, size, at))
+            memory.unseen.append((self.space.step, size, at, mask))
+            memory.unmarked += at.size
+            if memory.unmarked > MOST_UNMARKED:
+                self.mark_unseen(memory)
             return
-        cells = memory.cells(at, size)
+        cells = memory.cells(self.chosen(at, mask), size)
         writer = memory.writer[cells]
         if np.any((writer >= self.launch) & (writer < self.started)):
             self.fault(f"reads {memory.name} where another program of this launch writes")
@@ -206,18 +209,30 @@ class Run:
             self.fault(f"reads back {memory.name} where it wrote, without a barrier")
         self.mark_reader(memory, cells, self.space.step)
 
+    @staticmethod
+    def chosen(at: Any, mask: Any) -> Any:
+        """The elements that a mask lets through."""
+        if mask is None:
+            return at
+        at, mask = np.broadcast_arrays(at, mask)
+        return at[mask]
+
     def mark_reader(self, memory: Memory, cells: Any, step: int) -> None:
         reader = memory.reader[cells]
         memory.reader[cells] = np.where(reader < self.launch, step, reader)
+
+    def mark_unseen(self, memory: Memory) -> None:
+        for step, size, at, mask in memory.unseen:
+            self.mark_reader(memory, memory.cells(self.chosen(at, mask), size), step)
+        memory.unseen.clear()
+        memory.unmarked = 0
 
     def claim(self, memory: Memory, size: int, at: Any) -> Any:
         """Mark elements as written by this program; returns the marks' places."""
         cells = memory.cells(at, size)
         if not memory.written:
             memory.written = True
-            for step, read_size, read in memory.unseen:
-                self.mark_reader(memory, memory.cells(read, read_size), step)
-            memory.unseen.clear()
+            self.mark_unseen(memory)
             cells = memory.cells(at, size)
         reader = memory.reader[cells]
         if np.any((reader >= self.launch) & (reader < self.started)):
@@ -229,7 +244,7 @@ class Run:
     ) -> None:
         memory = pointer.memory
         at, value = full(pointer.at, shape), full(value, shape)
-        if mask is not None and not np.all(mask):
+        if mask is not None and not mask.all():
             used = full(mask, shape)
             if not used.any():
                 return

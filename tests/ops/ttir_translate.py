@@ -164,11 +164,12 @@ class Translator:
                 self.operation(depth, line, results)
 
     def operation(self, depth: int, line: str, results: Sequence[str]) -> None:
-        parts = re.match(rf'(?:({VALUE})(?::(\d+))? = )?"?([\w.]+)"?(.*)$', line)
+        named = rf"({VALUE}(?:, {VALUE})*)(?::(\d+))?"
+        parts = re.match(rf'(?:{named} = )?"?([\w.]+)"?(.*)$', line)
         if parts is None:
             raise NotImplementedError(line)
         result, count, op, rest = parts.groups()
-        outs = [variable(result)] if result else []
+        outs = [variable(v) for v in result.split(", ")] if result else []
         if count:
             outs = [f"{variable(result)}_{k}" for k in range(int(count))]
         args = [variable(v) for v in re.findall(VALUE, rest.split(" : ")[0])]
@@ -189,7 +190,7 @@ class Translator:
             self.assign(depth, results, args[1:])
             self.emit(depth, f"if not {args[0]}: break")
         elif value:
-            self.emit(depth, f"{listed(outs) if count else outs[0]} = {value}" if outs else value)
+            self.emit(depth, f"{listed(outs) if len(outs) > 1 else outs[0]} = {value}" if outs else value)
 
     def expression(
         self, op: str, args: list[str], rest: str, before: str, after: str, line: str
@@ -228,7 +229,7 @@ class Translator:
             "tt.expand_dims": lambda: f"expand({args[0]}, {numbers['axis']})",
             "tt.reshape": lambda: f"reshape({args[0]}, {shape_of(before)}, {shape_of(after)})",
             "tt.trans": lambda: (
-                f"trans({args[0]}, ({re.search(r'array<i32: ([^>]*)>', rest)[1]},))"  # type: ignore[index]
+                f"trans({args[0]}, ({re.search(r'array<i32: ([^>]*)>', rest)[1]},))"
             ),
             "tt.addptr": lambda: f"Pointer({args[0]}.memory, {args[0]}.at + {args[1]})",
             "tt.ptr_to_int": lambda: f"run.address({pointee!r}, {args[0]})",
@@ -349,7 +350,7 @@ class Translator:
         mark = len(self.out)
         self.emit(depth, f"def {function}({', '.join(inner)}):")
         end = self.block(depth + 1, [])
-        axis = re.search(r"axis = (\d+)", rest)[1]  # type: ignore[index]
+        axis = re.search(r"axis = (\d+)", rest)[1]
         kinds = re.findall(r"tensor<[^>]*>", end.split(" -> ")[0])
         xs = self.whole(args, kinds)
         if op == "tt.scan":

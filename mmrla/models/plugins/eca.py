@@ -12,7 +12,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from mmrla.models.plugins.checks import check_counts, check_odd
-from mmrla.ops.query_key import eca_kernel_size
+from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS
 
 

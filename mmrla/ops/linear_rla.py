@@ -1,9 +1,12 @@
-"""Linear recurrent layer attention in plain torch."""
+"""Linear recurrent layer attention as one operation (appendix A.3 of the paper)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mmrla.ops.checks import check_feature_map, check_head_channels, check_one_device
+from mmrla.ops.dispatch import Backend, Op, always
 
 LinearRLAState = tuple[Tensor, Tensor]
 """``U_t``, ``[B, C / d_k, d_k, d_k, H, W]``, and ``Z_t``, ``[B, C / d_k, d_k]``."""
@@ -18,7 +21,7 @@ def feature_map_of(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + x.relu()
 
 
-def linear_rla_naive(
+def linear_rla_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -54,8 +57,45 @@ def linear_rla_naive(
             u = torch.baddbmm(state[0].to(dtype).flatten(3).flatten(0, 1), column, rows)
             z = state[1] + phi_key
         numerator = torch.bmm(phi_query.flatten(0, 1)[:, None], u)
-        # All of phi underflows where queries or keys are far below zero: nothing is retrieved then.
+        # All of phi underflows if queries or keys are far below zero: nothing is retrieved then.
         total = (phi_query * z).sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         o = numerator.reshape(values.shape) / total
     shape = (*z.shape, head_channels, *value.shape[2:])
     return o.reshape(value.shape).to(value.dtype), (u.reshape(shape), z)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LinearRLAState | None,
+    head_channels: int,
+) -> None:
+    check_feature_map("value", value)
+    batch, channels, *size = value.shape
+    check_head_channels(channels, head_channels)
+    for name, x in (("query", query), ("key", key)):
+        if x.shape != (batch, channels):
+            raise ValueError(
+                f"{name} must be [B, C] with the value's B and C, got {tuple(x.shape)} and "
+                f"value.shape={tuple(value.shape)}"
+            )
+    if state is not None:
+        heads = (batch, channels // head_channels)
+        shapes = ((*heads, head_channels, head_channels, *size), (*heads, head_channels))
+        for name, x, shape in zip(("U", "Z"), state, shapes, strict=True):
+            if x.shape != shape:
+                raise ValueError(
+                    f"{name} of the state must be {list(shape)} for {head_channels=} and "
+                    f"value.shape={tuple(value.shape)}, got {tuple(x.shape)}"
+                )
+    check_one_device(query, key, value, *(state or ()))
+
+
+linear_rla = Op("linear_rla", _check, [Backend("naive", linear_rla_reference, always)])
+"""``linear_rla(query, key, value, state, head_channels)``.
+
+``U_t = U_{t-1} + phi(K_t)^T V_t``, ``Z_t = Z_{t-1} + phi(K_t)^T``,
+``o_t = phi(Q_t) U_t / (phi(Q_t) Z_t)``; shapes and errors as in
+:func:`mmrla.ops.linear_rla.linear_rla_reference`.
+"""

@@ -1,0 +1,272 @@
+"""The ends of residual blocks on whole feature maps in plain torch, forward and backward by hand.
+
+What :mod:`mmrla.ops.fused` runs on a CPU and on every device without Triton. Beside ``z`` and the
+shortcut, which the plain block keeps too, it keeps ``o`` for backward: the value and ``y`` are
+cheap to do without or to compute again, ``o`` is not. Small tensors are float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrla.ops.reference import (
+    BaseWeights,
+    LightWeights,
+    Norm,
+    accumulation_dtype,
+    channel_means,
+    layer_weights,
+    light_logits,
+    per_channel,
+    project,
+)
+
+aten = torch.ops.aten
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` itself if it has the strides of ``like``, else a copy that has."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def _normalise(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm(x)``, and the mean and inverse standard deviation that it used, ``[C]``."""
+    wide = accumulation_dtype(x.dtype)
+    running_mean, running_var = norm.running_mean, norm.running_var
+    # torch wants parameters and running statistics in one dtype.
+    dtype = wide if running_mean is None else running_mean.dtype
+    weight, bias = (None if p is None else p.to(dtype) for p in norm[:2])
+    if norm.batch:
+        out, mean, inverse = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, norm.momentum, norm.eps
+        )
+        return out, mean.to(wide), inverse.to(wide)
+    assert running_mean is not None
+    assert running_var is not None
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, norm.eps)
+    return out, running_mean.to(wide), torch.rsqrt(running_var.to(wide) + norm.eps)
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, weight and bias of :func:`_normalise`."""
+    weight = None if norm.weight is None else norm.weight.to(mean.dtype)
+    grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
+        grad, x, weight, mean, inverse.pow(-2) - norm.eps, mean, inverse, norm.batch, norm.eps,
+        [True, True, True],
+    )  # fmt: skip
+    return laid_out(grad_x, x), grad_weight, grad_bias
+
+
+def _y_again(z: Tensor, s: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
+    """``relu(norm(z) + s)`` with the statistics that forward used."""
+    weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
+    variance = inverse.pow(-2) - norm.eps
+    normed = F.batch_norm(z, mean, variance, weight, bias, False, 0.0, norm.eps)
+    return normed.add_(s).relu_()
+
+
+def value_again(
+    z: Tensor, s: Tensor, norm: Norm, w: BaseWeights, mean: Tensor, inverse: Tensor
+) -> Tensor:
+    """A layer's value, from the arguments of forward and the statistics that its norm used."""
+    y = _y_again(z, s, norm, mean, inverse)
+    return laid_out(F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1]), z)
+
+
+def statistics_of(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation that the norm used, from what forward kept."""
+    return saved[1], saved[2]
+
+
+def without_maps(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What forward kept less what :func:`base_backward` can compute again."""
+    return saved[:5]
+
+
+def _retrieved(values: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """``sum_s factors[s] * values[s]``; factors are ``[B, C, 1, 1]``, in the values' dtype."""
+    if len(values) == 1:  # the softmax over one layer is 1
+        return values[0]
+    o = torch.mul(values[-1], factors[-1])
+    for value, factor in zip(values[:-1], factors, strict=False):
+        o.addcmul_(value, factor)
+    return o
+
+
+def _on_map(x: Tensor, like: Tensor) -> Tensor:
+    """``[B]``, ``[C]`` or ``[B, C]`` as a factor of maps like ``like``."""
+    return x.to(like.dtype)[..., None, None]
+
+
+def _drop(x: Tensor, drop: Tensor) -> Tensor:
+    """``drop * x`` in place; ``drop`` is ``[B]``."""
+    return x.mul_(drop.to(x.dtype)[:, None, None, None])
+
+
+def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+    """``sum_hw a * b``, ``[B, C]``; ``room`` is a map to write the products to."""
+    return torch.mul(a, b, out=room).sum((2, 3), dtype=accumulation_dtype(a.dtype))
+
+
+def _finish(
+    y: Tensor, o: Tensor, out_norm: Norm, drop: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y + drop * out_norm(o)``, and the mean and inverse standard deviation used."""
+    normed, mean, inverse = _normalise(o, out_norm)
+    if drop is not None:
+        _drop(normed, drop)
+    return normed.add_(y), mean, inverse
+
+
+def _start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y``, its channel means, and the statistics that the norm used."""
+    y, mean, inverse = _normalise(z, norm)
+    y = laid_out(y, z).add_(s).relu_()
+    return y, channel_means(y), mean, inverse
+
+
+def _start_backward(
+    grad_y: Tensor, y: Tensor, z: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of z, s and the norm's weight and bias; ``grad_y`` becomes that of s."""
+    grad_s = aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
+    grad_z, grad_weight, grad_bias = _norm_backward(grad_s, z, norm, mean, inverse)
+    return grad_z, grad_s, grad_weight, grad_bias
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the depthwise convolution's input and weight."""
+    one = [1, 1]
+    grad_x, grad_weight, _ = aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, one, one, one, False, [0, 0], x.shape[1],
+        [True, True, False],
+    )  # fmt: skip
+    return laid_out(grad_x, x), grad_weight
+
+
+def _with_grad(*tensors: Tensor) -> list[Tensor]:
+    """Leaves with the values of ``tensors``, for a small graph inside a backward by hand."""
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def light_forward(
+    z: Tensor, s: Tensor, norm: Norm, w: LightWeights, out_norm: Norm, drop: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """See :func:`mmrla.ops.reference.light_tail_reference`.
+
+    Returns:
+        The output, and what :func:`light_backward` needs beside the arguments.
+    """
+    y, means, *used = _start(z, s, norm)
+    logits = light_logits(project(means, w.query), project(means, w.key), w.head_channels)
+    gate = torch.sigmoid(logits).repeat_interleave(w.head_channels, dim=1)
+    o = F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1])
+    o.mul_(_on_map(gate, o)).addcmul_(s, _on_map(w.lambda_t, o))
+    out, *out_used = _finish(y, o, out_norm, drop)
+    return out, (means, *used, *out_used, o) if keep else ()
+
+
+def light_backward(
+    grad: Tensor, z: Tensor, s: Tensor, norm: Norm, w: LightWeights, out_norm: Norm,
+    drop: Tensor | None, saved: Sequence[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of z, s, the norm's weight and bias, query, key, value, lambda, the out norm's.
+
+    No value is needed: ``gate * sum(grad_o * value) = sum(grad_o * o) - lambda * sum(grad_o * s)``.
+    """
+    means, mean, inverse, out_mean, out_inverse, o = saved
+    grad_normed = grad if drop is None else _drop(grad.clone(), drop)
+    grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
+    room = torch.empty_like(o)
+    with_s = _dot(grad_o, s, room)
+    with_value = _dot(grad_o, o, room) - w.lambda_t.to(means.dtype) * with_s
+    with torch.enable_grad():
+        means, query, key = _with_grad(means, w.query, w.key)
+        logits = light_logits(project(means, query), project(means, key), w.head_channels)
+        gate = torch.sigmoid(logits.detach())
+        per_head = with_value.unflatten(1, (-1, w.head_channels)).sum(-1)
+        grad_means, *grad_projections = torch.autograd.grad(
+            logits, (means, query, key), per_head * (1 - gate)
+        )
+    grad_value = torch.mul(grad_o, per_channel(gate, w.head_channels).to(o.dtype), out=room)
+    y = _y_again(z, s, norm, mean, inverse)
+    grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
+    grad_y.add_(grad).add_(_on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
+    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
+    grad_s = grad_o.mul_(_on_map(w.lambda_t, o)).add_(grad_sum)
+    return (
+        grad_z, grad_s, *grad_norm, *grad_projections, grad_taps, with_s.sum(0), *grad_out_norm,
+    )  # fmt: skip
+
+
+def base_forward(
+    z: Tensor, s: Tensor, norm: Norm, w: BaseWeights, out_norm: Norm, drop: Tensor | None,
+    keys: Sequence[Tensor], values: Sequence[Tensor], keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """See :func:`mmrla.ops.reference.base_tail_reference`.
+
+    Returns:
+        The output, the layer's key and value, and what :func:`base_backward` needs beside them.
+    """
+    y, means, *used = _start(z, s, norm)
+    key = project(means, w.key)
+    value = laid_out(F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1]), z)
+    weights = layer_weights(project(means, w.query), (*keys, key), w.head_channels)
+    o = _retrieved((*values, value), [per_channel(f, w.head_channels).to(z.dtype) for f in weights])
+    out, *out_used = _finish(y, o, out_norm, drop)
+    kept = (o,) if keys else ()  # in a group's first layer, it is the value
+    return out, key, value, (means, *used, *out_used, *kept) if keep else ()
+
+
+def base_backward(
+    grad: Tensor, grad_key: Tensor | None, z: Tensor, s: Tensor, norm: Norm, w: BaseWeights,
+    out_norm: Norm, drop: Tensor | None, keys: Sequence[Tensor], values: Sequence[Tensor],
+    later: Sequence[tuple[Tensor, Tensor]], saved: Sequence[Tensor],
+) -> tuple:  # fmt: skip
+    """Gradients of one layer, its own key and value being the last of ``keys`` and ``values``.
+
+    ``grad_key`` is the gradient of its key from later layers, ``[B, C]``, or None; ``later`` what
+    those left for its value: a map and its factors ``[B, C]`` each.
+
+    Returns:
+        Gradients of z, s, the norm's weight and bias, query, key, value, the out norm's weight and
+        bias, those of earlier keys, the map ``grad_o`` and factors ``[t, B, C]``: the gradient of
+        value s is ``factors[s] * grad_o``.
+    """
+    means, mean, inverse, out_mean, out_inverse, *kept = saved
+    with torch.enable_grad():
+        means, query, key, *earlier = _with_grad(means, w.query, w.key, *keys[:-1])
+        own = project(means, key)
+        weights = layer_weights(project(means, query), (*earlier, own), w.head_channels)
+    factors = weights.detach().repeat_interleave(w.head_channels, dim=2)
+    o = kept[0] if kept else _retrieved(values, [_on_map(f, z) for f in factors])
+    grad_normed = grad if drop is None else _drop(grad.clone(), drop)
+    grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
+    room = torch.empty_like(o)
+    dots = torch.stack([_dot(grad_o, value, room) for value in values])
+    with torch.enable_grad():
+        per_head = dots.unflatten(2, (-1, w.head_channels)).sum(-1)
+        outputs, grads = [weights], [per_head]
+        if grad_key is not None:
+            outputs, grads = [weights, own], [per_head, grad_key]
+        grad_means, *grad_projections = torch.autograd.grad(
+            outputs, (means, query, key, *earlier), grads
+        )
+    grad_value = torch.mul(grad_o, _on_map(factors[-1], o), out=room)
+    for left, factor in later:
+        grad_value.addcmul_(left, _on_map(factor, o))
+    y = _y_again(z, s, norm, mean, inverse)
+    grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
+    grad_y.add_(grad).add_(_on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
+    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
+    return (
+        grad_z, grad_sum, *grad_norm, *grad_projections[:2], grad_taps, *grad_out_norm,
+        grad_projections[2:], grad_o, factors,
+    )  # fmt: skip

@@ -1,0 +1,71 @@
+"""tools/benchmark/kernel_report.py reads off what compiled kernels cost."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+triton = pytest.importorskip("triton", reason="no Triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+tl = triton.language
+
+
+@pytest.fixture(scope="module")
+def kernel_report():
+    sys.path.insert(0, str(ROOT / "tools/benchmark"))
+    try:
+        import kernel_report
+
+        yield kernel_report
+    finally:
+        sys.path.remove(str(ROOT / "tools/benchmark"))
+        for name in ("common", "kernel_report"):
+            sys.modules.pop(name, None)
+
+
+@triton.jit
+def adds(x, y, out, B, C, HW, programs, BP: tl.constexpr, BC: tl.constexpr):
+    c = tl.arange(0, BC)[None, :]
+    for n in range(tl.program_id(0), B * tl.cdiv(HW, BP), programs):
+        p = (n * BP + tl.arange(0, BP))[:, None]
+        ok = (p < B * HW) & (c < C)
+        tl.store(out + p * C + c, tl.load(x + p * C + c, ok) + tl.load(y + p * C + c, ok), ok)
+
+
+def test_a_known_kernel(kernel_report):
+    maps = torch.empty(8, 64, 16, 16, device="meta", dtype=torch.bfloat16)
+    with kernel_report.recorded() as launches:
+        adds[(4, 1)](maps, maps, maps, 8, 64, 256, 4, BP=16, BC=64, num_warps=4)
+    row = kernel_report.report(launches[0], maps.numel())
+    assert (row["programs"], row["spilled"], row["budget"]) == ("4x1", 0, 14 * 3)
+    # 8 values per thread of two maps in and one out
+    assert (row["loads"], row["stores"]) == ("2x128", "1x128")
+    assert 2 < row["per_element"] < 14
+    assert row["bytes_ms"] == pytest.approx(1e3 * 3 * 2 * maps.numel() / 4.3e12, abs=1e-3)
+
+
+def test_loops_count_as_often_as_they_run(kernel_report):
+    branches = {4: 2, 6: 1, 9: 8}  # two loops inside each other, then one more
+    code = [(16 * k, "FADD R0, R0, R1") for k in range(12)]
+    for at, to in branches.items():
+        code[at] = (16 * at, f"@P0 BRA {hex(16 * to)}")
+    assert kernel_report.main_loop(code).cost([]) == 2
+    assert kernel_report.main_loop(code[:7]).cost([5]) == 3 + 5 * 3
+    assert kernel_report.main_loop(code[:2]).cost([5]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--nchw"]], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("kind", ["light", "base"])
+def test_no_kernel_spills(kind, layout, kernel_report, capsys):
+    kernel_report.main([kind, "--heights", "14", *layout])
+    out = capsys.readouterr().out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    place = rows[0].index("spilled")
+    assert {row[0].strip("| "): row[place] for row in rows[1:] if row[place] != "0"} == {}
+    assert "in all" in out
