@@ -76,7 +76,8 @@ def load_taps(weight, scale, c, kept, FLIP: tl.constexpr, LAST: tl.constexpr):
     taps = ()
     for k in tl.static_range(9):
         tap = k if LAST else (k % 3) * 3 + k // 3
-        taps = taps + (tl.load(weight + c * 9 + (8 - tap if FLIP else tap), kept, 0.0) * scale,)
+        value = tl.load(weight + c * 9 + (8 - tap if FLIP else tap), kept, 0.0)
+        taps = taps + (value.to(tl.float32) * scale,)
     return taps
 
 
