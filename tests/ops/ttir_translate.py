@@ -164,11 +164,12 @@ class Translator:
                 self.operation(depth, line, results)
 
     def operation(self, depth: int, line: str, results: Sequence[str]) -> None:
-        parts = re.match(rf'(?:({VALUE})(?::(\d+))? = )?"?([\w.]+)"?(.*)$', line)
+        named = rf"({VALUE}(?:, {VALUE})*)(?::(\d+))?"
+        parts = re.match(rf'(?:{named} = )?"?([\w.]+)"?(.*)$', line)
         if parts is None:
             raise NotImplementedError(line)
         result, count, op, rest = parts.groups()
-        outs = [variable(result)] if result else []
+        outs = [variable(v) for v in result.split(", ")] if result else []
         if count:
             outs = [f"{variable(result)}_{k}" for k in range(int(count))]
         args = [variable(v) for v in re.findall(VALUE, rest.split(" : ")[0])]
@@ -189,7 +190,7 @@ class Translator:
             self.assign(depth, results, args[1:])
             self.emit(depth, f"if not {args[0]}: break")
         elif value:
-            self.emit(depth, f"{listed(outs) if count else outs[0]} = {value}" if outs else value)
+            self.emit(depth, f"{listed(outs) if len(outs) > 1 else outs[0]} = {value}" if outs else value)
 
     def expression(
         self, op: str, args: list[str], rest: str, before: str, after: str, line: str
