@@ -25,6 +25,7 @@ SCRIPTS: dict[str, tuple[str, str]] = {
 OWN: dict[str, str] = {
     "list": "names of the configs",
     "check-env": "what is installed, and what is wrong with it",
+    "check-gpu": "whether the fused operations are right on this GPU, and how fast",
 }
 
 
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     # What comes behind the command is the command's.
     command = parser.parse_args(args[:1]).command
     rest = args[1:]
+    if command == "check-gpu":
+        from mmrla.commands import check_gpu
+
+        return check_gpu.main(rest)
     if command in OWN:
         {"list": _list, "check-env": _check_env}[command](rest)
         return None

@@ -134,6 +134,9 @@ def covers(x, out, flag, n, BLOCK: tl.constexpr):
     tl.store(out + 2, k + (-7 // n) + (-7 % n))
     tl.store(out + 3, tl.sum((far >> 1) * (at == 2), 0).to(tl.float32))
     tl.store(out + 4, tl.sum(tl.cumsum(tl.where(at < n, v, 0.0), 0) * (at == n - 1), 0))
+    even, odd = tl.split(tl.reshape(tl.where(at < n, v, 0.0), (BLOCK // 2, 2)))
+    tl.store(out + 5, tl.sum(even, 0))
+    tl.store(out + 6, tl.sum(odd, 0))
     turned = tl.trans(tl.reshape(at, (BLOCK // 4, 4)))
     tl.store(out + 8 + tl.reshape(turned, (BLOCK,)), at.to(tl.bfloat16).to(tl.float32))
 
@@ -145,8 +148,10 @@ def test_operations(flag):
         covers[(1,)](x, out, flag, 13, BLOCK=32)
     far = 2_500_000_000 if flag == 2 else 1
     # Integers are divided towards zero, as in C.
-    expected = torch.tensor([x.max(), x.argmax(), 4 + 0 - 7, far, x.sum()])
-    torch.testing.assert_close(out[:5], expected)
+    expected = torch.tensor(
+        [x.max(), x.argmax(), 4 + 0 - 7, far, x.sum(), x[::2].sum(), x[1::2].sum()]
+    )
+    torch.testing.assert_close(out[:7], expected)
     assert torch.equal(out[8:].view(8, 4), torch.arange(32.0).view(4, 8).T)
 
 

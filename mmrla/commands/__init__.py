@@ -1,0 +1,1 @@
+"""Commands of the ``mmrla`` program; each module has ``main(argv) -> int``."""

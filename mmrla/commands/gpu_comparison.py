@@ -1,0 +1,242 @@
+"""What ``mmrla check-gpu`` compares: cases, their errors against plain torch, limits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmrla.ops import fused, reference
+from mmrla.ops.reference import BaseWeights, LightWeights, eca_kernel_size
+from mmrla.ops.verify import Case
+
+LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Of relative errors, norm of the difference over norm of what is expected. Rounding stays some
+times below them; a wrong tap, tile or statistic is far above."""
+KINDS = {"light": LightWeights, "base": BaseWeights}
+STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
+"""ResNet-50's channels and heights."""
+LARGE = 2**31 + 2**26
+"""Elements of a map whose offsets need more than 32 bits."""
+MOMENTUM = 0.1
+
+
+class Check(NamedTuple):
+    """One comparison."""
+
+    kind: str
+    """``light`` or ``base``."""
+    shape: tuple[int, int, int, int]
+    head_channels: int
+    dtype: str = "float32"
+    channels_last: bool = True
+    batch: tuple[bool, bool] = (True, True)
+    """Whether each of the two norms takes the batch's statistics."""
+    drop: bool = False
+    grad: bool = True
+    layers: int = 1
+    copies: int = 1
+    """How often the batch is repeated: statistics stay as they are, so that the result is known
+    from one copy. Maps that float64 has no memory for are checked in this way."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value}" for value in self.columns().values() if value)
+
+    def columns(self) -> dict[str, str]:
+        """What is checked, as cells of a table."""
+        batch, *rest = self.shape
+        norms = ["batch" if b else "frozen" for b in self.batch]
+        return {
+            "operation": self.kind if self.layers == 1 else f"{self.kind}, {self.layers} layers",
+            "dtype": self.dtype,
+            "layout": "channels_last" if self.channels_last else "NCHW",
+            "shape": "x".join(map(str, [batch * self.copies, *rest])),
+            "norms": norms[0] if norms[0] == norms[1] else "/".join(norms),
+            "more": ", ".join(
+                ["drop path"] * self.drop + ["no gradients"] * (not self.grad)
+            ),
+        }  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What a check found."""
+
+    check: Check
+    errors: dict[str, float]
+    """Relative errors by name."""
+    note: str = ""
+    """Why it was not made, or how it failed."""
+    failed: bool = False
+    """Whether it raised or crashed."""
+
+    @property
+    def above(self) -> dict[str, float]:
+        """Errors beyond the limit, NaN included."""
+        limit = LIMITS[self.check.dtype]
+        return {name: error for name, error in self.errors.items() if not error <= limit}
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is wrong."""
+        return self.failed or bool(self.above)
+
+    def explanation(self) -> str:
+        """What is wrong."""
+        found = [f"{name} {error:.1e}" for name, error in self.above.items()]
+        return "; ".join(filter(None, [self.note, ", ".join(found)]))
+
+    def columns(self) -> dict[str, str]:
+        """The worst error, as cells of a table."""
+        if not self.errors:
+            return {
+                "worst error": "",
+                "of": "",
+                "result": "WRONG" if self.failed else "not checked",
+            }
+        name = max(self.errors, key=lambda k: (math.isnan(self.errors[k]), self.errors[k]))
+        return {
+            "worst error": f"{self.errors[name]:.1e}",
+            "of": name,
+            "result": "WRONG" if self.wrong else "ok",
+        }
+
+    def __str__(self) -> str:
+        worst, name, verdict = self.columns().values()
+        return f"{verdict} ({self.note or f'{worst}, {name}'})"
+
+
+def checks_of(part: str, batch: int) -> list[Check]:
+    """The comparisons of a part: ``all``, ``large``, ``cpu`` or ``interpreter``.
+
+    ``batch`` is ResNet-50's, which the timing uses: its kernels are checked at that size.
+    """
+    return list({"all": _all, "large": _large, "cpu": _small, "interpreter": _small}[part](batch))
+
+
+def _all(batch: int) -> Iterator[Check]:
+    both = itertools.cycle((True, False))
+    for kind, layers in (("light", 1), ("base", 3)):
+        for channels, height in STAGES:
+            heads = 32 if kind == "light" else 16
+            shape = (min(8, batch), channels, height, height)
+            at = Check(kind, shape, heads, "bfloat16", layers=layers, copies=max(1, batch // 8))
+            yield at
+            yield at._replace(batch=(False, False), grad=False)
+        for dtype, last in itertools.product(LIMITS, (True, False)):
+            yield Check(kind, (4, 128, 14, 14), 32, dtype, last, layers=layers)
+        for norms in ((False, False), (True, False), (False, True)):
+            shape = (3, 64, 9, 11)
+            yield Check(kind, shape, 16, "float32", next(both), norms, norms[1], layers=layers)
+        for shape, heads in (
+            ((2, 24, 7, 7), 8), ((2, 136, 1, 2), 8), ((3, 12, 13, 17), 4), ((2, 72, 3, 9), 24),
+        ):  # fmt: skip
+            yield Check(kind, shape, heads, "float32", next(both), drop=True, layers=layers)
+        # A detector's: a large map, norms frozen.
+        yield Check(kind, (1, 256, 200, 304), 32, "bfloat16", True, (False, False), layers=layers)
+    yield Check("base", (2, 16, 5, 6), 8, "float32", layers=11)
+
+
+def _large(batch: int) -> Iterator[Check]:
+    shape = (2, 256, 112, 112)
+    copies = math.ceil(LARGE / math.prod(shape))
+    yield Check("light", shape, 32, "bfloat16", copies=copies)
+    yield Check("light", shape, 32, "bfloat16", False, (False, False), copies=copies)
+    yield Check("base", shape, 16, "bfloat16", copies=copies)
+    yield Check("base", shape, 16, "bfloat16", False, (False, False), False, False, 2, copies)
+
+
+def _small(batch: int) -> Iterator[Check]:
+    for kind, layers in (("light", 1), ("base", 3)):
+        yield Check(kind, (2, 8, 5, 6), 4, "float32", layers=layers)
+        yield Check(kind, (3, 12, 4, 3), 6, "float32", False, drop=True, layers=layers)
+        yield Check(kind, (2, 8, 3, 5), 4, "float32", True, (False, False), layers=layers)
+        yield Check(kind, (2, 8, 3, 5), 4, "bfloat16", grad=False, layers=layers)
+
+
+def compare(check: Check, device: torch.device) -> Outcome:
+    """Make a check; whatever it raises becomes part of the outcome."""
+    try:
+        if device.type == "cuda":
+            size = check.copies * math.prod(check.shape) * getattr(torch, check.dtype).itemsize
+            needed = size * check.layers * (11 if check.grad else 7)
+            free = torch.cuda.mem_get_info(device)[0]
+            if check.copies > 1 and needed > free:
+                note = f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+                return Outcome(check, {}, note)
+        return Outcome(check, errors_of(check, device))
+    except torch.cuda.OutOfMemoryError:
+        return Outcome(check, {}, "memory ran out")
+    except Exception as error:  # whatever a compiler or a launch may raise
+        message = str(error).strip().splitlines()[:1] or [""]
+        return Outcome(check, {}, f"{type(error).__name__}: {message[0]}", True)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def errors_of(check: Check, device: torch.device) -> dict[str, float]:
+    """Relative errors of outputs, running statistics and gradients, by name."""
+    kernel_size = eca_kernel_size(check.shape[1])
+    case = Case(
+        KINDS[check.kind], check.shape, check.head_channels, getattr(torch, check.dtype), device,
+        check.channels_last, check.batch, check.drop, check.layers, (kernel_size, kernel_size),
+    )  # fmt: skip
+    tails = (fused.light_tail, fused.base_tail)
+    if check.copies == 1:
+        return case.errors(*tails, check.grad)
+    plain = (reference.light_tail_reference, reference.base_tail_reference)
+    expected = case.run(*plain, True, check.grad)
+    got = repeated(case, check.copies).run(*tails, False, check.grad)
+    errors: dict[str, float] = {}
+    for name, x in expected.items():
+        found = got.pop(name)
+        if x.shape == case.shape:
+            each = [_error(part.double(), x) for part in found.split(case.shape[0])]
+            errors[name] = max(each, key=lambda e: (math.isnan(e), e))
+            continue
+        found = found.double()
+        if name.startswith("grad of"):
+            found = found / check.copies
+        if "running_var" in name and check.batch[name.startswith("out_norm")]:
+            x = _unbiased_as(x, case.running[name].double(), case.shape, check.copies)
+        errors[name] = _error(found, x)
+    return errors
+
+
+def repeated(case: Case, copies: int) -> Case:
+    """The case with every map, and drop path's factors, repeated along the batch."""
+    many = copy.copy(case)
+
+    def repeat(x: Tensor) -> Tensor:
+        if x.shape != case.shape:
+            return x
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        shape = (copies * len(x), *x.shape[1:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        for part in out.split(len(x)):
+            part.copy_(x)
+        return out
+
+    many.leaves = {name: repeat(x) for name, x in case.leaves.items()}
+    many.grads = [repeat(x) for x in case.grads]
+    many.drop = None if case.drop is None else case.drop.repeat(copies)
+    return many
+
+
+def _unbiased_as(x: Tensor, before: Tensor, shape: tuple[int, ...], copies: int) -> Tensor:
+    """What a running variance becomes if the batch is repeated: ``n / (n - 1)`` changes."""
+    n = shape[0] * shape[2] * shape[3]
+    kept = (1 - MOMENTUM) * before
+    return kept + (x - kept) * ((n - 1) / n) * (copies * n / (copies * n - 1))
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what is expected."""
+    # Rounding is all there is if the exact result is 0, as of a query in a group's first layer.
+    floor = 1e-3 * math.sqrt(expected.numel())
+    return ((got - expected).norm() / expected.norm().clamp(min=floor)).item()
