@@ -19,6 +19,7 @@ further 8 layers take one more launch, which writes addresses into a table.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,9 +30,12 @@ from torch import Tensor
 from mmrla.ops.blocks import (
     FLAT_WARPS,
     Plan,
+    aligned,
+    buffer,
+    channels_are_last,
     even_programs,
     multiprocessors,
-    plan_of,
+    plan_for,
     power_of_two,
 )
 from mmrla.ops.kernels import (
@@ -51,9 +55,10 @@ from mmrla.ops.kernels_base_forward import (
     make_value,
     retrieve,
 )
-from mmrla.ops.kernels_light import floats
 from mmrla.ops.reference import BaseWeights, Norm
 
+FIELD_COUNT: int = FIELDS.value
+TABLE_STEP: int = ADDRESSES.value
 HEAD_CHANNELS = 128
 """Channels per program of the kernels without maps, if a head has no more."""
 CHUNK_ELEMENTS = 2048
@@ -67,19 +72,86 @@ SUMS_PIXELS = 64
 SUMS_CHANNELS = 64
 
 
-class Sums(NamedTuple):
-    """How :func:`retrieval_sums` cuts the maps."""
+class BasePlan(NamedTuple):
+    """What follows from shape, layout, weights and the number of layers; worked out once."""
 
-    grid: tuple[int, int]
-    chunks: int
-    """Sums per sample."""
-    chunk: int
-    """Blocks of pixels per sum."""
-    options: dict[str, Any]
+    plan: Plan
+    heads: int
+    head_grid: tuple[int, int]
+    head_options: dict[str, int]
+    """Compile-time constants of the kernels without maps."""
+    samples: int
+    """Per program of softmax_backward."""
+    taps: int
+    """Room for the taps of W_q, and of W_k."""
+    capacity: int
+    """Of a table of addresses."""
+    sums_grid: tuple[int, int]
+    sums: tuple[int, int, int]
+    """Of retrieval_sums: programs per block of channels, sums per sample, blocks per sum."""
+    sums_options: dict[str, Any]
+    kept: list[int]
+    """Numbers of floats: both norms' coefficients, means, queries, attention."""
+    forward_scratch: list[int]
+    """Partial sums of the norms, sums over pixels."""
+    backward_scratch: list[int]
+    """Partial sums of parameters, of the other norm, dots, what makes grad_o, queries' gradient,
+    taps."""
+    grads: list[int]
+    """Both norms' parameters, value, taps."""
+    grad_views: list[int]
+    """The same floats parameter by parameter, each after the floats that it leaves out."""
 
 
-def sums_of(plan: Plan, sms: int) -> Sums:
-    """Small blocks, since grad and o stay in registers; few sums, but enough programs."""
+@functools.lru_cache(maxsize=4096)
+def base_plan(
+    shape: torch.Size, last: bool, sms: int, head_channels: int, query: int, key: int, t: int,
+    batch: bool,
+) -> BasePlan:  # fmt: skip
+    """See :class:`BasePlan`.
+
+    ``query`` and ``key`` are kernel sizes; ``batch``: whether o's norm takes the batch's
+    statistics.
+    """
+    plan = plan_for(*shape, last, sms)
+    B, C, _, _ = shape
+    heads = C // head_channels
+    width = power_of_two(head_channels)
+    per_program = max(1, HEAD_CHANNELS // width)
+    head_blocks = triton.cdiv(heads, per_program)
+    options = dict(
+        QUERY=query, KEY=key, MOST=max(MOST_LAYERS, power_of_two(t)), HEADS=per_program,
+        WIDTH=width, CHUNKS=max(1, CHUNK_ELEMENTS // (per_program * width)),
+    )  # fmt: skip
+    taps = power_of_two(max(query, key))
+    grid, sums, sums_options = retrieval_blocks(plan, sms)
+    walk, ring = plan.walk, plan.ring_walk
+    kinds = 3 if batch else 1
+    two, nine = aligned([2 * C, 9 * C])
+    return BasePlan(
+        plan, heads, (B, head_blocks), options, max(1, B * head_blocks // HEAD_PROGRAMS), taps,
+        triton.cdiv(t, TABLE_STEP) * TABLE_STEP, grid, sums, sums_options,
+        kept=aligned([COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, t * B * heads]),
+        forward_scratch=aligned([2 * C * plan.flat.programs, B * C * walk.groups * walk.strips]),
+        backward_scratch=aligned([
+            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * grid[0], B * t * kinds * sums[1] * C,
+            3 * C, B * C, 2 * taps * B * head_blocks,
+        ]),
+        grads=[two, two, nine, 2 * taps],
+        grad_views=[
+            0, C, 0, C, two - 2 * C, C, 0, C, two - 2 * C, 9 * C,
+            nine - 9 * C, query, taps - query, key, taps - key,
+        ],
+    )  # fmt: skip
+
+
+def retrieval_blocks(
+    plan: Plan, sms: int
+) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
+    """Blocks of retrieval_sums: small, since grad and o stay in registers.
+
+    Few sums per sample, but enough of them for all programs.
+    """
     B, C, _, _ = plan.sizes
     pixels = min(SUMS_PIXELS, power_of_two(plan.pixels))
     channels = min(SUMS_CHANNELS, power_of_two(C))
@@ -92,21 +164,18 @@ def sums_of(plan: Plan, sms: int) -> Sums:
         BP=pixels, BC=channels, LAST=plan.last, UNIT=plan.flat.options["UNIT"], num_warps=warps,
         num_stages=1,
     )  # fmt: skip
-    return Sums((programs, channel_blocks), chunks, chunk, options)
+    return (programs, channel_blocks), (programs, chunks, chunk), options
 
 
-def head_options(w: BaseWeights, layers: int) -> dict[str, int]:
-    """Compile-time constants of the kernels without maps."""
-    width = power_of_two(w.head_channels)
-    heads = max(1, HEAD_CHANNELS // width)
-    return dict(
-        D=w.head_channels, QUERY=w.query.shape[-1], KEY=w.key.shape[-1],
-        MOST=max(MOST_LAYERS, power_of_two(layers)), HEADS=heads, WIDTH=width,
-        CHUNKS=max(1, CHUNK_ELEMENTS // (heads * width)),
+def base_plan_of(z: Tensor, w: BaseWeights, t: int, out_norm: Norm) -> BasePlan:
+    """The plan for maps like ``z``."""
+    return base_plan(
+        z.shape, channels_are_last(z), multiprocessors(z.device), w.head_channels,
+        w.query.shape[-1], w.key.shape[-1], t, out_norm.batch,
     )  # fmt: skip
 
 
-def aligned(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """``x``, or a copy at an address that a table may hold."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -114,14 +183,7 @@ def aligned(x: Tensor) -> Tensor:
 def batches(tensors: Sequence[Tensor], capacity: int, filler: Tensor) -> list[tuple[Tensor, ...]]:
     """``tensors``, then fillers, in tuples of what one launch writes into a table."""
     row = [*tensors, *[filler] * (capacity - len(tensors))]
-    step = ADDRESSES.value
-    return [tuple(row[k : k + step]) for k in range(0, capacity, step)]
-
-
-def table_for(device: torch.device, rows: int, layers: int) -> tuple[Tensor, int]:
-    """Room for addresses, ``[rows, capacity]``, and its capacity."""
-    capacity = -(-layers // ADDRESSES.value) * ADDRESSES.value
-    return torch.empty((rows, capacity), dtype=torch.int64, device=device), capacity
+    return [tuple(row[k : k + TABLE_STEP]) for k in range(0, capacity, TABLE_STEP)]
 
 
 def statistics_of(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -163,22 +225,24 @@ def base_forward(
         ``out``, the layer's key and value, and a tuple for :func:`base_backward`: empty without
         ``keep``.
     """
-    plan = plan_of(z)
+    t = len(values) + 1
+    base = base_plan_of(z, w, t, out_norm)
+    plan, heads, D, capacity = base.plan, base.heads, w.head_channels, base.capacity
     B, C, _, _ = plan.sizes
-    flat, walk, t = plan.flat, plan.walk, len(values) + 1
-    heads, chunks = C // w.head_channels, walk.groups * walk.strips
+    flat, walk = plan.flat, plan.walk
     out, value = torch.empty_like(z), torch.empty_like(z)
     key = torch.empty((B, C), dtype=torch.float32, device=z.device)
-    table, capacity = table_for(z.device, 2, t)
-    maps = batches([*map(aligned, values), value], capacity, value)
+    table = torch.empty((2, capacity), dtype=torch.int64, device=z.device)
+    maps = batches([*map(addressable, values), value], capacity, value)
     vectors = batches([*keys, key], capacity, key)
     for k in range(len(maps) - 1):
         fill_tables[(1,)](
-            table, capacity, k * ADDRESSES.value, maps[k], vectors[k], None, None, num_warps=1
+            table, capacity, k * TABLE_STEP, maps[k], vectors[k], None, None, num_warps=1
         )
-    kept = floats(z.device, COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, t * B * heads)
+    kept = buffer(z.device, base.kept).split_with_sizes(base.kept)
     coefficients, out_coefficients, means, queries, attention = kept
-    part, sums = floats(z.device, flat.programs * 2 * C, B * chunks * C)
+    scratch = buffer(z.device, base.forward_scratch)
+    part, sums = scratch.split_with_sizes(base.forward_scratch)
     if norm.batch:
         channel_sums[flat.grid](
             z, part, B, C, plan.pixels, plan.middle, flat.programs, **flat.options
@@ -188,25 +252,21 @@ def base_forward(
         table, capacity, maps[-1], vectors[-1], plan.middle, flat.programs, plan.count,
         norm.momentum, norm.eps, *walk.sizes, BATCH=norm.batch, **walk.options,
     )  # fmt: skip
-    options = head_options(w, t)
-    attend[(B, -(-heads // options["HEADS"]))](
+    attend[base.head_grid](
         sums, w.query, w.key, table, capacity, value, key, means, queries, attention,
-        out_coefficients, t, C, plan.pixels, plan.middle, heads, chunks, w.head_channels**-0.5,
-        OUT_BATCH=out_norm.batch, KEEP=keep, LAST=plan.last, **options,
+        out_coefficients, t, C, plan.pixels, plan.middle, heads, D, walk.groups * walk.strips,
+        D**-0.5, OUT_BATCH=out_norm.batch, KEEP=keep, LAST=plan.last, **base.head_options,
     )  # fmt: skip
-    sizes = t, heads, B, C, plan.pixels, flat.programs
+    o = value if t == 1 else out
+    sizes = t, heads, D, B, C, plan.pixels, flat.programs
     if out_norm.batch:
-        retrieve[flat.grid](
-            value if t == 1 else out, table, attention, out_coefficients, part, *sizes,
-            D=w.head_channels, **flat.options,
-        )  # fmt: skip
+        retrieve[flat.grid](o, table, attention, out_coefficients, part, *sizes, **flat.options)
     add_retrieved[flat.grid](
-        z, s, value if t == 1 else out, out, table, attention, coefficients, drop,
-        part, *out_norm.tensors, out_coefficients, *sizes, flat.programs, plan.count,
-        out_norm.momentum, out_norm.eps,
-        OUT_BATCH=out_norm.batch, KEEP=keep, D=w.head_channels, **flat.options,
+        z, s, o, out, table, attention, coefficients, drop, part, *out_norm.tensors,
+        out_coefficients, *sizes, flat.programs, plan.count, out_norm.momentum, out_norm.eps,
+        OUT_BATCH=out_norm.batch, KEEP=keep, **flat.options,
     )  # fmt: skip
-    return out, key, value, kept if keep else ()
+    return out, key, value, tuple(kept) if keep else ()
 
 
 def base_backward(
@@ -246,49 +306,41 @@ def base_backward(
         keys, ``[t - 1, B, C]``; ``grad_o`` and factors ``[t, B, C]`` for earlier layers (for t = 1
         there are none, and ``grad_o`` is of no use).
     """
-    plan = plan_of(z)
+    t = len(values)
+    base = base_plan_of(z, w, t, out_norm)
+    plan, heads, D, taps = base.plan, base.heads, w.head_channels, base.taps
     B, C, _, _ = plan.sizes
-    flat, ring, t = plan.flat, plan.ring_walk, len(values)
-    heads = C // w.head_channels
-    grad = aligned(grad)  # later layers' tables may hold it
-    table, capacity = table_for(z.device, 4, max(t, len(later)))
+    flat, ring = plan.flat, plan.ring_walk
+    grad = addressable(grad)  # earlier layers' tables may hold it
+    capacity = max(base.capacity, triton.cdiv(len(later), TABLE_STEP) * TABLE_STEP)
+    table = torch.empty((4, capacity), dtype=torch.int64, device=z.device)
     rows = (
-        batches([*map(aligned, values)], capacity, z), batches(keys, capacity, z),
-        batches([aligned(m) for m, _ in later], capacity, z),
+        batches([*map(addressable, values)], capacity, z), batches(keys, capacity, z),
+        batches([addressable(m) for m, _ in later], capacity, z),
         batches([f for _, f in later], capacity, z),
     )  # fmt: skip
     for k, lists in enumerate(zip(*rows, strict=True)):
-        fill_tables[(1,)](table, capacity, k * ADDRESSES.value, *lists, num_warps=1)
+        fill_tables[(1,)](table, capacity, k * TABLE_STEP, *lists, num_warps=1)
     o = go = grad
     if out_norm.batch:
         o = values[0] if t == 1 else torch.empty_like(z)
         go = grad if t == 1 else torch.empty_like(z)
-    options = head_options(w, t)
-    cut = sums_of(plan, multiprocessors(z.device))
-    head_blocks = -(-heads // options["HEADS"])
-    taps = power_of_two(max(options["QUERY"], options["KEY"]))
-    fields = FIELDS.value + 2
-    kinds = 3 if out_norm.batch else 1
     coefficients, out_coefficients, means, queries, attention = saved
-    part, out_part, dots, on, grad_queries, tap_part = floats(
-        z.device, ring.programs * fields * C, cut.grid[0] * 2 * C, B * t * kinds * cut.chunks * C,
-        3 * C, B * C, B * head_blocks * 2 * taps,
-    )  # fmt: skip
-    grad_norm, grad_value, grad_out_norm, grad_taps = floats(
-        z.device, 2 * C, 9 * C, 2 * C, 2 * taps
-    )
+    scratch = buffer(z.device, base.backward_scratch)
+    views = scratch.split_with_sizes(base.backward_scratch)
+    part, out_part, dots, on, grad_queries, tap_part = views
     grad_keys, factors = torch.empty((2, t, B, C), dtype=torch.float32, device=z.device)
-    retrieval_sums[cut.grid](
+    retrieval_sums[base.sums_grid](
         grad, o, table, attention, drop, out_coefficients, out_part, dots,
-        t, heads, B, C, plan.pixels, cut.grid[0], cut.chunks, cut.chunk,
-        OUT_BATCH=out_norm.batch, D=w.head_channels, **cut.options,
+        t, heads, D, B, C, plan.pixels, *base.sums, OUT_BATCH=out_norm.batch, **base.sums_options,
     )  # fmt: skip
-    samples = max(1, B * head_blocks // HEAD_PROGRAMS)
-    softmax_backward[(-(-B // samples), head_blocks)](
+    out_rows, chunks, _ = base.sums
+    head_blocks = base.head_grid[1]
+    softmax_backward[(triton.cdiv(B, base.samples), head_blocks)](
         dots, out_part, out_coefficients, attention, drop, means, queries, table, capacity,
         grad_key, on, grad_queries, grad_keys, factors, tap_part,
-        t, heads, B, C, cut.chunks, cut.grid[0], samples, plan.count, w.head_channels**-0.5,
-        OUT_BATCH=out_norm.batch, TAPS=taps, **options,
+        t, heads, D, B, C, chunks, out_rows, base.samples, plan.count, D**-0.5,
+        OUT_BATCH=out_norm.batch, TAPS=taps, **base.head_options,
     )  # fmt: skip
     gm = torch.empty_like(z)
     gz = o if norm.batch and out_norm.batch and t > 1 else torch.empty_like(z)
@@ -296,14 +348,15 @@ def base_backward(
         grad, z, s, o, go, gm, gz, part, coefficients, on, factors, w.value, drop,
         grad_queries, grad_keys[t - 1], w.query, w.key, table, capacity, len(later), t, B,
         *ring.sizes, BATCH=norm.batch, OUT_BATCH=out_norm.batch,
-        QUERY=options["QUERY"], KEY=options["KEY"], **ring.options,
+        QUERY=w.query.shape[-1], KEY=w.key.shape[-1], **ring.options,
     )  # fmt: skip
+    grads = buffer(z.device, base.grads)
+    grad_norm, grad_out_norm, grad_value, grad_taps = grads.split_with_sizes(base.grads)
     parameters = (
         part, ring.programs, coefficients, grad_value, None, grad_norm,
-        out_part, cut.grid[0], out_coefficients, grad_out_norm,
-        tap_part, B * head_blocks, grad_taps,
+        out_part, out_rows, out_coefficients, grad_out_norm, tap_part, B * head_blocks, grad_taps,
     )  # fmt: skip
-    constants = dict(FIELDS=FIELDS.value, TAPS=2 * taps)
+    constants = dict(FIELDS=FIELD_COUNT, TAPS=2 * taps)
     if norm.batch:
         input_norm_grads[flat.grid](
             gm, z, None, gz, None, None, None, *parameters,
@@ -311,13 +364,11 @@ def base_backward(
             **flat.options,
         )  # fmt: skip
     else:
-        parameter_grads[(FIELDS.value + 3, flat.grid[1])](
+        parameter_grads[(FIELD_COUNT + 3, flat.grid[1])](
             *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **constants
         )
+    w1, b1, w2, b2, value, query, key = grads.split_with_sizes(base.grad_views)[1::2]
     return (
-        gz, gm, grad_norm[:C], grad_norm[C : 2 * C],
-        grad_taps[: w.query.shape[-1]].view(w.query.shape),
-        grad_taps[taps : taps + w.key.shape[-1]].view(w.key.shape),
-        grad_value[: 9 * C].view(w.value.shape), grad_out_norm[:C], grad_out_norm[C : 2 * C],
-        grad_keys[: t - 1], go, factors,
+        gz, gm, w1, b1, query.view(w.query.shape), key.view(w.key.shape),
+        value.view(w.value.shape), w2, b2, grad_keys[: t - 1], go, factors,
     )  # fmt: skip

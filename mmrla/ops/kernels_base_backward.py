@@ -51,8 +51,8 @@ def add_to(x, sums, kept, again):
 @triton.jit(do_not_specialize=[*VARYING, "grad", "o"])
 def retrieval_sums(
     grad, o, table, attention, drop, out_coefficients, part, dots,
-    t, heads, B, C, HW, programs, chunks, chunk,
-    OUT_BATCH: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    t, heads, D, B, C, HW, programs, chunks, chunk,
+    OUT_BATCH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """All sums over pixels that the backward of norm and softmax needs.
@@ -113,8 +113,8 @@ def retrieval_sums(
 def softmax_backward(
     dots, part, out_coefficients, attention, drop, means, queries, table, capacity, grad_key,
     on, grad_queries, grad_keys, factors, tap_part,
-    t, heads, B, C, chunks, rows, samples, count, inverse_root,
-    OUT_BATCH: tl.constexpr, D: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    t, heads, D, B, C, chunks, rows, samples, count, inverse_root,
+    OUT_BATCH: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
     TAPS: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip

@@ -32,7 +32,7 @@ ADDRESSES = tl.constexpr(8)
 """How many entries one launch writes into each table of addresses."""
 
 WALK = ("lines", "steps", "tiles", "per_sample", "all_groups", "strips", "length")
-LAYERS = ("t", "heads", "maps", "vectors", "more_maps", "more_vectors", "capacity", "first")
+LAYERS = ("t", "heads", "D", "maps", "vectors", "more_maps", "more_vectors", "capacity", "first")
 VARYING = (*UNSPECIALISED, *WALK, *LAYERS)
 """Integers and addresses whose divisibility buys nothing: one variant of a kernel for all."""
 
@@ -74,7 +74,7 @@ def fill_tables(table, capacity, first, maps, vectors, more_maps, more_vectors):
 
 
 @triton.jit
-def head_weights(attention, layer, sample, B, heads, c, D: tl.constexpr, kept, LAST: tl.constexpr):
+def head_weights(attention, layer, sample, B, heads, c, D, kept, LAST: tl.constexpr):
     """One layer's softmax weights of a sample, per channel, to broadcast over a block."""
     at = (layer * B + sample) * heads + over_channels(c // D, LAST)
     return tl.load(attention + at, over_channels(kept, LAST), 0.0)
@@ -185,8 +185,8 @@ def make_value(
 @triton.jit(do_not_specialize=VARYING)
 def attend(
     sums, query, key, table, capacity, value, own_key, means, queries, attention,
-    out_coefficients, t, C, HW, middle, heads, chunks, inverse_root,
-    OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr,
+    out_coefficients, t, C, HW, middle, heads, D, chunks, inverse_root,
+    OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +227,8 @@ def attend(
 
 @triton.jit(do_not_specialize=VARYING)
 def retrieve(
-    o, table, attention, out_coefficients, part, t, heads, B, C, HW, programs,
-    D: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    o, table, attention, out_coefficients, part, t, heads, D, B, C, HW, programs,
+    ROWS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """``o = sum of attention * V``: reads V_1 ... V_t, writes o (t + 1 N; for t = 1, o is V: 1 N).
@@ -265,8 +265,8 @@ def retrieve(
 def add_retrieved(
     z, s, o, out, table, attention, coefficients, drop,
     part, weight, bias, running_mean, running_var, out_coefficients,
-    t, heads, B, C, HW, programs, rows, count, momentum, eps,
-    OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    t, heads, D, B, C, HW, programs, rows, count, momentum, eps,
+    OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``out = y + drop * norm(o)``.
