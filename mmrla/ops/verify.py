@@ -23,7 +23,7 @@ from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Norm of the difference over the norm of what is expected; a wrong tap gives 0.3 and more."""
-LARGEST = 1 << 24
+LARGEST = 1 << 25
 """Elements of a generated map; one sample may have more."""
 WEIGHT_NAMES = {LightWeights: ("query", "key", "value", "lambda_t"),
                 BaseWeights: ("query", "key", "value")}  # fmt: skip
@@ -62,12 +62,19 @@ def reason_against(
         return _reasons[key]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured and its kernels were never checked: run a step before that"
-    case = Case(
-        kind, _part(z.shape, channels_last, z.device), weights.head_channels, z.dtype, z.device,
-        channels_last, (norm.batch, out_norm.batch), drop is not None, layers,
-        (weights.query.numel(), weights.key.numel()),
-    )  # fmt: skip
-    reason = _compare(case, grad)
+
+    def case_of(shape: tuple[int, ...]) -> Case:
+        return Case(
+            kind, shape, weights.head_channels, z.dtype, z.device, channels_last,
+            (norm.batch, out_norm.batch), drop is not None, layers,
+            (weights.query.numel(), weights.key.numel()),
+        )  # fmt: skip
+
+    shape = _part(z.shape, channels_last, z.device)
+    try:
+        reason = _compare(case_of(shape), grad)
+    except torch.cuda.OutOfMemoryError:  # then perhaps another variant of the same kernels
+        reason = _compare(case_of((min(2, len(z)), *z.shape[1:])), grad)
     _reasons[key] = reason
     if reason is not None:
         _failed[kind, z.device] = reason
@@ -218,6 +225,8 @@ def _compare(case: Case, grad: bool) -> str | None:
     name = "mrla_light_tail" if case.kind is LightWeights else "mrla_base_tail"
     try:
         errors = case.errors(fused.light_tail, fused.base_tail, grad)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler or a launch may raise
         return f"{name}: its kernels fail {_where(case)}: {type(error).__name__}: {error}"
     tolerance = TOLERANCES[case.grads[0].dtype]

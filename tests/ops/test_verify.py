@@ -120,6 +120,23 @@ def test_a_kernel_that_fails_is_caught(on_a_gpu, monkeypatch):
     assert all(torch.equal(got[name], x) for name, x in expected.items())
 
 
+def test_too_little_memory_for_the_check(on_a_gpu, monkeypatch):
+    """It is made with fewer samples, and raises as any operation does if that is too much."""
+    shapes = []
+    own = verify._compare
+
+    def compare(case, grad):
+        shapes.append(case.shape)
+        if len(shapes) == 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return own(case, grad)
+
+    monkeypatch.setattr(verify, "_compare", compare)
+    monkeypatch.setattr(verify, "_part", lambda *args: (1, 8, 2, 3))
+    assert verify.reason_against(*light_arguments(3)) is None
+    assert shapes == [(1, 8, 2, 3), (1, 8, 4, 3)]
+
+
 def test_nan_is_an_error(on_a_gpu, monkeypatch):
     own = kernels_light.light_forward
     monkeypatch.setattr(
