@@ -264,7 +264,8 @@ def finish_parameters(
             )
     elif tl.program_id(1) == 0:
         tap = tl.arange(0, TAPS)
-        tl.store(grad_taps + tap, sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, ROWS))
+        total = sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, 8 * ROWS)  # many short rows
+        tl.store(grad_taps + tap, total)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

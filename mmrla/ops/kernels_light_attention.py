@@ -284,13 +284,13 @@ def attention(
             taps = plus_identity(taps)
         # Before the first step, then the first: nothing is finished yet.
         here = filled(LINES, GROUPS, BC, start)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            y, shortcut = load_y(
-                z + base, s + base, at - step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            _, _, here = spread(y, taps, here, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                y, shortcut = load_y(
+                    z + base, s + base, at - step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )  # fmt: skip
+                here = spread(y, taps, here, here, start, LINES)[2]
         y, shortcut = load_y(
             z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, FULL, WIDE
         )
@@ -326,13 +326,13 @@ def attention(
                 shares = shares_of(shortcut, constant, slope, LINES)
             at = x
         done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            y, shortcut = load_y(
-                z + base, s + base, at + step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            done, _, _ = spread(y, taps, before, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                y, shortcut = load_y(
+                    z + base, s + base, at + step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )  # fmt: skip
+                done = spread(y, taps, before, here, start, LINES)[0]
         first, second, dot = use_outputs(
             done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
             (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, FULL, WIDE,

@@ -130,21 +130,13 @@ def input_grads(
         on_shortcut = previous * share
         here = filled(LINES, GROUPS, BC, start)
         older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older = load_lines(
-                go + base,
-                at - step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            _, _, here = spread(older, taps, here, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                older = load_lines(
+                    go + base, at - step_stride, line_stride, line, lines, ok, 0.0, LINES, FULL,
+                    WIDE,
+                )  # fmt: skip
+                here = spread(older, taps, here, here, start, LINES)[2]
         newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
         _, before, here = spread(newer, taps, here, here, start, LINES)
         for _ in range(1, own_steps):
@@ -161,21 +153,13 @@ def input_grads(
             at = x
         latest = zeros(LINES + 2, GROUPS, BC)
         done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest = load_lines(
-                go + base,
-                at + step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            done, _, _ = spread(latest, taps, before, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                latest = load_lines(
+                    go + base, at + step_stride, line_stride, line, lines, ok, 0.0, LINES, FULL,
+                    WIDE,
+                )  # fmt: skip
+                done = spread(latest, taps, before, here, start, LINES)[0]
         sums = use_input_grads(
             done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base, at,
             line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
