@@ -338,7 +338,8 @@ def base_backward(
     head_blocks = base.head_grid[1]
     softmax_backward[(triton.cdiv(B, base.samples), head_blocks)](
         dots, out_part, out_coefficients, attention, drop, means, queries, table, capacity,
-        grad_key, on, grad_queries, grad_keys, factors, tap_part,
+        means if grad_key is None else grad_key.contiguous(), int(grad_key is not None),
+        on, grad_queries, grad_keys, factors, tap_part,
         t, heads, D, B, C, chunks, out_rows, base.samples, plan.count, D**-0.5,
         OUT_BATCH=out_norm.batch, TAPS=taps, **base.head_options,
     )  # fmt: skip

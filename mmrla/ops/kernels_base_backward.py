@@ -109,10 +109,10 @@ def retrieval_sums(
     tl.store(row + C, moments, kept)
 
 
-@triton.jit(do_not_specialize=[*VARYING, "samples"])
+@triton.jit(do_not_specialize=[*VARYING, "samples", "grad_key", "has_grad_key"])
 def softmax_backward(
-    dots, part, out_coefficients, attention, drop, means, queries, table, capacity, grad_key,
-    on, grad_queries, grad_keys, factors, tap_part,
+    dots, part, out_coefficients, attention, drop, means, queries, table, capacity,
+    grad_key, has_grad_key, on, grad_queries, grad_keys, factors, tap_part,
     t, heads, D, B, C, chunks, rows, samples, count, inverse_root,
     OUT_BATCH: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
     TAPS: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -120,11 +120,12 @@ def softmax_backward(
 ):  # fmt: skip
     """Gradients of query and keys, of ``samples`` samples and some heads, and values' factors.
 
-    Writes ``grad_queries`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last with what later layers
-    left (``grad_key``), ``factors`` ``[t, B, C]``: V_n's gradient is ``factors[n] * grad_o``, and
-    ``tap_part``, a row ``[2, TAPS]`` for W_q and W_k per sample and block of heads. With
-    ``OUT_BATCH`` also ``on`` ``[3, C]``: ``grad_o = on[0] * drop * grad + on[1] * o + on[2]``;
-    otherwise grad_o is grad, and factors have what the frozen norm and ``drop`` do to it.
+    Writes ``grad_queries`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last plus ``grad_key`` from
+    later layers if ``has_grad_key``, ``factors`` ``[t, B, C]``: V_n's gradient is
+    ``factors[n] * grad_o``, and ``tap_part``, a row ``[2, TAPS]`` for W_q and W_k per sample and
+    block of heads. With ``OUT_BATCH`` also ``on`` ``[3, C]``: grad_o is
+    ``on[0] * drop * grad + on[1] * o + on[2]``; otherwise it is grad, and factors have what the
+    frozen norm and ``drop`` do to it.
     """
     first = tl.program_id(1) * HEADS
     c, ok = head_block(first, heads, D, HEADS, WIDTH)
@@ -170,9 +171,8 @@ def softmax_backward(
             grad_logit = tl.sum(tl.where(layer == n, grad_logits, 0.0), 0)[:, None]
             k = tl.load(vector_at(table + capacity, n, queries) + b * C + c, ok, 0.0)
             on_query += grad_logit * k
-            on_key = grad_logit * q
-            if grad_key is not None and n == t - 1:
-                on_key += tl.load(grad_key + b * C + c, ok, 0.0)
+            from_later = ok & (n == t - 1) & (has_grad_key != 0)
+            on_key = grad_logit * q + tl.load(grad_key + b * C + c, from_later, 0.0)
             to = (n * B + b).to(tl.int64) * C + c
             tl.store(grad_keys + to, on_key, ok)
             factor = tl.sum(tl.where(layer == n, weights, 0.0), 0)[:, None]
