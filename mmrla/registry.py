@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
@@ -25,6 +26,7 @@ __all__ = [
     "LOOPS",
     "METRICS",
     "MODELS",
+    "OPTIM_WRAPPERS",
     "TRANSFORMS",
     "VISBACKENDS",
     "VISUALIZERS",
@@ -55,6 +57,8 @@ HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
 """Hooks: checkpoints written whole, the guard against NaN, pictures of layer attention, ..."""
 LOOPS = _child("loop", MMENGINE_LOOPS, "mmrla.engine")
 """Training loops: ``ResumableTrainLoop``."""
+OPTIM_WRAPPERS = _child("optim_wrapper", MMENGINE_OPTIM_WRAPPERS, "mmrla.engine")
+"""Optimizer wrappers: ``AmpOptimWrapper``, for CPUs too."""
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
 """Evaluators: ``FasterCocoMetric``."""
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")

@@ -26,6 +26,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-val", type=int, default=120, help="validation images")
     parser.add_argument("--seed", type=int, default=0, help="of the set and of training")
     parser.add_argument("--pictures", type=int, default=8, help="how many pictures to draw")
+    parser.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="layout of images and weights; default: as tools/train.py chooses",
+    )
     return parser.parse_args()
 
 
@@ -57,9 +62,11 @@ def main() -> None:
     if args.epochs is not None:
         options += [f"train_cfg.max_epochs={args.epochs}"]
         options += [f"param_scheduler.1.{key}={args.epochs}" for key in ("end", "T_max")]
+    layout = {None: [], True: ["--channels-last"], False: ["--no-channels-last"]}
+    common = ["--data-root", data, *layout[args.channels_last]]
     trained = time.time()
     run(
-        ROOT / "tools/train.py", args.config, "--data-root", data, "--work-dir", train_dir,
+        ROOT / "tools/train.py", args.config, *common, "--work-dir", train_dir,
         "--cfg-options", *options,
     )  # fmt: skip
     trained = time.time() - trained
@@ -69,8 +76,8 @@ def main() -> None:
 
     checkpoint = Path((train_dir / "last_checkpoint").read_text().strip())
     run(
-        ROOT / "tools/test.py", args.config, checkpoint, "--data-root", data,
-        "--work-dir", test_dir, "--out", args.work_dir / "predictions.pkl",
+        ROOT / "tools/test.py", args.config, checkpoint, *common, "--work-dir", test_dir,
+        "--out", args.work_dir / "predictions.pkl",
     )  # fmt: skip
 
     step("4/4 draw")

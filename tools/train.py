@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.coco_check import DataError
+from mmrla.engine.amp import set_amp
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
@@ -30,7 +30,12 @@ def parse_args() -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="go on from CHECKPOINT, or from the newest one in the work dir",
     )
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (GPU)")
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="automatic mixed precision: optim_wrapper.dtype, else float16 on a GPU, bfloat16 on "
+        "a CPU",
+    )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -45,11 +50,7 @@ def main() -> None:
     args = parse_args()
     with reporting_errors():
         cfg = load_config(args, ("train", "val"))
-        if args.amp:
-            if not torch.cuda.is_available():
-                raise ValueError("--amp needs a GPU and none is visible; leave it out on the CPU")
-            cfg.optim_wrapper.type = "AmpOptimWrapper"
-            cfg.optim_wrapper.loss_scale = "dynamic"
+        set_amp(cfg, args.amp)
         if args.auto_scale_lr:
             if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
                 raise ValueError(

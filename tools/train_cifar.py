@@ -14,10 +14,11 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
+from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.launch import find_config
+from mmrla.engine.launch import add_layout_argument, find_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the step; CUDA graphs on a GPU"
     )
+    add_layout_argument(parser, default="channels_last")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
         "--dry-run", action="store_true", help="build the networks, read the data, and stop"
@@ -64,11 +66,16 @@ def main() -> None:
                 for loader in (cfg.train_dataloader, cfg.test_dataloader):
                     load_split(loader.dataset, device)
             return
+        if args.amp:
+            warn_of_slow_bfloat16()
         # Seeds outside, so that what is there after an interruption can be compared.
         for seed, (path, cfg) in tqdm(list(product(args.seeds, configs.items()))):
             epochs = args.epochs or cfg.train_cfg.max_epochs
             log = args.log_dir / f"{Path(path).stem}_{epochs}e_seed{seed}.jsonl"
-            run(cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile)
+            run(
+                cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile,
+                channels_last=args.channels_last is not False,
+            )  # fmt: skip
         print(table(args.log_dir))
 
 

@@ -73,6 +73,7 @@ class Trainer:
         epochs: Instead of the config's; the steps of the learning rate move in proportion.
         amp: bfloat16 autocast.
         compiled: torch.compile the step, with CUDA graphs on a GPU.
+        channels_last: The layout of images and weights; False: NCHW.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Trainer:
         epochs: int | None = None,
         amp: bool = False,
         compiled: bool = False,
+        channels_last: bool = True,
     ) -> None:
         self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         dataset = cfg.train_dataloader.dataset
         schedule = cfg.param_scheduler
         if "CIFAR" not in str(dataset.get("type")) or "milestones" not in schedule:
@@ -98,7 +101,7 @@ class Trainer:
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             model = MODELS.build(dict(cfg.model, data_preprocessor=None))
             model.init_weights()
-        self.model = model.to(device=device, memory_format=torch.channels_last)
+        self.model = model.to(device=device, memory_format=self.layout)
         self.optimizer = OPTIMIZERS.build(
             dict(cfg.optim_wrapper.optimizer, params=list(model.parameters()))
         )
@@ -114,7 +117,7 @@ class Trainer:
         self._loss = torch.compile(self._eager_loss, mode=mode) if compiled else self._eager_loss
 
     def _logits(self, images: Tensor) -> Tensor:
-        inputs = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        inputs = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.model(inputs, mode="tensor").float()
 
@@ -171,6 +174,7 @@ def run(
     epochs: int | None = None,
     amp: bool = False,
     compiled: bool = False,
+    channels_last: bool = True,
 ) -> None:
     """Train one network with one seed and write a line of JSON an epoch; see :class:`Trainer`.
 
@@ -185,6 +189,7 @@ def run(
         seed=seed,
         epochs=epochs,
         amp=amp,
+        channels_last=channels_last,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -192,11 +197,12 @@ def run(
     )
     if log.exists():
         lines = read_log(log)
-        if lines and lines[0] != settings:
+        # Logs that do not tell the layout are of channels_last, which was the only one.
+        if lines and {"channels_last": True, **lines[0]} != settings:
             raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
-    trainer = Trainer(cfg, seed, device, epochs, amp, compiled)
+    trainer = Trainer(cfg, seed, device, epochs, amp, compiled, channels_last)
     train = load_split(cfg.train_dataloader.dataset, device)
     test = load_split(cfg.test_dataloader.dataset, device)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="override settings of the config, such as train_dataloader.batch_size=4; lists as "
         'key="[a,b]"',
     )
+    add_layout_argument(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -52,6 +53,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torchrun's predecessors pass this.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_layout_argument(
+    parser: argparse.ArgumentParser,
+    default: str = "channels_last for convolutional networks in mixed precision, else NCHW",
+) -> None:
+    """``--channels-last`` and ``--no-channels-last``; None stands for the default."""
+    parser.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help=f"keep images and weights in channels_last, or in NCHW; default: {default}",
+    )
 
 
 def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
@@ -84,6 +97,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
     check_config(cfg, splits := tuple(splits))
+    set_layout(cfg, args.channels_last)
     fit_classes(cfg)
     check_schedule(cfg)
     check_processes(args.launcher)
@@ -232,6 +246,26 @@ def build_runner(cfg: Config) -> Runner:
 
 def _add_hook(cfg: Config, **hook: object) -> None:
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), hook]
+
+
+def set_layout(cfg: Config, channels_last: bool | None) -> None:
+    """Have a run use a ``mmrla.ChannelsLastHook``, in place.
+
+    Args:
+        cfg: The config of the run, after all options.
+        channels_last: What the hook is told; None: as the config says, else by the hook's default.
+    """
+    hooks = list(cfg.get("custom_hooks") or ())
+    others = [hook for hook in hooks if _name_of(hook) != "ChannelsLastHook"]
+    if channels_last is None and len(others) < len(hooks):
+        return
+    cfg.custom_hooks = others
+    _add_hook(cfg, type="mmrla.ChannelsLastHook", enabled=channels_last)
+
+
+def _name_of(hook: object) -> str:
+    kind = hook.get("type") if isinstance(hook, Mapping) else None
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def check_weights(cfg: Config) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,10 +111,30 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def channels_are_last(x: Tensor) -> bool:
+    """Whether a dense map is in channels_last; otherwise it is in NCHW."""
+    return x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def plan_of(x: Tensor) -> Plan:
     """The plan for maps like ``x``, dense in channels_last or NCHW."""
-    last = x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-    return plan(*x.shape, last, multiprocessors(x.device))
+    return plan_for(*x.shape, channels_are_last(x), multiprocessors(x.device))
+
+
+def aligned(sizes: Sequence[int]) -> list[int]:
+    """Numbers of floats rounded up to 16 bytes."""
+    return [triton.cdiv(size, 4) * 4 for size in sizes]
+
+
+def buffer(device: torch.device, sizes: Sequence[int]) -> Tensor:
+    """One allocation in float32 for :func:`aligned` sizes."""
+    return torch.empty(sum(sizes), dtype=torch.float32, device=device)
+
+
+def floats(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
+    """Float32 vectors cut from one allocation, each at a multiple of 16 bytes."""
+    rounded = aligned(sizes)
+    return buffer(device, rounded).split_with_sizes(rounded)
 
 
 def even_programs(items: int, most: int) -> int:
@@ -127,7 +148,7 @@ def least_padding(size: int, blocks: tuple[int, ...]) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
+def plan_for(B: int, C: int, H: int, W: int, last: bool, sms: int) -> Plan:
     """See :class:`Plan`."""
     pixels = H * W
     flat = flat_blocks(B, C, pixels, last, sms)

@@ -16,12 +16,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmrla.ops import verify, whole_map
 from mmrla.ops.reference import (
@@ -143,6 +142,32 @@ def _in_dtypes_of(grads: Any, parameters: tuple[Tensor | None, ...]) -> Iterator
         yield None if parameter is None else grad.to(parameter.dtype).view_as(parameter)
 
 
+class _Refuse(torch.autograd.Function):
+    """Passes on its first ``count`` tensors; the gradient of any of its inputs raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("a fused tail cannot be differentiated twice; MMRLA_BACKEND=naive can")
+
+
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose results, if a graph of it is asked for, raise when differentiated."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        return _Refuse.apply(len(found), *found, *ctx.saved_tensors, *grads)
+
+    return wrapped
+
+
 class _LightTail(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,7 +181,7 @@ class _LightTail(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, s, drop, *rest = ctx.saved_tensors
         parameters, saved = tuple(rest[:8]), rest[8:]
@@ -288,7 +313,7 @@ class _BaseTail(torch.autograd.Function):
         return out, key, value
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(
         ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:

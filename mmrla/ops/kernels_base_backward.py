@@ -1,4 +1,4 @@
-"""MRLA-base's block end as Triton kernels: backward."""
+"""Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
 from __future__ import annotations
 
@@ -12,34 +12,26 @@ from mmrla.ops.kernels import (
     NAN,
     OFFSET,
     over_channels,
-    over_places,
     pixel_block,
-    sum_places,
 )
-from mmrla.ops.kernels_base_forward import WALK, corner_of, head_weights, map_at, vector_at
+from mmrla.ops.kernels_base_forward import VARYING, head_weights, map_at, vector_at
 from mmrla.ops.kernels_stencil import (
+    LOWEST,
+    conv1d_weight_grad,
     head_block,
     line_mask,
+    load_group,
     load_lines,
     load_taps,
     means_grad,
+    store_group,
     sum_chunks,
     tile_of,
     zeros,
 )
 
-
-@triton.jit
-def add_conv1d_taps(
-    total, grad, means, C, c, ok, FIRST: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """``total`` ``[WIDTH]`` plus a Conv1D's gradient in the entries from ``FIRST`` on."""
-    index = tl.arange(0, WIDTH)
-    for j in tl.static_range(TAPS):
-        near = c + j - TAPS // 2
-        mean = tl.load(means + near, ok & (near >= 0) & (near < C), 0.0)
-        total += tl.where(index == FIRST + j, tl.sum(grad * mean), 0.0)
-    return total
+FIELDS = tl.constexpr(9)
+"""Sums of products per channel: the taps of W_v."""
 
 
 @triton.jit
@@ -56,169 +48,152 @@ def add_to(x, sums, kept, again):
 
 # grad and o are not specialised so that loads of 8 bytes, not 16, come out: then a thread has more
 # pixels of fewer channels, and sums over pixels exchange less between threads.
-SUMS = ["t", "B", "heads", "chunks", "chunk", "programs", "grad", "o"]
-
-
-@triton.jit(do_not_specialize=SUMS)
+@triton.jit(do_not_specialize=[*VARYING, "grad", "o"])
 def retrieval_sums(
-    grad, o, table, attention, drop, coefficients, part, dots,
-    t, B, C, HW, heads, chunks, chunk, programs,
-    BATCH: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    grad, o, table, attention, drop, out_coefficients, part, dots,
+    t, heads, D, B, C, HW, programs, chunks, chunk,
+    OUT_BATCH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    LAST: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """All sums over pixels that the backward of norm and softmax needs.
 
-    Reads grad and V_1 ... V_t (t + 1 N) and, with ``BATCH``, writes o (1 N more, not for t = 1,
+    Reads grad and V_1 ... V_t (t + 1 N) and, with ``OUT_BATCH``, writes o (1 N more, not for t = 1,
     where o is V). Writes ``part`` ``[programs, 2, C]``, sums of ``drop * grad`` and of
     ``drop * grad * (o - mean)``, and ``dots`` ``[B, t, 3 or 1, chunks, C]``: each value's sums with
-    grad and, with ``BATCH``, alone and with ``o - mean``, per ``chunk`` blocks of pixels (not for
-    t = 1). The norm's backward is linear in grad, 1 and o, so they give the sums with its result.
+    grad and, with ``OUT_BATCH``, alone and with ``o - mean``, per ``chunk`` blocks of pixels (not
+    for t = 1). The norm's backward is linear in grad, 1 and o: they give the sums with its result.
     """
+    HW = HW // UNIT * UNIT  # so that the compiler knows alignments
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
-    mean = over_channels(tl.load(coefficients + MEAN * C + c, kept, 0.0), LAST)
+    mean = over_channels(tl.load(out_coefficients + MEAN * C + c, kept, 0.0), LAST)
     grads = tl.zeros((BC,), tl.float32)
     moments = tl.zeros((BC,), tl.float32)
     AXIS: tl.constexpr = 0 if LAST else 1
-    ROWS: tl.constexpr = 3 if BATCH else 1
+    KINDS: tl.constexpr = 3 if OUT_BATCH else 1
     for n in range(program, B * chunks, programs):
-        b = (n // chunks).to(tl.int64)
-        start = b * C * HW
-        row = dots + (b * (t * ROWS * chunks) + n % chunks) * C + c
+        b = n // chunks
+        base = b.to(tl.int64) * C * HW
+        row = dots + (b.to(tl.int64) * (t * KINDS * chunks) + n % chunks) * C + c
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            g = tl.load(tl.multiple_of(grad + start, 8) + at, ok, 0.0).to(tl.float32)
+            g = tl.load(tl.multiple_of(grad + base, 8) + at, ok, 0.0).to(tl.float32)
             x = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
             for m in range(t):
-                v = tl.load(map_at(table, m, o, 8) + start + at, ok, 0.0).to(tl.float32)
+                v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
                 x += head_weights(attention, m, b, B, heads, c, D, kept, LAST) * v
                 if t > 1:
-                    if BATCH:
+                    if OUT_BATCH:
                         dot, total = tl.reduce((g * v, v), AXIS, add_pairs)
-                        add_to(row + (m * ROWS + 1) * chunks * C, total, kept, k > 0)
+                        add_to(row + (m * KINDS + 1) * chunks * C, total, kept, k > 0)
                     else:
                         dot = tl.sum(g * v, AXIS)
-                    add_to(row + m * ROWS * chunks * C, dot, kept, k > 0)
-            if BATCH:
-                to = tl.multiple_of(o + start, 8) + at
-                tl.store(to, x.to(o.dtype.element_ty), ok & (t > 1))
+                    add_to(row + m * KINDS * chunks * C, dot, kept, k > 0)
+            if OUT_BATCH and t > 1:
+                tl.store(tl.multiple_of(o + base, 8) + at, x.to(o.dtype.element_ty), ok)
             x = tl.where(ok, x - mean, 0.0)
-            if BATCH and t > 1:
+            if OUT_BATCH and t > 1:
                 for m in range(t):
-                    v = tl.load(map_at(table, m, o, 8) + start + at, ok, 0.0).to(tl.float32)
-                    add_to(row + (m * ROWS + 2) * chunks * C, tl.sum(x * v, AXIS), kept, k > 0)
+                    v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                    add_to(row + (m * KINDS + 2) * chunks * C, tl.sum(x * v, AXIS), kept, k > 0)
             if drop is not None:
                 g *= tl.load(drop + b)
             more_grads, more_moments = tl.reduce((g, g * x), AXIS, add_pairs)
             grads += more_grads
             moments += more_moments
-            tl.debug_barrier()  # what add_to stored, other threads may load in the next step
+            tl.debug_barrier()  # other threads may load what add_to stored
     row = part + program * 2 * C + c
     tl.store(row, grads, kept)
     tl.store(row + C, moments, kept)
 
 
-@triton.jit(do_not_specialize=["t", "B", "heads", "chunks", "rows", "samples", "count", "scale"])
+@triton.jit(do_not_specialize=[*VARYING, "samples"])
 def softmax_backward(
-    dots, part, coefficients, attention, drop, query, keys, grad_key,
-    on, grad_query, grad_keys, factors,
-    t, B, C, heads, chunks, rows, samples, count, scale,
-    BATCH: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    dots, part, out_coefficients, attention, drop, means, queries, table, capacity, grad_key,
+    on, grad_queries, grad_keys, factors, tap_part,
+    t, heads, D, B, C, chunks, rows, samples, count, inverse_root,
+    OUT_BATCH: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    TAPS: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query and keys, of some samples and heads, and the values' factors.
+    """Gradients of query and keys, of ``samples`` samples and some heads, and values' factors.
 
-    Writes ``grad_query`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last with what later layers
-    left (``grad_key``), and ``factors`` ``[t, B, C]``: V_n's gradient is ``factors[n] * grad_o``.
-    With ``BATCH`` also ``on`` ``[3, C]``: ``grad_o = on[0] * drop * grad + on[1] * o + on[2]``;
+    Writes ``grad_queries`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last with what later layers
+    left (``grad_key``), ``factors`` ``[t, B, C]``: V_n's gradient is ``factors[n] * grad_o``, and
+    ``tap_part``, a row ``[2, TAPS]`` for W_q and W_k per sample and block of heads. With
+    ``OUT_BATCH`` also ``on`` ``[3, C]``: ``grad_o = on[0] * drop * grad + on[1] * o + on[2]``;
     otherwise grad_o is grad, and factors have what the frozen norm and ``drop`` do to it.
     """
     first = tl.program_id(1) * HEADS
     c, ok = head_block(first, heads, D, HEADS, WIDTH)
-    on_grad = tl.load(coefficients + FACTOR * C + c, ok, 0.0)
+    on_grad = tl.load(out_coefficients + FACTOR * C + c, ok, 0.0)
     on_o = tl.zeros((HEADS, WIDTH), tl.float32)
     constant = tl.zeros((HEADS, WIDTH), tl.float32)
-    if BATCH:
-        grads, moments = head_sums(part, rows, C, c, ok, CHUNKS)
-        inverse = tl.load(coefficients + INVERSE_STD * C + c, ok, 0.0)
+    if OUT_BATCH:
+        inverse = tl.load(out_coefficients + INVERSE_STD * C + c, ok, 0.0)
+        moments = sum_chunks(part + C, rows, 2 * C, c, ok, CHUNKS)
         on_o = -on_grad * inverse * inverse * moments / count
-        constant = -on_grad * grads / count
+        constant = -on_grad * sum_chunks(part, rows, 2 * C, c, ok, CHUNKS) / count
         if tl.program_id(0) == 0:
-            mean = tl.load(coefficients + MEAN * C + c, ok, 0.0)
+            mean = tl.load(out_coefficients + MEAN * C + c, ok, 0.0)
             tl.store(on + c, on_grad, ok)
             tl.store(on + C + c, on_o, ok)
             tl.store(on + 2 * C + c, constant - on_o * mean, ok)
-    ROWS: tl.constexpr = 3 if BATCH else 1
-    layer = tl.arange(0, LAYERS)[:, None]
+    KINDS: tl.constexpr = 3 if OUT_BATCH else 1
+    layer = tl.arange(0, MOST)[:, None]
     head = first + tl.arange(0, HEADS)[None, :]
+    tap = tl.arange(0, TAPS)
     begin = tl.program_id(0) * samples
     for b in range(begin, tl.minimum(begin + samples, B)):
         dropped = on_grad
         if drop is not None:
             dropped = on_grad * tl.load(drop + b)
-        sums = dots + b.to(tl.int64) * (t * ROWS * chunks) * C
-        grad_weights = tl.zeros((LAYERS, HEADS), tl.float32)
-        for n in range(tl.where(t > 1, t, 0)):
-            at = sums + n * ROWS * chunks * C
+        sums = dots + b.to(tl.int64) * (t * KINDS * chunks) * C
+        grad_weights = tl.zeros((MOST, HEADS), tl.float32)
+        for n in range(tl.where(t > 1, t, 0)):  # one layer's weight is 1
+            at = sums + n * KINDS * chunks * C
             dot = dropped * sum_chunks(at, chunks, C, c, ok, CHUNKS)
-            if BATCH:
+            if OUT_BATCH:
                 dot += constant * sum_chunks(at + chunks * C, chunks, C, c, ok, CHUNKS)
                 dot += on_o * sum_chunks(at + 2 * chunks * C, chunks, C, c, ok, CHUNKS)
             grad_weights = tl.where(layer == n, tl.sum(dot, 1)[None, :], grad_weights)
         at = attention + (layer * B + b) * heads + head
         weights = tl.load(at, (layer < t) & (head < heads), 0.0)
-        grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 0)[None, :]) * scale
-        q = tl.load(query + b * C + c, ok, 0.0)
+        mean_grad = tl.sum(weights * grad_weights, 0)[None, :]
+        grad_logits = weights * (grad_weights - mean_grad) * inverse_root
+        q = tl.load(queries + b * C + c, ok, 0.0)
         on_query = tl.zeros((HEADS, WIDTH), tl.float32)
+        on_key = tl.zeros((HEADS, WIDTH), tl.float32)
         for n in range(t):
             grad_logit = tl.sum(tl.where(layer == n, grad_logits, 0.0), 0)[:, None]
-            k = tl.load(vector_at(keys, n, query) + b * C + c, ok, 0.0)
+            k = tl.load(vector_at(table + capacity, n, queries) + b * C + c, ok, 0.0)
             on_query += grad_logit * k
             on_key = grad_logit * q
             if grad_key is not None and n == t - 1:
                 on_key += tl.load(grad_key + b * C + c, ok, 0.0)
             to = (n * B + b).to(tl.int64) * C + c
             tl.store(grad_keys + to, on_key, ok)
-            weight = tl.sum(tl.where(layer == n, weights, 0.0), 0)[:, None]
-            tl.store(factors + to, weight + tl.zeros_like(k) if BATCH else weight * dropped, ok)
-        tl.store(grad_query + b * C + c, on_query, ok)
+            factor = tl.sum(tl.where(layer == n, weights, 0.0), 0)[:, None]
+            factor *= tl.full((HEADS, WIDTH), 1.0, tl.float32) if OUT_BATCH else dropped
+            tl.store(factors + to, factor, ok)
+        tl.store(grad_queries + b * C + c, on_query, ok)
+        row = tap_part + (b * tl.num_programs(1) + tl.program_id(1)) * 2 * TAPS + tap
+        own = means + b * C
+        on_query = tl.where(ok, on_query, 0.0)
+        on_key = tl.where(ok, on_key, 0.0)
+        tl.store(row, conv1d_weight_grad(on_query, own, C, c, ok, QUERY, TAPS))
+        tl.store(row + TAPS, conv1d_weight_grad(on_key, own, C, c, ok, KEY, TAPS))
 
 
 @triton.jit
-def head_sums(part, rows, C, c, ok, CHUNKS: tl.constexpr):
-    """Both sums over the rows of ``part`` ``[rows, 2, C]`` for a block of heads."""
-    grads = sum_chunks(part, rows, 2 * C, c, ok, CHUNKS)
-    return grads, sum_chunks(part + C, rows, 2 * C, c, ok, CHUNKS)
-
-
-@triton.jit(do_not_specialize=["B"])
-def project_backward(
-    grad_query, grad_key, query, key, means, grad_means, taps, C,
-    QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr, BC: tl.constexpr,
+def add_map(
+    total, x, at, factor, line_stride, line, lines, ok,
+    LINES: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Per sample: gradients of the channel means, and of the taps of W_q and W_k, ``[TAPS]``."""
-    b = tl.program_id(0)
-    total = tl.zeros((TAPS,), tl.float32)
-    for first in range(0, C, BC):
-        c = first + tl.arange(0, BC)
-        kept = c < C
-        row = b * C
-        mean = means_grad(grad_query + row, grad_key + row, query, key, C, c, kept, QUERY, KEY)
-        tl.store(grad_means + row + c, mean, kept)
-        g = tl.load(grad_query + row + c, kept, 0.0)
-        total = add_conv1d_taps(total, g, means + row, C, c, kept, 0, QUERY, TAPS)
-        g = tl.load(grad_key + row + c, kept, 0.0)
-        total = add_conv1d_taps(total, g, means + row, C, c, kept, QUERY, KEY, TAPS)
-    tl.store(taps + b * TAPS + tl.arange(0, TAPS), total)
-
-
-@triton.jit
-def add_lines(
-    total, x, factor, line_stride, line, lines, ok, LINES: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """Lines -1 ... LINES of one step of ``total`` plus ``factor`` times those of a map."""
-    values = load_lines(x, line_stride, line, lines, ok, 0.0, LINES, EXACT)
+    """Lines -1 ... LINES of ``total`` plus ``factor`` times those of a map."""
+    values = load_lines(x, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
     sums = ()
     for j in tl.static_range(LINES + 2):
         sums = sums + (total[j] + factor * values[j],)
@@ -226,132 +201,177 @@ def add_lines(
 
 
 @triton.jit
-def add_taps(taps, y, before, here, after, J: tl.constexpr):
-    """Sums of each tap's gradient plus those of output line ``J``, whose y is given.
+def gather(
+    grad, o, go, at, line_stride, line, lines, ok, on_grad, on_o, constant, own_factor,
+    table, capacity, later, like, vector, base, row, kept, t,
+    STORE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Lines -1 ... LINES of one step: of the value's gradient and of grad.
 
-    ``before``, ``here`` and ``after``: the value's gradient on three steps; y is that of the middle
-    one. An output sees the tap that it gave y through.
+    The former is the sum over grad_o times its factor, of the layer itself and of later ones, whose
+    ``table`` has rows of maps and of factors, ``row`` being the place in these and ``base`` the
+    samples' in maps. With ``STORE``, the own grad_o is stored.
     """
-    return (
-        taps[0] + y * after[J + 2],
-        taps[1] + y * here[J + 2],
-        taps[2] + y * before[J + 2],
-        taps[3] + y * after[J + 1],
-        taps[4] + y * here[J + 1],
-        taps[5] + y * before[J + 1],
-        taps[6] + y * after[J],
-        taps[7] + y * here[J],
-        taps[8] + y * before[J],
-    )
+    g = load_lines(grad, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+    total = ()
+    if OUT_BATCH:
+        outputs = load_lines(o, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+        own = ()
+        for j in tl.static_range(LINES + 2):
+            value = on_grad * g[j] + (on_o * outputs[j] + constant)
+            mask = line_mask(line, lines, ok, j - 1, LINES, FULL)
+            if mask is not None:
+                value = tl.where(mask, value, 0.0)
+            own = own + (value,)
+            total = total + (own_factor * value,)
+        if STORE and t > 1:  # a first layer leaves nothing
+            store_group(go, own[1:], at, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    else:
+        for j in tl.static_range(LINES + 2):
+            total = total + (own_factor * g[j],)
+    for n in range(later):
+        x = map_at(table + 2 * capacity, n, like, 16) + base
+        factor = tl.load(vector_at(table + 3 * capacity, n, vector) + row, kept, 0.0)
+        total = add_map(total, x, at, factor, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    return total, g
 
 
 @triton.jit
-def transposed(w, before, here, after, J: tl.constexpr):
-    """Output line ``J`` of the transposed stencil."""
-    x = w[0] * after[J + 2] + w[1] * here[J + 2] + w[2] * before[J + 2]
-    x += w[3] * after[J + 1] + w[4] * here[J + 1] + w[5] * before[J + 1]
-    return x + w[6] * after[J] + w[7] * here[J] + w[8] * before[J]
-
-
-@triton.jit(do_not_specialize=[*WALK, "t", "B", "later", "capacity"])
-def input_grads(
-    grad, z, s, o, go, gm, gz, part, table, capacity, later, coefficients, on, factors, taps,
-    grad_means, drop, t, B, C, HW,
-    lines, steps, line_stride, step_stride, tiles, per_sample, all_groups, strips, length, programs,
-    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr,
-    BC: tl.constexpr, EXACT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
-    LAST: tl.constexpr,
+def use_value_grads(
+    older, newer, latest, g, z, s, gm, gz, at, line_stride, line, lines, ok, sums, w,
+    factor, offset, mean, on_y,
+    BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``norm(z) + s``, from the own value's, which is gathered from all layers' grad_o.
+    """What :func:`input_grads` does for one step; returns the new ``sums``.
 
-    Reads grad, z, s and ``later`` maps that later layers left; with ``OUT_BATCH`` also o, and
-    writes grad_o (``go``; not for t = 1, after which nobody needs it). Writes ``gm``, the
-    shortcut's gradient, and without ``BATCH`` ``gz`` too: later + 6 N with ``OUT_BATCH``, else
-    later + 4 N, and N for ``gz``. Writes ``part`` ``[programs, 11, C]``: sums for W_v's taps, of gm
-    and of ``gm * (z - mean)``.
+    ``older``, ``newer`` and ``latest`` are lines -1 ... LINES of the value's gradient in the step
+    before, in this one and in the next; ``g`` is grad in this one.
+    """
+    x = load_group(z, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+    shortcut = load_group(s, at, line_stride, line, lines, ok, LOWEST, LINES, FULL, WIDE)
+    new_gm = ()
+    new_gz = ()
+    for j in tl.static_range(LINES):
+        total = g[j + 1] + on_y
+        total += w[0] * latest[j + 2] + w[1] * newer[j + 2] + w[2] * older[j + 2]
+        total += w[3] * latest[j + 1] + w[4] * newer[j + 1] + w[5] * older[j + 1]
+        total += w[6] * latest[j] + w[7] * newer[j] + w[8] * older[j]
+        y = tl.maximum(x[j] * factor + offset + shortcut[j], 0.0, propagate_nan=NAN)
+        masked = tl.where(y == 0.0, 0.0, total)  # nan stays nan
+        sums = (
+            sums[0] + y * latest[j + 2], sums[1] + y * newer[j + 2], sums[2] + y * older[j + 2],
+            sums[3] + y * latest[j + 1], sums[4] + y * newer[j + 1], sums[5] + y * older[j + 1],
+            sums[6] + y * latest[j], sums[7] + y * newer[j], sums[8] + y * older[j],
+            sums[9] + masked, sums[10] + masked * (x[j] - mean),
+        )  # fmt: skip
+        new_gm = new_gm + (masked,)
+        new_gz = new_gz + (factor * masked,)
+    store_group(gm, new_gm, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    if not BATCH:
+        store_group(gz, new_gz, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
+    return sums
+
+
+@triton.jit(do_not_specialize=[*VARYING, "later"])
+def input_grads(
+    grad, z, s, o, go, gm, gz, part, coefficients, on, factors, value, drop,
+    grad_queries, grad_keys, query, key, table, capacity, later, t, B,
+    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length,
+    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+    EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of ``norm(z) + s``, which is the shortcut's: reads grad, z, s, writes gm.
+
+    Gathers the value's gradient from the grad_o of ``later`` layers and the own one, which is grad
+    itself (later + 4 N) or, with ``OUT_BATCH``, comes from grad and o and is stored as ``go`` (2 N
+    more, 1 for t = 1). Without ``BATCH``, also writes the gradient of z, ``gz`` (1 N). Writes
+    ``part`` ``[programs, 11, C]``: sums of the value's gradient times each neighbour of y (the
+    gradient of W_v), of gm and of ``gm * (z - mean)``.
     """
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
-    factor = over_channels(tl.load(coefficients + FACTOR * C + c, kept, 0.0), LAST)
-    offset = over_channels(tl.load(coefficients + OFFSET * C + c, kept, 0.0), LAST)
-    mean = over_channels(tl.load(coefficients + MEAN * C + c, kept, 0.0), LAST)
-    on_grad = 1.0
-    on_o = 0.0
-    constant = 0.0
+    factor = tl.load(coefficients + FACTOR * C + c, kept, 0.0)[None, :]
+    offset = tl.load(coefficients + OFFSET * C + c, kept, 0.0)[None, :]
+    mean = tl.load(coefficients + MEAN * C + c, kept, 0.0)[None, :]
+    scale = tl.full((1, 1), 1.0, tl.float32)
+    on_grad = scale
+    on_o = scale
+    constant = scale
     if OUT_BATCH:
-        on_grad = over_channels(tl.load(on + c, kept, 0.0), LAST)
-        on_o = over_channels(tl.load(on + C + c, kept, 0.0), LAST)
-        constant = over_channels(tl.load(on + 2 * C + c, kept, 0.0), LAST)
-    exists = over_channels(kept, LAST)
-    channels = over_channels(c, LAST)
-    w = load_taps(taps, 1.0, channels, exists, False, LAST)
-    ROW: tl.constexpr = GROUPS if LAST else BC
-    COLUMN: tl.constexpr = BC if LAST else GROUPS
-    sums = zeros(11, ROW, COLUMN)
+        on_grad = tl.load(on + c, kept, 0.0)[None, :]
+        on_o = tl.load(on + C + c, kept, 0.0)[None, :]
+        constant = tl.load(on + 2 * C + c, kept, 0.0)[None, :]
+    c = c[None, :]
+    kept = kept[None, :]
+    if WIDE:
+        lines = lines // LINES * LINES  # so that the compiler knows alignments
+    line_stride = steps * C if LAST else 1
+    step_stride = C if LAST else lines
+    w = load_taps(value, scale, c, kept, False, LAST)
+    sums = zeros(11, GROUPS, BC)
     for n in range(program, tiles, programs):
-        _, sample, line, first, width = tile_of(
+        _, exists, sample, line, step, own_steps = tile_of(
             n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
         )
-        corner = corner_of(sample, line, first, c, C, HW, line_stride, step_stride, LAST)
-        line = over_places(line, LAST)
-        row = over_places(sample * C, LAST) + channels
-        own_factor = tl.load(factors + (t - 1) * B * C + row, exists, 0.0)
-        on_y = tl.load(grad_means + row, exists, 0.0) / HW
+        exists = exists[:, None]
+        line = line[:, None]
+        ok = None if EXACT else kept & exists
+        base = sample[:, None].to(tl.int64) * C * lines * steps
+        at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
+        row = sample[:, None] * C + c
+        own_factor = tl.load(factors + (t - 1).to(tl.int64) * B * C + row, kept, 0.0)
+        here = sample[:, None] * C
+        on_y = means_grad(grad_queries + here, grad_keys + here, query, key, C, c, kept, QUERY, KEY)
+        on_y = on_y / (lines * steps)
         dropped = on_grad
         if OUT_BATCH and drop is not None:
-            dropped = on_grad * over_places(tl.load(drop + sample), LAST)
-        before = zeros(LINES + 2, ROW, COLUMN)
-        here = zeros(LINES + 2, ROW, COLUMN)
-        grad_here = zeros(LINES, ROW, COLUMN)
-        for k in range(-1, width + 1):
-            at = corner + k * step_stride
-            ok = (first + k >= 0) & (first + k < steps)
-            if not EXACT:
-                ok = ok & exists & (line < lines)
-            g = load_lines(grad + at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
-            after = ()
-            if OUT_BATCH:
-                x = load_lines(o + at, line_stride, line, lines, ok, 0.0, LINES, EXACT)
-                for j in tl.static_range(LINES + 2):
-                    mask = line_mask(line, lines, ok, j - 1, LINES, EXACT)
-                    own = tl.where(mask, dropped * g[j] + on_o * x[j] + constant, 0.0)
-                    after = after + (own_factor * own,)
-                    if j >= 1 and j <= LINES:
-                        inside = mask & (k >= 0) & (k < width) & (t > 1)
-                        to = go + at + (j - 1) * line_stride
-                        tl.store(to, own.to(go.dtype.element_ty), inside)
-            else:
-                for j in tl.static_range(LINES + 2):
-                    after = after + (own_factor * g[j],)
-            for m in range(later):
-                its_factor = vector_at(table + 3 * capacity, m, factors) + row
-                its_factor = tl.load(its_factor, exists, 0.0)
-                its_map = map_at(table + 2 * capacity, m, grad, 16) + at
-                after = add_lines(
-                    after, its_map, its_factor, line_stride, line, lines, ok, LINES, EXACT
-                )
-            next_grad = ()
-            for j in tl.static_range(LINES):
-                inside = exists & (line + j < lines) & (k >= 1)
-                there = at + (j * line_stride - step_stride)
-                x = tl.load(z + there, inside, 0.0).to(tl.float32)
-                y = x * factor + offset + tl.load(s + there, inside, 0.0).to(tl.float32)
-                y = tl.where(inside, tl.maximum(y, 0.0, propagate_nan=NAN), 0.0)
-                gm_here = transposed(w, before, here, after, j) + on_y + grad_here[j]
-                gm_here = tl.where(y != 0.0, gm_here, 0.0)
-                tl.store(gm + there, gm_here.to(gm.dtype.element_ty), inside)
-                if not BATCH:
-                    tl.store(gz + there, (gm_here * factor).to(gz.dtype.element_ty), inside)
-                tap_sums = add_taps(sums, y, before, here, after, j)
-                sums = tap_sums + (sums[9] + gm_here, sums[10] + gm_here * (x - mean))
-                next_grad = next_grad + (g[j + 1],)
-            before = here
-            here = after
-            grad_here = next_grad
-    to = part + program * 11 * C + c
-    for k in tl.static_range(9):
-        tap = k if LAST else (k % 3) * 3 + k // 3
-        tl.store(to + tap * C, sum_places(sums[k], LAST), kept)
-    tl.store(to + 9 * C, sum_places(sums[9], LAST), kept)
-    tl.store(to + 10 * C, sum_places(sums[10], LAST), kept)
+            dropped = on_grad * tl.load(drop + sample)[:, None]
+        older = zeros(LINES + 2, GROUPS, BC)
+        if STRIPS:
+            inside = exists & kept & (step > 0)
+            older, _ = gather(
+                grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
+                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+            )  # fmt: skip
+        newer, g = gather(
+            grad + base, o + base, go + base, at, line_stride, line, lines,
+            ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+            base, row, kept, t, True, OUT_BATCH, LINES, FULL, WIDE,
+        )  # fmt: skip
+        for _ in range(1, own_steps):
+            x = at + step_stride
+            latest, next_g = gather(
+                grad + base, o + base, go + base, x, line_stride, line, lines,
+                ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                base, row, kept, t, True, OUT_BATCH, LINES, FULL, WIDE,
+            )  # fmt: skip
+            sums = use_value_grads(
+                older, newer, latest, g, z + base, s + base, gm + base, gz + base, at, line_stride,
+                line, lines, ok, sums, w, factor, offset, mean, on_y, BATCH, LINES, FULL, WIDE,
+            )  # fmt: skip
+            older = newer
+            newer = latest
+            g = next_g
+            at = x
+        latest = zeros(LINES + 2, GROUPS, BC)
+        if STRIPS:
+            inside = exists & kept & (step + own_steps < steps)
+            latest, _ = gather(
+                grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
+                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+            )  # fmt: skip
+        sums = use_value_grads(
+            older, newer, latest, g, z + base, s + base, gm + base, gz + base, at, line_stride,
+            line, lines, ok, sums, w, factor, offset, mean, on_y, BATCH, LINES, FULL, WIDE,
+        )  # fmt: skip
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    for k in tl.static_range(11):
+        # Fields are rows and columns of W_v: lines and steps change places in NCHW.
+        field = k if LAST or k >= 9 else (k % 3) * 3 + k // 3
+        tl.store(part + (program * 11 + field) * C + c, tl.sum(sums[k], 0), c < C)

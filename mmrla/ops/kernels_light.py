@@ -7,7 +7,7 @@ moved and launches, by the norms' statistics (the block's norm, the attention's)
 norms           forward        backward
 =============== ============== ===============
 batch, batch    8 N, 5         17 N, 5
-batch, frozen   6 N, 4         13 N, 4
+batch, frozen   6 N, 4         12 N, 4
 frozen, batch   7 N, 4         13 N, 5
 frozen, frozen  5 N, 3         8 N, 4
 =============== ============== ===============
@@ -15,10 +15,22 @@ frozen, frozen  5 N, 3         8 N, 4
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
+import triton
 from torch import Tensor
 
-from mmrla.ops.blocks import Plan, plan_of, power_of_two
+from mmrla.ops.blocks import (
+    Plan,
+    aligned,
+    buffer,
+    channels_are_last,
+    multiprocessors,
+    plan_for,
+    power_of_two,
+)
 from mmrla.ops.kernels import (
     COEFFICIENTS,
     channel_sums,
@@ -42,36 +54,73 @@ HEAD_CHANNELS = 128
 """Channels per program of the gate's kernels, if a head has no more."""
 CHUNK_ELEMENTS = 4096
 """Partial sums that such a program reads at once."""
+FIELD_COUNT: int = FIELDS.value
 
 
-def floats(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
-    """Float32 vectors cut from one allocation, each at a multiple of 16 bytes."""
-    rounded = [-(-size // 4) * 4 for size in sizes]
-    return torch.empty(sum(rounded), dtype=torch.float32, device=device).split(rounded)
+class LightPlan(NamedTuple):
+    """What follows from shape, layout and weights; worked out once."""
 
-
-def kept_sizes(plan: Plan, head_channels: int) -> tuple[int, ...]:
-    """Sizes of what forward keeps.
-
-    Both norms' coefficients, means, queries, keys and the gate.
-    """
-    B, C, _, _ = plan.sizes
-    return COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, B * C, B * (C // head_channels)
-
-
-def split_kept(kept: Tensor, plan: Plan, head_channels: int) -> tuple[Tensor, ...]:
-    """The views of :func:`kept_sizes`."""
-    return kept.split([-(-size // 4) * 4 for size in kept_sizes(plan, head_channels)])
-
-
-def head_options(w: LightWeights) -> dict[str, int]:
+    plan: Plan
+    heads: int
+    gate_grid: tuple[int, int]
+    gate_options: dict[str, int]
     """Compile-time constants of the gate's kernels."""
-    width = power_of_two(w.head_channels)
-    heads = max(1, HEAD_CHANNELS // width)
-    return dict(
-        D=w.head_channels, HEADS=heads, WIDTH=width,
-        CHUNKS=max(1, CHUNK_ELEMENTS // (heads * width)),
-        QUERY=w.query.shape[-1], KEY=w.key.shape[-1],
+    taps: int
+    """Room for the taps of W_q, and of W_k."""
+    dots: int
+    """Rows of partial sums of the gate's gradient per sample."""
+    kept: list[int]
+    """Numbers of floats: both norms' coefficients, means, queries, keys, gate."""
+    forward_scratch: list[int]
+    """Partial sums of both norms, sums over pixels."""
+    backward_scratch: list[int]
+    """Partial sums of parameters, of the other norm, dots, queries' and keys' gradients, taps."""
+    grads: list[int]
+    """Both norms' parameters, value, lambda_t, taps."""
+    grad_views: list[int]
+    """The same floats parameter by parameter, each after the floats that it leaves out."""
+
+
+@functools.lru_cache(maxsize=4096)
+def light_plan(
+    shape: torch.Size, last: bool, sms: int, head_channels: int, query: int, key: int
+) -> LightPlan:
+    """See :class:`LightPlan`; ``query`` and ``key`` are kernel sizes."""
+    plan = plan_for(*shape, last, sms)
+    B, C, _, _ = shape
+    heads = C // head_channels
+    width = power_of_two(head_channels)
+    heads_per_program = max(1, HEAD_CHANNELS // width)
+    chunks = max(1, CHUNK_ELEMENTS // (heads_per_program * width))
+    options = dict(HEADS=heads_per_program, WIDTH=width, CHUNKS=chunks, QUERY=query, KEY=key)
+    head_blocks = triton.cdiv(heads, heads_per_program)
+    taps = power_of_two(max(query, key))
+    walk, ring = plan.short_walk, plan.ring_walk
+    dots = walk.groups * walk.strips
+    two, nine, one = aligned([2 * C, 9 * C, C])
+    return LightPlan(
+        plan, heads, (B, head_blocks), options, taps, dots,
+        kept=aligned([COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, B * C, B * heads]),
+        forward_scratch=aligned(
+            [2 * C * plan.flat.programs, 2 * C * plan.walk.programs, B * C * plan.chunks]
+        ),
+        backward_scratch=aligned([
+            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * walk.programs, B * C * dots,
+            B * C, B * C, 2 * taps * B * head_blocks,
+        ]),
+        grads=[two, two, nine, one, 2 * taps],
+        grad_views=[
+            0, C, 0, C, two - 2 * C, C, 0, C, two - 2 * C, 9 * C, nine - 9 * C, C,
+            one - C, query, taps - query, key, taps - key,
+        ],
+    )  # fmt: skip
+
+
+def light_plan_of(z: Tensor, w: LightWeights) -> LightPlan:
+    """The plan for maps like ``z``."""
+    return light_plan(
+        z.shape, channels_are_last(z), multiprocessors(z.device), w.head_channels,
+        w.query.shape[-1], w.key.shape[-1],
     )  # fmt: skip
 
 
@@ -98,19 +147,14 @@ def light_forward(
     Returns:
         ``out``, and a tuple for :func:`light_backward`: empty without ``keep``.
     """
-    plan = plan_of(z)
+    light = light_plan_of(z, w)
+    plan, heads, D = light.plan, light.heads, w.head_channels
     B, C, H, W = plan.sizes
     flat, walk = plan.flat, plan.walk
-    D = w.head_channels
-    heads = C // D
-    kept = torch.empty(
-        sum(-(-size // 4) * 4 for size in kept_sizes(plan, D)),
-        dtype=torch.float32, device=z.device,
-    )  # fmt: skip
-    coefficients, out_coefficients, means, queries, keys, gate = split_kept(kept, plan, D)
-    part, out_part, sums = floats(
-        z.device, flat.programs * 2 * C, walk.programs * 2 * C, B * plan.chunks * C
-    )
+    kept = buffer(z.device, light.kept)
+    coefficients, out_coefficients, means, queries, keys, gate = kept.split_with_sizes(light.kept)
+    scratch = buffer(z.device, light.forward_scratch)
+    part, out_part, sums = scratch.split_with_sizes(light.forward_scratch)
     if norm.batch:
         channel_sums[flat.grid](
             z, part, B, C, plan.pixels, plan.middle, flat.programs, **flat.options
@@ -120,21 +164,20 @@ def light_forward(
         B, C, plan.pixels, plan.middle, plan.chunk_grid[0], flat.programs, plan.chunks, plan.chunk,
         plan.count, norm.momentum, norm.eps, BATCH=norm.batch, **flat.options,
     )  # fmt: skip
-    options = head_options(w)
-    gate_forward[(B, -(-heads // options["HEADS"]))](
+    gate_forward[light.gate_grid](
         sums, w.query, w.key, gate, means, queries, keys,
         z, s, coefficients, w.value, w.lambda_t, out_coefficients,
-        C, H, W, heads, plan.chunks, D**-0.5,
-        KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last, **options,
+        C, H, W, heads, D, plan.chunks, D**-0.5,
+        KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last, **light.gate_options,
     )  # fmt: skip
     out = torch.empty_like(z)
     for mode in (OUT_SUMS, OUT) if out_norm.batch else (OUT,):
         attention[walk.grid](
             z, s, z, out, out_part, None, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, *out_norm.tensors, out_coefficients, None,
-            *walk.sizes, heads,
+            *walk.sizes, heads, D,
             walk.programs, plan.count, out_norm.momentum, out_norm.eps,
-            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=keep, D=D, **walk.options,
+            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=keep, **walk.options,
         )  # fmt: skip
     return out, (kept,) if keep else ()
 
@@ -165,24 +208,19 @@ def light_backward(
         Gradients of z and s like those, and in float32 those of the norm's weight and bias, of
         query, key, value and lambda_t and of the other norm's weight and bias.
     """
-    plan = plan_of(z)
+    light = light_plan_of(z, w)
+    plan, heads, D = light.plan, light.heads, w.head_channels
     B, C, _, _ = plan.sizes
     flat, walk, ring = plan.flat, plan.short_walk, plan.ring_walk
-    D = w.head_channels
-    heads = C // D
-    options = head_options(w)
-    head_blocks = -(-heads // options["HEADS"])
-    taps = power_of_two(max(options["QUERY"], options["KEY"]))
-    rows = walk.groups * walk.strips
-    coefficients, out_coefficients, means, queries, keys, gate = split_kept(saved[0], plan, D)
-    fields = FIELDS.value + 2
-    part, out_part, dots, grad_queries, grad_keys, tap_part = floats(
-        z.device, ring.programs * fields * C, walk.programs * 2 * C, B * rows * C, B * C, B * C,
-        B * head_blocks * 2 * taps,
-    )  # fmt: skip
-    grad_norm, grad_value, grad_lambda, grad_out_norm, grad_taps = floats(
-        z.device, 2 * C, 9 * C, C, 2 * C, 2 * taps
-    )
+    options, taps = light.gate_options, light.taps
+    views = saved[0].split_with_sizes(light.kept)
+    coefficients, out_coefficients, means, queries, keys, gate = views
+    scratch = buffer(z.device, light.backward_scratch)
+    views = scratch.split_with_sizes(light.backward_scratch)
+    part, out_part, dots, grad_queries, grad_keys, tap_part = views
+    grads = buffer(z.device, light.grads)
+    views = grads.split_with_sizes(light.grads)
+    grad_norm, grad_out_norm, grad_value, grad_lambda, grad_taps = views
     go = torch.empty_like(z) if out_norm.batch else grad
     gm = torch.empty_like(z)
     gs = go if norm.batch and out_norm.batch else torch.empty_like(z)
@@ -190,26 +228,26 @@ def light_backward(
         attention[walk.grid](
             z, s, grad, go, out_part, dots, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, None, None, None, None, out_coefficients, grad_out_norm,
-            *walk.sizes, heads, walk.programs, plan.count, 0.0, 0.0,
-            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, D=D, **walk.options,
+            *walk.sizes, heads, D, walk.programs, plan.count, 0.0, 0.0,
+            MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, **walk.options,
         )  # fmt: skip
-    gate_backward[(B, head_blocks)](
+    gate_backward[light.gate_grid](
         dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-        C, heads, rows, D**-0.5, TAPS=taps, **options,
+        C, heads, D, light.dots, D**-0.5, TAPS=taps, **options,
     )  # fmt: skip
     input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
         out_coefficients, grad_queries, grad_keys, w.query, w.key,
-        *ring.sizes, heads,
-        BATCH=norm.batch, OUT_BATCH=out_norm.batch, D=D,
+        *ring.sizes, heads, D,
+        BATCH=norm.batch, OUT_BATCH=out_norm.batch,
         QUERY=options["QUERY"], KEY=options["KEY"], **ring.options,
     )  # fmt: skip
     parameters = (
         part, ring.programs, coefficients, grad_value, grad_lambda, grad_norm,
         None if out_norm.batch else out_part, walk.programs, out_coefficients, grad_out_norm,
-        tap_part, B * head_blocks, grad_taps,
+        tap_part, B * light.gate_grid[1], grad_taps,
     )  # fmt: skip
-    constants = dict(FIELDS=FIELDS.value, TAPS=2 * taps)
+    constants = dict(FIELDS=FIELD_COUNT, TAPS=2 * taps)
     if norm.batch:
         input_norm_grads[flat.grid](
             gm, z, go, gm, gs, w.lambda_t, drop, *parameters,
@@ -217,13 +255,11 @@ def light_backward(
             OUT_BATCH=out_norm.batch, **constants, **flat.options,
         )  # fmt: skip
     else:
-        parameter_grads[(FIELDS.value + 3, flat.grid[1])](
+        parameter_grads[(FIELD_COUNT + 3, flat.grid[1])](
             *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **constants
         )
+    w1, b1, w2, b2, value, lambda_t, query, key = grads.split_with_sizes(light.grad_views)[1::2]
     return (
-        gm, gs, grad_norm[:C], grad_norm[C : 2 * C],
-        grad_taps[: w.query.shape[-1]].view(w.query.shape),
-        grad_taps[taps : taps + w.key.shape[-1]].view(w.key.shape),
-        grad_value[: 9 * C].view(w.value.shape), grad_lambda[:C],
-        grad_out_norm[:C], grad_out_norm[C : 2 * C],
+        gm, gs, w1, b1, query.view(w.query.shape), key.view(w.key.shape),
+        value.view(w.value.shape), lambda_t, w2, b2,
     )  # fmt: skip

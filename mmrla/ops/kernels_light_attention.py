@@ -49,8 +49,8 @@ GRADS = tl.constexpr(3)
 def gate_forward(
     sums, query, key, gate, means, queries, keys,
     z, s, coefficients, value, lambda_t, out_coefficients,
-    C, H, W, heads, chunks, inverse_root,
-    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    C, H, W, heads, D, chunks, inverse_root,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr,
     KEEP: tl.constexpr, OUT_BATCH: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -94,8 +94,8 @@ def gate_forward(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_backward(
     dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-    C, heads, rows, inverse_root,
-    D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    C, heads, D, rows, inverse_root,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and keys ``[B, C]``; ``tap_part``: a row ``[2, TAPS]`` per program.
@@ -189,9 +189,9 @@ def use_outputs(
 def attention(
     z, s, grad, result, part, dots, coefficients, gate, value, lambda_t, drop,
     in_part, weight, bias, running_mean, running_var, out_coefficients, grad_out_norm,
-    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads,
+    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads, D,
     rows, count, momentum, eps,
-    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr,
+    MODE: tl.constexpr, OUT_BATCH: tl.constexpr, KEEP: tl.constexpr,
     LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
     EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
     ROWS: tl.constexpr,

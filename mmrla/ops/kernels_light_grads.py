@@ -76,8 +76,8 @@ def use_input_grads(
 def input_grads(
     go, z, s, grad, gm, gs, part, coefficients, gate, value, lambda_t, drop, out_coefficients,
     grad_queries, grad_keys, query, key,
-    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads,
-    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, D: tl.constexpr,
+    C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads, D,
+    BATCH: tl.constexpr, OUT_BATCH: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr,
     LINES: tl.constexpr, GROUPS: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
     EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,

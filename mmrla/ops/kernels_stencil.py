@@ -24,7 +24,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 UNSPECIALISED = (
     "H", "W", "lines", "steps", "tiles", "programs", "per_sample", "all_groups", "strips", "length",
-    "heads", "chunks", "rows",
+    "heads", "D", "chunks", "rows",
 )  # fmt: skip
 """Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
@@ -76,7 +76,8 @@ def load_taps(weight, scale, c, kept, FLIP: tl.constexpr, LAST: tl.constexpr):
     taps = ()
     for k in tl.static_range(9):
         tap = k if LAST else (k % 3) * 3 + k // 3
-        taps = taps + (tl.load(weight + c * 9 + (8 - tap if FLIP else tap), kept, 0.0) * scale,)
+        place = weight + c * 9 + (8 - tap if FLIP else tap)
+        taps = taps + (tl.load(place, kept, 0.0).to(tl.float32) * scale,)
     return taps
 
 
@@ -225,7 +226,7 @@ def spread(x, taps, before, here, start, LINES: tl.constexpr):
 
 
 @triton.jit
-def head_block(first, heads, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def head_block(first, heads, D, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Channels ``[HEADS, WIDTH]`` of ``HEADS`` heads from ``first`` on, and which exist."""
     head = first + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, WIDTH)[None, :]

@@ -123,6 +123,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for a type of device."""
+    if device == "meta":  # torch has no autocast for it, and says so
+        return False
     if hasattr(torch, "get_autocast_dtype"):
         return torch.is_autocast_enabled(device)
     return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()

@@ -166,11 +166,22 @@ def light_forward(
     """
     y, means, *used = _start(z, s, norm)
     logits = light_logits(project(means, w.query), project(means, w.key), w.head_channels)
-    gate = torch.sigmoid(logits).repeat_interleave(w.head_channels, dim=1)
-    o = F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1])
-    o.mul_(_on_map(gate, o)).addcmul_(s, _on_map(w.lambda_t, o))
+    gate = torch.sigmoid(logits)
+    value = F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1])
+    o = _light_o(value, s, gate, w, in_place=not (keep and _is_half(z)))
     out, *out_used = _finish(y, o, out_norm, drop)
-    return out, (means, *used, *out_used, o) if keep else ()
+    return out, (means, *used, *out_used, value) if keep else ()
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.element_size() == 2
+
+
+def _light_o(value: Tensor, s: Tensor, gate: Tensor, w: LightWeights, in_place: bool) -> Tensor:
+    """``gate * value + lambda * s``."""
+    factor = per_channel(gate, w.head_channels).to(value.dtype)
+    o = torch.mul(value, factor, out=value if in_place else None)
+    return o.addcmul_(s, _on_map(w.lambda_t, o))
 
 
 def light_backward(
@@ -179,22 +190,30 @@ def light_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of z, s, the norm's weight and bias, query, key, value, lambda, the out norm's.
 
-    No value is needed: ``gate * sum(grad_o * value) = sum(grad_o * o) - lambda * sum(grad_o * s)``.
+    Forward keeps o and no value: ``gate * sum(grad_o * value) = sum(grad_o * o) - lambda *
+    sum(grad_o * s)``. The rounding of o would drown that if o is in half precision and the gate is
+    small, so then forward keeps the value, and o is computed again.
     """
     means, mean, inverse, out_mean, out_inverse, o = saved
+    with torch.enable_grad():
+        means, query, key = _with_grad(means, w.query, w.key)
+        logits = light_logits(project(means, query), project(means, key), w.head_channels)
+    gate = torch.sigmoid(logits.detach())
+    value = o if _is_half(o) else None
+    if value is not None:
+        o = _light_o(value, s, gate, w, in_place=False)
     grad_normed = grad if drop is None else _drop(grad.clone(), drop)
     grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
     room = torch.empty_like(o)
     with_s = _dot(grad_o, s, room)
-    with_value = _dot(grad_o, o, room) - w.lambda_t.to(means.dtype) * with_s
-    with torch.enable_grad():
-        means, query, key = _with_grad(means, w.query, w.key)
-        logits = light_logits(project(means, query), project(means, key), w.head_channels)
-        gate = torch.sigmoid(logits.detach())
-        per_head = with_value.unflatten(1, (-1, w.head_channels)).sum(-1)
-        grad_means, *grad_projections = torch.autograd.grad(
-            logits, (means, query, key), per_head * (1 - gate)
-        )
+    if value is None:
+        with_value = _dot(grad_o, o, room) - w.lambda_t.to(mean.dtype) * with_s
+    else:
+        with_value = _dot(grad_o, value, room) * gate.repeat_interleave(w.head_channels, dim=1)
+    per_head = with_value.unflatten(1, (-1, w.head_channels)).sum(-1)
+    grad_means, *grad_projections = torch.autograd.grad(
+        logits, (means, query, key), per_head * (1 - gate)
+    )
     grad_value = torch.mul(grad_o, per_channel(gate, w.head_channels).to(o.dtype), out=room)
     y = _y_again(z, s, norm, mean, inverse)
     grad_y, grad_taps = _conv_backward(grad_value, y, w.value)

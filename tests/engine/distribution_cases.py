@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
+from mmrla.engine import use_channels_last
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
 from tests.conftest import generated
@@ -256,7 +257,29 @@ def accumulation(every: bool) -> None:
         assert_close(dict(model.named_parameters()), dict(alone.named_parameters()), kind)
 
 
-CASES = {f.__name__: f for f in (frozen_norms, sync_norms, unused, checkpointing, accumulation)}
+def channels_last(every: bool) -> None:
+    """A network that is turned after DDP was made, as a hook must: also the first step is right."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    for kind in KINDS if every else KINDS[:1]:
+        for find_unused in (False, True):
+            model = freeze_norms(fill(build("resnet", dict(type=kind)).train()))
+            alone = copy.deepcopy(model)
+            loss_of(alone(x)).backward()
+            parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
+            use_channels_last(parallel)
+            for _ in range(3):
+                parallel.zero_grad()
+                loss_of(parallel(my_part(x))).backward()
+                assert_close(gradients(parallel), gradients(alone), f"{kind} {find_unused}")
+            weight = model.layer1[0].conv2.weight
+            assert weight.grad.stride() == weight.stride() != alone.layer1[0].conv2.weight.stride()
+
+
+CASES = {
+    f.__name__: f
+    for f in (frozen_norms, sync_norms, unused, checkpointing, accumulation, channels_last)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

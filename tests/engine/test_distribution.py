@@ -19,7 +19,7 @@ from tests.engine.zygote import Zygote
 CASES = Path(__file__).with_name("distribution_cases.py")
 
 
-ALL = ("frozen_norms", "sync_norms", "checkpointing", "accumulation")
+ALL = ("frozen_norms", "sync_norms", "checkpointing", "accumulation", "channels_last")
 
 
 def together(zygote: Zygote, folder: Path, world: int, *cases: str, **env: str) -> str:

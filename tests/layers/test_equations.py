@@ -7,11 +7,11 @@ from math import sqrt
 import pytest
 import torch
 import torch.nn.functional as F
-from mmrla.ops.linear_rla.naive import feature_map_of
 from torch.autograd import gradcheck
 
 from mmrla.layers import MLA, DWConv, LinearRLA, MRLABase, MRLALight
-from mmrla.ops import linear_rla, mla, mrla_light
+from mmrla.ops import linear_rla, mla
+from mmrla.ops.linear_rla import feature_map_of
 from tests.conftest import relative_error
 
 # B, C, H, W, layers, d_k
@@ -393,19 +393,6 @@ def test_dwconv_is_the_value_alone():
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_what_the_fused_operation_cannot_do_it_refuses_when_forced():
-    x = torch.randn(1, 4, 3, 3)
-    conv1d, fc, value = torch.randn(1, 1, 3), torch.randn(4, 4), torch.randn(4, 1, 3, 3)
-    for query, convolution, reason in (
-        (fc, value, "fully connected ones"),
-        (conv1d, None, "value_weight=None"),
-    ):
-        args = (x, None, query, query, convolution, None, 2)
-        assert mrla_light.select(*args).backend.name == "naive"
-        with pytest.raises(RuntimeError, match=reason):
-            mrla_light(*args, backend="fused")
 
 
 def test_linear_rla_of_features_far_below_zero_is_finite():

@@ -85,9 +85,11 @@ def test_the_commands(imagenet, tmp_path):
     checkpoint = tmp_path / "work_dirs/resnet50_mrla_in1k/epoch_1.pth"
     done = run(
         ROOT / "tools/test.py", config, checkpoint, "--out", "out.pkl", "--show-dir", "shown",
-        *args, cwd=tmp_path,
+        "--amp", *args, cwd=tmp_path,
     )  # fmt: skip
-    assert "accuracy/top5" in done.stdout + done.stderr
+    log = done.stdout + done.stderr
+    assert "accuracy/top5" in log
+    assert "layout: channels_last" in log
     with (tmp_path / "out.pkl").open("rb") as file:
         predictions = pickle.load(file)
     assert len(predictions) == 8
@@ -239,6 +241,22 @@ def test_all_networks_of_a_seed_see_the_same_batches(cifar, unchecked):
         seen.append([images for images, _ in trainer._batches(data, 1, 64)])
     assert len(seen[0]) == 8
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_cifar_layouts_compute_the_same(cifar, unchecked):
+    cfg = cifar_config("mrla", cifar[0])
+    data = load_split(cfg.train_dataloader.dataset, torch.device("cpu"))
+    found = []
+    for channels_last in (True, False):
+        trainer = Trainer(cfg, 0, torch.device("cpu"), channels_last=channels_last)
+        loss = trainer._loss(data.images[:32], data.labels[:32])
+        loss.backward()
+        weights = [p for p in trainer.model.parameters() if p.dim() == 4 and p.shape[1] > 3]
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert all(p.is_contiguous(memory_format=layout) for p in weights)
+        found.append([loss, *(p.grad for p in trainer.model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_crops_and_flips():

@@ -310,7 +310,9 @@ def test_test_py_refuses_a_missing_checkpoint(tmp_path):
     assert f"no such checkpoint: {tmp_path}/epoch_12.pth" in one_error(done)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="--amp is fine with a GPU")
-def test_amp_needs_a_gpu(coco_mini):
-    done = run(TRAIN, CONFIG, "--data-root", coco_mini, "--amp", ok=False)
-    assert "--amp needs a GPU" in one_error(done)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is fine with a GPU")
+def test_amp_on_a_cpu_is_bfloat16(coco_mini):
+    arguments = [TRAIN, CONFIG, "--data-root", coco_mini, "--amp", "--dry-run", "--cfg-options"]
+    run(*arguments, "model.backbone.init_cfg=None")
+    done = run(*arguments, "optim_wrapper.dtype=float16", ok=False)
+    assert "mixed precision on a CPU is bfloat16, got optim_wrapper.dtype" in one_error(done)

@@ -159,7 +159,7 @@ def report(launch: Launch, size: int) -> Row:
     if "tiles" in bound:  # rounds over tiles, then loops over steps, then layers
         rounds, trips = bound["tiles"], [bound["length"] + 2, layers]
     elif "chunk" in bound:
-        rounds, trips = bound["B"] * bound["chunks"], [bound["chunk"]]
+        rounds, trips = bound["B"] * bound["chunks"], [bound["chunk"], layers]
     elif "BP" in bound:
         rounds, trips = bound["B"] * triton.cdiv(bound["HW"], bound["BP"]), [layers]
     else:  # not a pass over maps
