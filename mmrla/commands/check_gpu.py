@@ -33,7 +33,8 @@ from mmrla.ops import fused
 from mmrla.version import __version__
 
 SECONDS = 100.0
-"""How long comparisons may take; what is left then is reported as not checked."""
+"""How long comparisons may take on a GPU, and twice that in the interpreter. What is left then is
+reported as not checked."""
 GIB = 2**30
 
 
@@ -146,7 +147,7 @@ def _compare_all(
         return [_progress(compare(check, device), k, checks) for k, check in enumerate(checks)]
     processes = max(1, min(processes, len(checks)))
     found: dict[int, Outcome] = {}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + SECONDS * (2 if interpreted else 1)
     command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", str(device),
                "--part", part, "--batch", str(batch)]  # fmt: skip
     env = dict(os.environ, TRITON_INTERPRET="1") if interpreted else dict(os.environ)

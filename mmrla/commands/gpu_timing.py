@@ -31,9 +31,10 @@ def interleaved(
     """Median seconds of each step over rounds that run all of them, in turning order."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in [*steps.values()] * 2:
+    fast = device.type == "cuda"
+    for step in [*steps.values()] * (2 if fast else 1):
         step()
-    for turn in range(ROUNDS if device.type == "cuda" else 2):
+    for turn in range(ROUNDS if fast else 1):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             _synchronize(device)

@@ -1,0 +1,237 @@
+"""``mmrla check-gpu`` on a CPU: what it compares, what it says, and its status."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmrla import cli
+from mmrla.commands import check_gpu, gpu_comparison, gpu_timing
+from mmrla.commands.gpu_comparison import Check, Outcome, checks_of, compare
+from mmrla.ops import whole_map
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loses_taps(monkeypatch):
+    """MRLA-light's backward loses the gradients of three taps of W_v."""
+    real = whole_map.light_backward
+
+    def light_backward(*args):
+        grads = list(real(*args))
+        grads[6] = grads[6].clone().view(-1, 9).index_fill_(1, torch.tensor([6, 7, 8]), 0.0)
+        return tuple(grads)
+
+    monkeypatch.setattr(whole_map, "light_backward", light_backward)
+
+
+def test_right_on_the_cpu(capsys):
+    assert cli.main(["check-gpu", "--device", "cpu", "--processes", "0", "--no-times"]) == 0
+    out = capsys.readouterr()
+    assert f"torch {torch.__version__}" in out.out
+    assert "8 checks, 0 wrong, 0 not made" in out.out
+    for name in ("out_norm.running_var", "grad of query", "grad of lambda_t"):
+        (row,) = [line for line in out.out.splitlines() if line.startswith(f"| {name} ")]
+        assert max(float(cell) for cell in row.split("|")[2:] if "e-" in cell) < 1e-2
+    assert "check 8 of 8" in out.err
+
+
+@pytest.mark.usefixtures("loses_taps")
+def test_a_wrong_gradient_is_named(capsys):
+    assert check_gpu.main(["--device", "cpu", "--processes", "0", "--no-times"]) == 1
+    out = capsys.readouterr().out
+    assert "8 checks, 3 wrong" in out
+    wrong = [line for line in out.splitlines() if line.startswith("- WRONG")]
+    assert all(": grad of value " in line and "light, float32" in line for line in wrong)
+
+
+def test_another_process_finds_the_same():
+    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu", "--no-times"]
+    done = subprocess.run(
+        [*command, "--processes", "1"], cwd=ROOT, capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 checks, 0 wrong, 0 not made" in done.stdout
+    assert "grad of lambda_t" in done.stdout
+
+
+def test_processes_that_crash_or_are_late(monkeypatch):
+    """The check that crashed is wrong; those after it, and late ones, were not made."""
+    checks = checks_of("cpu", 2)[:4]
+    line = '{"errors": {"out": 1e-9}, "note": "", "failed": false, "index": %d}'
+    script = "import sys, time; print(sys.argv[1]); sys.stdout.flush(); %s"
+    real = subprocess.Popen
+
+    def popen(command, **kwargs):
+        k = int(command[-1].split("/")[0])
+        end = ["sys.exit('illegal memory access')", "time.sleep(60)"][k]
+        return real([sys.executable, "-c", script % end, line % k], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(check_gpu, "SECONDS", 3.0)
+    found = check_gpu._compare_all(checks, "cpu", 2, CPU, 2)
+    assert [outcome.columns()["result"] for outcome in found] == [
+        "ok", "ok", "WRONG", "not checked",
+    ]  # fmt: skip
+    assert "status 1: illegal memory access" in found[2].explanation()
+    assert found[3].note == "no time was left"
+
+
+@pytest.mark.parametrize("kind", ["light", "base"])
+def test_a_repeated_batch_has_a_known_result(kind):
+    check = Check(kind, (2, 8, 5, 3), 4, channels_last=kind == "base", layers=2 * (kind == "base"))
+    check = check._replace(layers=max(1, check.layers), drop=True, copies=3)
+    once = gpu_comparison.errors_of(check._replace(copies=1), CPU)
+    errors = gpu_comparison.errors_of(check, CPU)
+    assert errors.keys() == once.keys()
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.usefixtures("loses_taps")
+def test_a_repeated_batch_shows_a_fault():
+    found = compare(Check("light", (2, 8, 5, 3), 4, copies=2), CPU)
+    assert list(found.above) == ["grad of value"]
+
+
+def test_what_raises_is_wrong(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("ptxas failed\nwith much text")
+
+    monkeypatch.setattr(whole_map, "base_forward", fails)
+    found = compare(Check("base", (2, 8, 5, 3), 4), CPU)
+    assert found.wrong
+    assert found.explanation() == "RuntimeError: ptxas failed"
+    nan = Outcome(Check("base", (2, 8, 5, 3), 4), {"out": 0.0, "grad of z": math.nan})
+    assert nan.wrong
+    assert nan.columns()["of"] == "grad of z"
+
+
+def test_the_checks_of_a_gpu():
+    """Layouts, dtypes, norms, ResNet-50 at its batch, more than 2**31 elements."""
+    for kind in ("light", "base"):
+        checks = [check for check in checks_of("all", 256) if check.kind == kind]
+        assert {(c.dtype, c.channels_last) for c in checks} >= {
+            (dtype, last) for dtype in gpu_comparison.LIMITS for last in (True, False)
+        }
+        assert len({c.batch for c in checks}) == 4
+        assert {c.drop for c in checks} == {c.grad for c in checks} == {True, False}
+        assert sum(c.shape[0] * c.copies == 256 for c in checks) == 8
+        for check in [check for check in checks_of("large", 256) if check.kind == kind]:
+            assert check.copies * math.prod(check.shape) > 2**31
+
+
+def test_without_memory_a_large_map_is_not_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = compare(checks_of("large", 256)[0], torch.device("cuda"))
+    assert not found.wrong
+    assert found.note == "needs 45 GiB, 1 are free"
+
+
+class Small(torch.nn.Conv2d):
+    def __init__(self, layer_attention):
+        super().__init__(3, 2, 3)
+
+    def forward(self, x, labels):
+        return super().forward(x).mean() + labels[0] * 0
+
+
+def test_times(monkeypatch, capsys):
+    """The tables of times, with kernels' times as a GPU's profile gives them."""
+    loss = gpu_timing.Classifier(gpu_timing.ATTENTIONS["base"])
+    with torch.no_grad():
+        assert loss(torch.randn(2, 3, 32, 32), torch.tensor([1, 2])).isfinite()
+    monkeypatch.setattr(gpu_timing, "Classifier", Small)
+    monkeypatch.setattr(gpu_timing, "device_work", lambda step, device: (2e-3, 7))
+    monkeypatch.setattr(gpu_timing, "_peak", lambda step, device: 2**20)
+    monkeypatch.setattr(gpu_timing, "STAGES", ((32, 7),))
+    monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
+    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    out = capsys.readouterr().out
+    for name in ("plain", "light, fused", "base, naive", "light", "base"):
+        assert any(f"| {name} " in line for line in out.splitlines()), name
+    assert "training step, kernels over plain" in out
+    assert "peak memory over plain" in out
+
+
+def test_times_without_mm_packages(monkeypatch, capsys):
+    monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
+    monkeypatch.setattr(check_gpu, "operation_rows", lambda *args: iter([{"block end": "plain"}]))
+    monkeypatch.setitem(sys.modules, "mmrla.models", None)
+    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    assert "the mm packages cannot be imported" in capsys.readouterr().out
+
+    def fails(*args):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(check_gpu, "operation_rows", fails)
+    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 1
+    assert "- WRONG: RuntimeError: CUDA error" in capsys.readouterr().out
+
+
+def test_kernels_of_a_profile(monkeypatch):
+    """Annotations span kernels, which count once."""
+    from torch.autograd import DeviceType
+
+    def event(name, microseconds, device=DeviceType.CUDA, note=False):
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, time_range=span, device_type=device,
+                               is_user_annotation=note)  # fmt: skip
+
+    events = [event("gemm", 10), event("gemm", 20), event("cudaLaunch", 5, DeviceType.CPU),
+              event("Optimizer.step#SGD.step", 99), event("mine", 99, note=True)]  # fmt: skip
+
+    class Profile:
+        def __init__(self, **kwargs): ...
+
+        def __enter__(self):
+            return SimpleNamespace(events=lambda: events)
+
+        def __exit__(self, *args): ...
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    seconds, launches = gpu_timing.device_work(lambda: None, torch.device("cuda"))
+    assert seconds == pytest.approx(30e-6)
+    assert launches == 2
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    """The interpreter is asked, and its outcome is the status."""
+    parts = []
+
+    def compare_all(checks, part, *args):
+        parts.append(part)
+        return [Outcome(checks[0], {"out": 1.0})]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check_gpu, "_compare_all", compare_all)
+    monkeypatch.setattr(check_gpu, "_triton_version", lambda: "3.6.0")
+    assert check_gpu.main([]) == 1
+    assert "No GPU is available to torch. Triton's interpreter" in capsys.readouterr().out
+    monkeypatch.setattr(check_gpu, "_triton_version", lambda: None)
+    assert check_gpu.main([]) == 1
+    assert "Triton is not installed" in capsys.readouterr().out
+    assert parts == ["interpreter", "cpu"]
+
+
+@pytest.mark.parametrize("share", ["2/8", "6/8"], ids=["light", "base"])
+def test_by_the_interpreter(share):
+    """One check of each operation; all of them take minutes."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--part", "interpreter", "--batch", "2", "--share", share], cwd=ROOT,
+        capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '"failed": false' in done.stdout, done.stdout
