@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from common import Row, markdown
-from mmrla.ops.reference import BaseWeights, LightWeights, Norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
+
+from mmrla.ops.reference import BaseWeights, LightWeights, Norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
