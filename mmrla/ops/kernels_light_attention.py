@@ -158,7 +158,7 @@ def use_outputs(
         for j in tl.static_range(LINES):
             mask = line_mask(line, lines, ok, j, LINES, FULL)
             x = done[j]
-            if mask is not None:  # s is hugely negative outside: x may be infinite
+            if mask is not None:  # outside, s is hugely negative and x may be infinite
                 x = tl.where(mask, x, 0.0)
             if MODE == OUT_SUMS:
                 first += x
@@ -261,7 +261,8 @@ def attention(
         if drop is not None:
             scale = tl.load(drop + sample)
         weights = tl.load(gate + sample * heads + c // D, kept, 0.0)
-        # What stencil(y) and s are multiplied by, what outputs begin with.
+        # Outputs are start + stencil(y; weights) + slope * s, so that norm and drop cost nothing;
+        # of GRADS, s is added later (shares), since dots are sums with the stencil's part alone.
         slope = previous
         start = constant
         if MODE == OUT:
@@ -302,19 +303,9 @@ def attention(
         for _ in range(1, own_steps):
             x = at + step_stride
             y, shortcut = load_y(
-                z + base,
-                s + base,
-                x,
-                line_stride,
-                line,
-                lines,
-                ok,
-                factor,
-                offset,
-                LINES,
-                FULL,
+                z + base, s + base, x, line_stride, line, lines, ok, factor, offset, LINES, FULL,
                 WIDE,
-            )
+            )  # fmt: skip
             done, before, here = spread(y, taps, before, here, start, LINES)
             first, second, dot = use_outputs(
                 done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
@@ -342,7 +333,7 @@ def attention(
                 dot *= tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
             row = group * strips + n % strips
             tl.store(dots + row * C + c, dot, exists & kept)
-    if MODE == OUT_SUMS or (MODE == GRAD_SUMS or (MODE == GRADS and not OUT_BATCH)):
+    if MODE != OUT and not (MODE == GRADS and OUT_BATCH):
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         row = part + program * 2 * C + c
         tl.store(row, tl.sum(first, 0), c < C)

@@ -5,13 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmrla.ops.kernels import (
-    FACTOR,
-    MEAN,
-    NAN,
-    OFFSET,
-    load_vector,
-)
+from mmrla.ops.kernels import FACTOR, MEAN, NAN, OFFSET, load_vector
 from mmrla.ops.kernels_stencil import (
     LOWEST,
     UNSPECIALISED,
