@@ -1,7 +1,7 @@
 """How the kernels of the block ends cut maps into blocks and programs: chosen by shape and layout.
 
-Nothing here depends on the batch but numbers of programs and the length of strips, which are no
-compile-time constants: a network has one variant of each kernel per shape of map at most.
+A stencil's compile-time constants follow the shape of a map and the layout; one of them, ``EXACT``,
+depends on the batch too. Numbers of programs and lengths of strips are no compile-time constants.
 """
 
 from __future__ import annotations
