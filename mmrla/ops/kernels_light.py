@@ -74,7 +74,8 @@ class LightPlan(NamedTuple):
     forward_scratch: list[int]
     """Partial sums of both norms, sums over pixels."""
     backward_scratch: list[int]
-    """Partial sums of parameters, of the other norm, dots, queries' and keys' gradients, taps."""
+    """Partial sums of W_v and the norm, of the other norm, of lambda_t, dots, gradients of queries
+    and keys, of taps."""
     grads: list[int]
     """Both norms' parameters, value, lambda_t, taps."""
     grad_views: list[int]
@@ -105,7 +106,8 @@ def light_plan(
             [2 * C * plan.flat.programs, 2 * C * plan.walk.programs, B * C * plan.chunks]
         ),
         backward_scratch=aligned([
-            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * walk.programs, B * C * dots,
+            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * walk.programs, C * walk.programs,
+            B * C * dots,
             B * C, B * C, 2 * taps * B * head_blocks,
         ]),
         grads=[two, two, nine, one, 2 * taps],
@@ -173,7 +175,7 @@ def light_forward(
     out = torch.empty_like(z)
     for mode in (OUT_SUMS, OUT) if out_norm.batch else (OUT,):
         attention[walk.grid](
-            z, s, z, out, out_part, None, coefficients, gate, w.value, w.lambda_t, drop,
+            z, s, z, out, out_part, None, None, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, *out_norm.tensors, out_coefficients, None,
             *walk.sizes, heads, D,
             walk.programs, plan.count, out_norm.momentum, out_norm.eps,
@@ -217,7 +219,7 @@ def light_backward(
     coefficients, out_coefficients, means, queries, keys, gate = views
     scratch = buffer(z.device, light.backward_scratch)
     views = scratch.split_with_sizes(light.backward_scratch)
-    part, out_part, dots, grad_queries, grad_keys, tap_part = views
+    part, out_part, lambda_part, dots, grad_queries, grad_keys, tap_part = views
     grads = buffer(z.device, light.grads)
     views = grads.split_with_sizes(light.grads)
     grad_norm, grad_out_norm, grad_value, grad_lambda, grad_taps = views
@@ -226,8 +228,8 @@ def light_backward(
     gs = go if norm.batch and out_norm.batch else torch.empty_like(z)
     for mode in (GRAD_SUMS, GRADS) if out_norm.batch else (GRADS,):
         attention[walk.grid](
-            z, s, grad, go, out_part, dots, coefficients, gate, w.value, w.lambda_t, drop,
-            out_part, None, None, None, None, out_coefficients, grad_out_norm,
+            z, s, grad, go, out_part, lambda_part, dots, coefficients, gate, w.value, w.lambda_t,
+            drop, out_part, None, None, None, None, out_coefficients, grad_out_norm,
             *walk.sizes, heads, D, walk.programs, plan.count, 0.0, 0.0,
             MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, **walk.options,
         )  # fmt: skip
@@ -247,16 +249,18 @@ def light_backward(
         None if out_norm.batch else out_part, walk.programs, out_coefficients, grad_out_norm,
         tap_part, B * light.gate_grid[1], grad_taps,
     )  # fmt: skip
-    constants = dict(FIELDS=FIELD_COUNT, TAPS=2 * taps)
+    last = dict(
+        FIELDS=FIELD_COUNT, TAPS=2 * taps, lambda_part=lambda_part, lambda_rows=walk.programs
+    )
     if norm.batch:
         input_norm_grads[flat.grid](
             gm, z, go, gm, gs, w.lambda_t, drop, *parameters,
             B, C, plan.pixels, flat.programs, plan.count,
-            OUT_BATCH=out_norm.batch, **constants, **flat.options,
+            OUT_BATCH=out_norm.batch, **last, **flat.options,
         )  # fmt: skip
     else:
-        parameter_grads[(FIELD_COUNT + 3, flat.grid[1])](
-            *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **constants
+        parameter_grads[(FIELD_COUNT + 4, flat.grid[1])](
+            *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **last
         )
     w1, b1, w2, b2, value, lambda_t, query, key = grads.split_with_sizes(light.grad_views)[1::2]
     return (
