@@ -181,7 +181,7 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def batches(tensors: Sequence[Tensor], capacity: int, filler: Tensor) -> list[tuple[Tensor, ...]]:
-    """``tensors``, then fillers, in tuples of what one launch writes into a table."""
+    """``tensors``, then fillers of their dtype, in tuples of what one launch writes to a table."""
     row = [*tensors, *[filler] * (capacity - len(tensors))]
     return [tuple(row[k : k + TABLE_STEP]) for k in range(0, capacity, TABLE_STEP)]
 
@@ -315,9 +315,9 @@ def base_backward(
     capacity = max(base.capacity, triton.cdiv(len(later), TABLE_STEP) * TABLE_STEP)
     table = torch.empty((4, capacity), dtype=torch.int64, device=z.device)
     rows = (
-        batches([*map(addressable, values)], capacity, z), batches(keys, capacity, z),
+        batches([*map(addressable, values)], capacity, z), batches(keys, capacity, saved[0]),
         batches([addressable(m) for m, _ in later], capacity, z),
-        batches([f for _, f in later], capacity, z),
+        batches([f for _, f in later], capacity, saved[0]),
     )  # fmt: skip
     for k, lists in enumerate(zip(*rows, strict=True)):
         fill_tables[(1,)](table, capacity, k * TABLE_STEP, *lists, num_warps=1)
