@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import pytest
 import torch
 
+import mmrla.ops
 from tests.conftest import ROOT
+from tests.ops.kernel_guards import jit_functions, triton_modules
 
 triton = pytest.importorskip("triton", reason="no Triton")
+ttir = pytest.importorskip("tests.ops.ttir", reason="another Triton", exc_type=ImportError)
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 tl = triton.language
@@ -57,6 +61,25 @@ def test_loops_count_as_often_as_they_run(kernel_report):
     assert kernel_report.main_loop(code).cost([]) == 2
     assert kernel_report.main_loop(code[:7]).cost([5]) == 3 + 5 * 3
     assert kernel_report.main_loop(code[:2]).cost([5]) == 2
+
+
+def test_compiled_loops_carry_their_names(kernel_report):
+    """Every kernel is launched by some block, and TTIR's loops carry each name they rebind."""
+    functions = {
+        fn.fn for module in triton_modules(mmrla.ops) for fn in jit_functions(module).values()
+    }
+    called = {
+        getattr(fn.__globals__.get(name), "fn", None)
+        for fn in functions
+        for name in fn.__code__.co_names
+    }
+    launched, dropped = set(), []
+    for kind, (training, frozen) in product(("light", "base"), ((True, False), (True, True))):
+        for launch in kernel_report.block_launches(kind, 7, 2, False, training, frozen)[-1]:
+            launched.add(launch.fn.fn)
+            dropped += ttir.compile_ttir(launch.fn, launch.args, launch.kwargs).dropped
+    assert {fn.__name__ for fn in functions - called - launched} == set()
+    assert dropped == []
 
 
 @pytest.mark.slow

@@ -176,8 +176,9 @@ def report(launch: Launch, size: int) -> Row:
 
 
 def block_launches(
-    kind: str, height: int, batch: int, nchw: bool = False, training: bool = True
-) -> list[list[Launch]]:
+    kind: str, height: int, batch: int, nchw: bool = False, training: bool = True,
+    frozen: bool = False,
+) -> list[list[Launch]]:  # fmt: skip
     """The launches of each block of a stage, in bfloat16."""
     channels, blocks = STAGES[height]
     layout = torch.contiguous_format if nchw else torch.channels_last
@@ -187,7 +188,7 @@ def block_launches(
     def draw(*size: int) -> torch.Tensor:
         return torch.empty(size, device="meta")
 
-    norm = Norm(*(draw(channels) for _ in range(4)), 0.1, 1e-5, training)
+    norm = Norm(*(draw(channels) for _ in range(4)), 0.1, 1e-5, training and not frozen)
     taps = (draw(1, 1, 5), draw(1, 1, 5), draw(channels, 1, 3, 3))
     launches, keys, values = [], [], []
     for later in reversed(range(blocks)):
@@ -218,13 +219,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--inference", action="store_true", help="instead of a training step")
+    parser.add_argument("--frozen", action="store_true", help="norms that training leaves alone")
     parser.add_argument("--heights", type=int, nargs="+", default=list(STAGES), choices=STAGES)
     args = parser.parse_args(argv)
     for kind in args.kinds:
         totals: dict[str, list[float]] = {}
         for height in args.heights:
             size = args.batch * STAGES[height][0] * height**2
-            blocks = block_launches(kind, height, args.batch, args.nchw, not args.inference)
+            blocks = block_launches(
+                kind, height, args.batch, args.nchw, not args.inference, args.frozen
+            )
             # MRLA-light's blocks are all alike.
             different = blocks[:1] if kind == "light" else blocks
             reports = [[report(launch, size) for launch in block] for block in different]
