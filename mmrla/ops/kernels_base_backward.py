@@ -331,13 +331,13 @@ def input_grads(
         if OUT_BATCH and drop is not None:
             dropped = on_grad * tl.load(drop + sample)[:, None]
         older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older, _ = gather(
-                grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                older = gather(
+                    grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         newer, g = gather(
             grad + base, o + base, go + base, at, line_stride, line, lines,
             ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
@@ -359,13 +359,13 @@ def input_grads(
             g = next_g
             at = x
         latest = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest, _ = gather(
-                grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                latest = gather(
+                    grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         sums = use_value_grads(
             older, newer, latest, g, z + base, s + base, gm + base, gz + base, at, line_stride,
             line, lines, ok, sums, w, factor, offset, mean, on_y, BATCH, LINES, FULL, WIDE,
