@@ -46,8 +46,8 @@ def add_to(x, sums, kept, again):
     tl.store(x, tl.load(x, kept & again, 0.0) + sums, kept)
 
 
-# grad and o are not specialised so that loads of 8 bytes, not 16, come out: then a thread has more
-# pixels of fewer channels, and sums over pixels exchange less between threads.
+# grad and o are not specialised, so that WIDTH decides about loads. In channels_last a thread gets
+# 4 channels, not 8, and so more pixels: sums over pixels then exchange less between threads.
 @triton.jit(do_not_specialize=[*VARYING, "grad", "o"])
 def retrieval_sums(
     grad, o, table, attention, drop, out_coefficients, part, dots,
@@ -72,6 +72,7 @@ def retrieval_sums(
     moments = tl.zeros((BC,), tl.float32)
     AXIS: tl.constexpr = 0 if LAST else 1
     KINDS: tl.constexpr = 3 if OUT_BATCH else 1
+    WIDTH: tl.constexpr = o.dtype.element_ty.primitive_bitwidth // 2 if LAST else 16
     for n in range(program, B * chunks, programs):
         b = n // chunks
         base = b.to(tl.int64) * C * HW
@@ -79,10 +80,10 @@ def retrieval_sums(
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            g = tl.load(tl.multiple_of(grad + base, 8) + at, ok, 0.0).to(tl.float32)
+            g = tl.load(tl.multiple_of(grad + base, WIDTH) + at, ok, 0.0).to(tl.float32)
             x = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
             for m in range(t):
-                v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                 x += head_weights(attention, m, b, B, heads, c, D, kept, LAST) * v
                 if t > 1:
                     if OUT_BATCH:
@@ -92,11 +93,11 @@ def retrieval_sums(
                         dot = tl.sum(g * v, AXIS)
                     add_to(row + m * KINDS * chunks * C, dot, kept, k > 0)
             if OUT_BATCH and t > 1:
-                tl.store(tl.multiple_of(o + base, 8) + at, x.to(o.dtype.element_ty), ok)
+                tl.store(tl.multiple_of(o + base, WIDTH) + at, x.to(o.dtype.element_ty), ok)
             x = tl.where(ok, x - mean, 0.0)
             if OUT_BATCH and t > 1:
                 for m in range(t):
-                    v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                    v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                     add_to(row + (m * KINDS + 2) * chunks * C, tl.sum(x * v, AXIS), kept, k > 0)
             if drop is not None:
                 g *= tl.load(drop + b)
