@@ -68,7 +68,7 @@ HEAD_PROGRAMS = 2048
 MOST_LAYERS = 16
 """How many layers the softmax has room for; twice as many if that is too few, and so on."""
 SUMS_PIXELS = 64
-"""Pixels and channels per block of retrieval_sums, at 32 elements per thread."""
+"""Pixels and channels per block of retrieval_sums."""
 SUMS_CHANNELS = 64
 
 
@@ -158,10 +158,12 @@ def retrieval_blocks(
     blocks, channel_blocks = triton.cdiv(plan.pixels, pixels), triton.cdiv(C, channels)
     chunk = max(1, blocks // triton.cdiv(FLAT_WARPS * sms, B * channel_blocks))
     chunks = triton.cdiv(blocks, chunk)
-    warps = max(1, pixels * channels // 1024)
+    unit = plan.flat.options["UNIT"]
+    # Narrow loads take registers for addresses: fewer of them per thread.
+    warps = max(1, pixels * channels // (1024 if plan.last or unit > 1 else 512))
     programs = even_programs(B * chunks, max(1, sms * FLAT_WARPS // warps // channel_blocks))
     options = dict(
-        BP=pixels, BC=channels, LAST=plan.last, UNIT=plan.flat.options["UNIT"], num_warps=warps,
+        BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps,
         num_stages=1,
     )  # fmt: skip
     return (programs, channel_blocks), (programs, chunks, chunk), options

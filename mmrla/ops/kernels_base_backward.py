@@ -47,8 +47,8 @@ def add_to(x, sums, kept, again):
     tl.store(x, tl.load(x, kept & again, 0.0) + sums, kept)
 
 
-# grad and o are not specialised so that loads of 8 bytes, not 16, come out: then a thread has more
-# pixels of fewer channels, and sums over pixels exchange less between threads.
+# grad and o are not specialised, so that WIDTH decides about loads. In channels_last a thread gets
+# 4 channels, not 8, and so more pixels: sums over pixels then exchange less between threads.
 @triton.jit(do_not_specialize=[*VARYING, "grad", "o"])
 def retrieval_sums(
     grad, o, table, attention, drop, out_coefficients, part, dots,
@@ -73,6 +73,7 @@ def retrieval_sums(
     moments = tl.zeros((BC,), tl.float32)
     AXIS: tl.constexpr = 0 if LAST else 1
     KINDS: tl.constexpr = 3 if OUT_BATCH else 1
+    WIDTH: tl.constexpr = o.dtype.element_ty.primitive_bitwidth // 2 if LAST else 16
     for n in range(program, B * chunks, programs):
         b = n // chunks
         base = b.to(tl.int64) * C * HW
@@ -80,10 +81,10 @@ def retrieval_sums(
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            g = tl.load(tl.multiple_of(grad + base, 8) + at, ok, 0.0).to(tl.float32)
+            g = tl.load(tl.multiple_of(grad + base, WIDTH) + at, ok, 0.0).to(tl.float32)
             x = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
             for m in range(t):
-                v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                 x += head_weights(attention, m, b, B, heads, c, D, kept, LAST) * v
                 if t > 1:
                     if OUT_BATCH:
@@ -93,11 +94,11 @@ def retrieval_sums(
                         dot = tl.sum(g * v, AXIS)
                     add_to(row + m * KINDS * chunks * C, dot, kept, k > 0)
             if OUT_BATCH and t > 1:
-                tl.store(tl.multiple_of(o + base, 8) + at, x.to(o.dtype.element_ty), ok)
+                tl.store(tl.multiple_of(o + base, WIDTH) + at, x.to(o.dtype.element_ty), ok)
             x = tl.where(ok, x - mean, 0.0)
             if OUT_BATCH and t > 1:
                 for m in range(t):
-                    v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                    v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                     add_to(row + (m * KINDS + 2) * chunks * C, tl.sum(x * v, AXIS), kept, k > 0)
             if drop is not None:
                 g *= tl.load(drop + b)
@@ -332,13 +333,13 @@ def input_grads(
         if OUT_BATCH and drop is not None:
             dropped = on_grad * tl.load(drop + sample)[:, None]
         older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older, _ = gather(
-                grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                older = gather(
+                    grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         newer, g = gather(
             grad + base, o + base, go + base, at, line_stride, line, lines,
             ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
@@ -360,13 +361,13 @@ def input_grads(
             g = next_g
             at = x
         latest = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest, _ = gather(
-                grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                latest = gather(
+                    grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         sums = use_value_grads(
             older, newer, latest, g, z + base, s + base, gm + base, gz + base, at, line_stride,
             line, lines, ok, sums, w, factor, offset, mean, on_y, BATCH, LINES, FULL, WIDE,
