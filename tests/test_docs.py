@@ -61,6 +61,7 @@ WAYS = (
     Way(r"mmrla (train|test) ", "--dry-run", slow=True),
     Way(r"mmrla (list|convert|check-env)\b"),
     Way(r"mmrla check-data "),
+    Way(r"mmrla check-gpu", "--device cpu --processes 0 --no-times"),
     Way(r"mmrla demo", "--epochs 1 --num-train 16 --num-val 4 --pictures 1", slow=True),
     Way(r"python tools/demo\.py ", slow=True),
     Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),

@@ -135,7 +135,8 @@ def _processes(device: torch.device, asked: int | None, part: str) -> int:
     cpus = max(1, (os.cpu_count() or 1) - 1)
     if device.type != "cuda":
         return min(4, cpus)
-    return max(1, min(12, cpus, int(torch.cuda.mem_get_info(device)[0] / GIB / 5)))
+    # Odd, so that each process gets checks of both operations, which come in turns.
+    return min(12, cpus, int(torch.cuda.mem_get_info(device)[0] / GIB / 5)) | 1
 
 
 def _compare_all(

@@ -119,26 +119,30 @@ def checks_of(part: str, batch: int) -> list[Check]:
 
 
 def _all(batch: int) -> Iterator[Check]:
-    both = itertools.cycle((True, False))
-    for kind, layers in (("light", 1), ("base", 3)):
-        for channels, height in STAGES:
-            heads = 32 if kind == "light" else 16
-            shape = (min(8, batch), channels, height, height)
-            at = Check(kind, shape, heads, "bfloat16", layers=layers, copies=max(1, batch // 8))
-            yield at
-            yield at._replace(batch=(False, False), grad=False)
-        for dtype, last in itertools.product(LIMITS, (True, False)):
-            yield Check(kind, (4, 128, 14, 14), 32, dtype, last, layers=layers)
-        for norms in ((False, False), (True, False), (False, True)):
-            shape = (3, 64, 9, 11)
-            yield Check(kind, shape, 16, "float32", next(both), norms, norms[1], layers=layers)
-        for shape, heads in (
-            ((2, 24, 7, 7), 8), ((2, 136, 1, 2), 8), ((3, 12, 13, 17), 4), ((2, 72, 3, 9), 24),
-        ):  # fmt: skip
-            yield Check(kind, shape, heads, "float32", next(both), drop=True, layers=layers)
-        # A detector's: a large map, norms frozen.
-        yield Check(kind, (1, 256, 200, 304), 32, "bfloat16", True, (False, False), layers=layers)
+    """Operations in turns and the most telling checks first, in case that time runs out."""
+    pairs = zip(_each("light", 32, 1, batch), _each("base", 16, 3, batch), strict=True)
+    yield from itertools.chain.from_iterable(pairs)
     yield Check("base", (2, 16, 5, 6), 8, "float32", layers=11)
+
+
+def _each(kind: str, head_channels: int, layers: int, batch: int) -> Iterator[Check]:
+    last = itertools.cycle((True, False))
+    for dtype, channels_last in itertools.product(LIMITS, (True, False)):
+        yield Check(kind, (4, 128, 14, 14), 32, dtype, channels_last, layers=layers)
+    for norms in ((False, False), (True, False), (False, True)):
+        yield Check(kind, (3, 64, 9, 11), 16, "float32", next(last), norms, norms[1], layers=layers)
+    for shape, width in (
+        ((2, 24, 7, 7), 8), ((2, 136, 1, 2), 8), ((3, 12, 13, 17), 4), ((2, 72, 3, 9), 24),
+    ):  # fmt: skip
+        yield Check(kind, shape, width, "float32", next(last), drop=True, layers=layers)
+    for channels, height in STAGES:
+        shape = (min(8, batch), channels, height, height)
+        copies = max(1, batch // 8)
+        at = Check(kind, shape, head_channels, "bfloat16", layers=layers, copies=copies)
+        yield at
+        yield at._replace(batch=(False, False), grad=False)
+    # A detector's: a large map, norms frozen.
+    yield Check(kind, (1, 256, 200, 304), 32, "bfloat16", True, (False, False), layers=layers)
 
 
 def _large(batch: int) -> Iterator[Check]:

@@ -64,6 +64,29 @@ def test_another_process_finds_the_same():
     assert "grad of lambda_t" in done.stdout
 
 
+WITH_TORCH_ALONE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmpretrain", "torchvision", "cv2",
+                                  "numpy", "triton"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+from mmrla.commands.check_gpu import main
+sys.exit(main(["--device", "cpu", "--processes", "0", "--no-times"]))
+"""
+
+
+def test_needs_torch_alone():
+    script = WITH_TORCH_ALONE
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 checks, 0 wrong, 0 not made" in done.stdout
+    assert "Triton none" in done.stdout
+
+
 def test_processes_that_crash_or_are_late(monkeypatch):
     """The check that crashed is wrong; those after it, and late ones, were not made."""
     checks = checks_of("cpu", 2)[:4]
@@ -153,7 +176,6 @@ def test_times(monkeypatch, capsys):
     monkeypatch.setattr(gpu_timing, "Classifier", Small)
     monkeypatch.setattr(gpu_timing, "device_work", lambda step, device: (2e-3, 7))
     monkeypatch.setattr(gpu_timing, "_peak", lambda step, device: 2**20)
-    monkeypatch.setattr(gpu_timing, "STAGES", ((32, 7),))
     monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
     assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
     out = capsys.readouterr().out
