@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     pixels: int
     middle: int
     """A pixel in the middle."""
-    count: float
+    count: float  # type: ignore[assignment]
     """Pixels of the whole batch."""
     lines: int
     """The stencils' lines: rows in channels_last, else columns."""
