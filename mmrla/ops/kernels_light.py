@@ -53,7 +53,8 @@ from mmrla.ops.reference import LightWeights, Norm
 HEAD_CHANNELS = 128
 """Channels per program of the gate's kernels, if a head has no more."""
 CHUNK_ELEMENTS = 4096
-"""Partial sums that such a program reads at once."""
+"""Partial sums that such a program reads at once, if there are more than a few per channel."""
+FEW = 4
 FIELD_COUNT: int = FIELDS.value
 
 
@@ -65,6 +66,10 @@ class LightPlan(NamedTuple):
     gate_grid: tuple[int, int]
     gate_options: dict[str, int]
     """Compile-time constants of the gate's kernels."""
+    chunks: int
+    """Sums over pixels that gate_forward reads at once."""
+    dot_chunks: int
+    """Partial sums that gate_backward reads at once."""
     taps: int
     """Room for the taps of W_q, and of W_k."""
     dots: int
@@ -92,15 +97,16 @@ def light_plan(
     heads = C // head_channels
     width = power_of_two(head_channels)
     heads_per_program = max(1, HEAD_CHANNELS // width)
-    chunks = max(1, CHUNK_ELEMENTS // (heads_per_program * width))
-    options = dict(HEADS=heads_per_program, WIDTH=width, CHUNKS=chunks, QUERY=query, KEY=key)
+    most = max(1, CHUNK_ELEMENTS // (heads_per_program * width))
+    options = dict(HEADS=heads_per_program, WIDTH=width, QUERY=query, KEY=key)
     head_blocks = triton.cdiv(heads, heads_per_program)
     taps = power_of_two(max(query, key))
     walk, ring = plan.short_walk, plan.ring_walk
     dots = walk.groups * walk.strips
+    chunks, dot_chunks = (min(most, FEW if n <= 2 * FEW else most) for n in (plan.chunks, dots))
     two, nine, one = aligned([2 * C, 9 * C, C])
     return LightPlan(
-        plan, heads, (B, head_blocks), options, taps, dots,
+        plan, heads, (B, head_blocks), options, chunks, dot_chunks, taps, dots,
         kept=aligned([COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, B * C, B * heads]),
         forward_scratch=aligned(
             [2 * C * plan.flat.programs, 2 * C * plan.walk.programs, B * C * plan.chunks]
@@ -170,7 +176,8 @@ def light_forward(
         sums, w.query, w.key, gate, means, queries, keys,
         z, s, coefficients, w.value, w.lambda_t, out_coefficients,
         C, H, W, heads, D, plan.chunks, D**-0.5,
-        KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last, **light.gate_options,
+        CHUNKS=light.chunks, KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last,
+        **light.gate_options,
     )  # fmt: skip
     out = torch.empty_like(z)
     for mode in (OUT_SUMS, OUT) if out_norm.batch else (OUT,):
@@ -235,7 +242,8 @@ def light_backward(
         )  # fmt: skip
     gate_backward[light.gate_grid](
         dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-        C, heads, D, light.dots, D**-0.5, TAPS=taps, **options,
+        C, heads, D, light.dots, D**-0.5,
+        CHUNKS=light.dot_chunks, TAPS=taps, **options,
     )  # fmt: skip
     input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
