@@ -202,6 +202,9 @@ def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
     options = dict(
         BP=wide, BC=channels, LAST=last, UNIT=unit, ROWS=rows, num_warps=warps, num_stages=1
     )
+    # Prologues shall not take the room of other programs; loads of single elements need more.
+    if torch.version.hip is None and (last or unit > 1):
+        options["maxnreg"] = REGISTERS // (32 * FLAT_WARPS)
     blocks, channel_blocks = triton.cdiv(pixels, wide), triton.cdiv(C, channels)
     programs = even_programs(B * blocks, flat_programs(options, channel_blocks, sms))
     return Flat((programs, channel_blocks), programs, blocks, options)

@@ -69,8 +69,10 @@ MOST_LAYERS = 16
 SUMS_PIXELS = 64
 """Pixels and channels per block of retrieval_sums."""
 SUMS_CHANNELS = 64
+SUMS_REGISTERS = 168
+"""The most per thread of retrieval_sums."""
 SUMS_WARPS = 12
-"""Of retrieval_sums per multiprocessor, at 168 registers per thread."""
+"""Which then have room on a multiprocessor."""
 
 
 class BasePlan(NamedTuple):
@@ -165,10 +167,9 @@ def retrieval_blocks(
     chunk = triton.cdiv(blocks, triton.cdiv(most if most > B else 8 * most, B))
     chunks = triton.cdiv(blocks, chunk)
     programs = even_programs(B * chunks, most)
-    options = dict(
-        BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps,
-        num_stages=1,
-    )  # fmt: skip
+    options = dict(BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps, num_stages=1)
+    if torch.version.hip is None and (plan.last or unit > 1):
+        options["maxnreg"] = SUMS_REGISTERS
     return (programs, channel_blocks), (programs, chunks, chunk), options
 
 
