@@ -190,7 +190,9 @@ class Translator:
             self.assign(depth, results, args[1:])
             self.emit(depth, f"if not {args[0]}: break")
         elif value:
-            self.emit(depth, f"{listed(outs) if len(outs) > 1 else outs[0]} = {value}" if outs else value)
+            self.emit(
+                depth, f"{listed(outs) if len(outs) > 1 else outs[0]} = {value}" if outs else value
+            )
 
     def expression(
         self, op: str, args: list[str], rest: str, before: str, after: str, line: str
