@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
 from __future__ import annotations
