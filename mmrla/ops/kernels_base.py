@@ -28,7 +28,6 @@ import triton
 from torch import Tensor
 
 from mmrla.ops.blocks import (
-    FLAT_WARPS,
     Plan,
     aligned,
     buffer,
@@ -70,6 +69,10 @@ MOST_LAYERS = 16
 SUMS_PIXELS = 64
 """Pixels and channels per block of retrieval_sums."""
 SUMS_CHANNELS = 64
+SUMS_REGISTERS = 168
+"""The most per thread of retrieval_sums."""
+SUMS_WARPS = 12
+"""Which then have room on a multiprocessor."""
 
 
 class BasePlan(NamedTuple):
@@ -156,16 +159,17 @@ def retrieval_blocks(
     pixels = min(SUMS_PIXELS, power_of_two(plan.pixels))
     channels = min(SUMS_CHANNELS, power_of_two(C))
     blocks, channel_blocks = triton.cdiv(plan.pixels, pixels), triton.cdiv(C, channels)
-    chunk = max(1, blocks // triton.cdiv(FLAT_WARPS * sms, B * channel_blocks))
-    chunks = triton.cdiv(blocks, chunk)
     unit = plan.flat.options["UNIT"]
     # Narrow loads take registers for addresses: fewer of them per thread.
     warps = max(1, pixels * channels // (1024 if plan.last or unit > 1 else 512))
-    programs = even_programs(B * chunks, max(1, sms * FLAT_WARPS // warps // channel_blocks))
-    options = dict(
-        BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps,
-        num_stages=1,
-    )  # fmt: skip
+    most = max(1, sms * SUMS_WARPS // warps // channel_blocks)
+    # One sum per program, or some of them if the batch is so large that this balances programs.
+    chunk = triton.cdiv(blocks, triton.cdiv(most if most > B else 8 * most, B))
+    chunks = triton.cdiv(blocks, chunk)
+    programs = even_programs(B * chunks, most)
+    options = dict(BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps, num_stages=1)
+    if torch.version.hip is None and (plan.last or unit > 1):
+        options["maxnreg"] = SUMS_REGISTERS
     return (programs, channel_blocks), (programs, chunks, chunk), options
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
 # mypy: disable-error-code="no-untyped-def"
@@ -78,8 +79,9 @@ def retrieval_sums(
         b = n // chunks
         base = b.to(tl.int64) * C * HW
         row = dots + (b.to(tl.int64) * (t * KINDS * chunks) + n % chunks) * C + c
-        for k in range(chunk):
-            p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
+        first = (n % chunks) * chunk
+        for k in range(tl.minimum(chunk, tl.cdiv(HW, BP) - first)):
+            p = (first + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
             g = tl.load(tl.multiple_of(grad + base, WIDTH) + at, ok, 0.0).to(tl.float32)
             x = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)

@@ -251,7 +251,7 @@ def test_a_layer_after_many() -> None:
 def test_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program has several tiles, several blocks per sum and several samples."""
     monkeypatch.setattr(kernels_base, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(kernels_base, "FLAT_WARPS", 4)
+    monkeypatch.setattr(kernels_base, "SUMS_WARPS", 4)
     monkeypatch.setattr(kernels_base, "SUMS_PIXELS", 8)
     monkeypatch.setattr(kernels_base, "HEAD_PROGRAMS", 4)
     kernels_base.base_plan.cache_clear()
