@@ -66,6 +66,7 @@ WAYS = (
     Way(r"python tools/demo\.py ", slow=True),
     Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),
     Way(r"python tools/analysis/memory_vs_depth\.py ", "--depths 18 34", slow=True),
+    Way(r"python tools/analysis/layout_speed\.py ", "--rounds 1 --batch 2 --size 32", slow=True),
     Way(r"python tools/analysis/", slow=True),
     Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
     Way(r"python tools/export_onnx\.py ", slow=True),

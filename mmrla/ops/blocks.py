@@ -1,7 +1,7 @@
 """How the kernels of the block ends cut maps into blocks and programs: chosen by shape and layout.
 
-Nothing here depends on the batch but numbers of programs and the length of strips, which are no
-compile-time constants: a network has one variant of each kernel per shape of map at most.
+A stencil's compile-time constants follow the shape of a map and the layout; one of them, ``EXACT``,
+depends on the batch too. Numbers of programs and lengths of strips are no compile-time constants.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FLAT_BLOCKS = 16
 """The most blocks that a program of ``pixel_sums`` adds up for one sum."""
 LONGEST_STRIP = 64
 """Steps; longer strips save nothing."""
+SHORTEST_STRIP = 8
 PROLOGUE_ELEMENTS = 64
 """Partial sums per thread that a prologue reads at once."""
 MOST_ROWS = 64
@@ -53,8 +54,8 @@ class Walk(NamedTuple):
     """Compile-time constants.
 
     ``FULL``: groups end where maps do; ``EXACT``: and blocks have no other remainder either;
-    ``WIDE``: a group's lines are neighbours in memory and one access; ``STRIPS``: more than one;
-    ``ROWS`` of partial sums are read at once.
+    ``WIDE``: a group's lines are neighbours in memory and one access; ``STRIPS``: there may
+    be more than one; ``ROWS`` of partial sums are read at once.
     """
 
 
@@ -135,6 +136,21 @@ def floats(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
     """Float32 vectors cut from one allocation, each at a multiple of 16 bytes."""
     rounded = aligned(sizes)
     return buffer(device, rounded).split_with_sizes(rounded)
+
+
+def small_batch(shape: Sequence[int], last: bool, sms: int) -> int:
+    """The smallest batch, 2 or more, that runs the same compiled variants as ``shape``."""
+    batch, *rest = shape
+
+    def variants(samples: int) -> list[dict[str, Any]]:
+        plan = plan_for(samples, *rest, last, sms)
+        return [
+            plan.flat.options,
+            *(w.options for w in (plan.walk, plan.short_walk, plan.ring_walk)),
+        ]
+
+    same = (n for n in range(2, batch) if variants(n) == variants(batch))
+    return next(same, batch)
 
 
 def even_programs(items: int, most: int) -> int:
@@ -221,18 +237,21 @@ def walk_blocks(
     all_groups = B * triton.cdiv(lines, count)
     blocks = triton.cdiv(all_groups, groups)
     most = max(1, sms * (REGISTERS // (registers * threads)) // channel_blocks)
-    # Few blocks: strips of 8 steps or more, since each reads two steps of its neighbours.
-    strips = max(1, min(most // blocks, steps // 8), triton.cdiv(steps, LONGEST_STRIP))
+    # Few blocks: strips, but not too short, since each reads two steps of its neighbours.
+    strips = min(most // blocks, steps // SHORTEST_STRIP)
+    strips = max(1, strips, triton.cdiv(steps, LONGEST_STRIP))
     length = triton.cdiv(steps, strips)
     strips = triton.cdiv(steps, length)
     programs = even_programs(blocks * strips, most)
     full = lines % count == 0
     options = dict(
         LINES=count, GROUPS=groups, BC=channels, LAST=last, FULL=full, WIDE=full and not last,
-        EXACT=full and all_groups % groups == 0 and C % channels == 0, STRIPS=strips > 1,
-        ROWS=prologue_rows(threads // 32, channels), num_warps=threads // 32, num_stages=1,
-        maxnreg=registers,
+        EXACT=full and all_groups % groups == 0 and C % channels == 0,
+        STRIPS=steps >= 2 * SHORTEST_STRIP, ROWS=prologue_rows(threads // 32, channels),
+        num_warps=threads // 32, num_stages=1,
     )  # fmt: skip
+    if torch.version.hip is None:
+        options["maxnreg"] = registers
     per_sample = triton.cdiv(lines, count)
     tiles = blocks * strips
     sizes = (C, lines, steps, tiles, programs, per_sample, all_groups, strips, length)

@@ -6,6 +6,7 @@ few, and the kernel that needs a total finishes it in its prologue, in a fixed o
 atomics.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -158,7 +159,10 @@ def pivot_of(z, middle, HW, C, c, kept, LAST: tl.constexpr):
     return tl.load(z + (middle * C + c if LAST else middle + c * HW), kept, 0.0).to(tl.float32)
 
 
-UNSPECIALISED = ("B", "HW", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows")
+UNSPECIALISED = (
+    "B", "HW", "middle", "programs", "rows", "chunks", "chunk", "out_rows", "tap_rows",
+    "lambda_rows",
+)  # fmt: skip
 """Integers whose divisibility buys nothing: one variant of a kernel for all."""
 
 
@@ -237,24 +241,22 @@ def pixel_sums(
 def finish_parameters(
     job, part, rows, coefficients, grad_value, grad_lambda, grad_norm,
     out_part, out_rows, out_coefficients, grad_out_norm,
-    tap_part, tap_rows, grad_taps, C, c, kept,
+    tap_part, tap_rows, grad_taps, lambda_part, lambda_rows, C, c, kept,
     FIELDS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One of the ``FIELDS + 3`` sums of partial sums that finish the parameters' gradients.
+    """One of the ``FIELDS + 4`` sums of partial sums that finish the parameters' gradients.
 
-    ``job`` says which: below ``FIELDS``, a tap of W_v or (9) lambda; then the first norm, the norm
-    of the attention's output (unless ``out_part`` is None) and the taps of W_q and W_k.
-    ``part`` ``[rows, FIELDS + 2, C]``: fields, then the first norm's two sums; ``out_part``
-    ``[out_rows, 2, C]``: the other norm's; ``tap_part`` ``[tap_rows, TAPS]``: the query's and the
-    key's taps, which the first channel block sums.
+    ``job`` says which: below ``FIELDS``, a tap of W_v; then the first norm, the norm of the
+    attention's output (unless ``out_part`` is None), the taps of W_q and W_k, and lambda (unless
+    ``lambda_part`` is None). ``part`` ``[rows, FIELDS + 2, C]``: fields, then the first norm's two
+    sums; ``out_part`` ``[out_rows, 2, C]``: the other norm's; ``tap_part`` ``[tap_rows, TAPS]``:
+    the query's and the key's taps, which the first channel block sums; ``lambda_part``
+    ``[lambda_rows, C]``.
     """
     width = (FIELDS + 2) * C
-    if job < 9:
+    if job < FIELDS:
         total = sum_rows(part + job * C, rows, width, c, kept, ROWS)
         tl.store(grad_value + c * 9 + job, total, kept)
-    elif job < FIELDS:
-        if grad_lambda is not None:
-            tl.store(grad_lambda + c, sum_rows(part + job * C, rows, width, c, kept, ROWS), kept)
     elif job == FIELDS:
         norm_parameter_grads(part + job * C, rows, width, coefficients, grad_norm, C, c, kept, ROWS)
     elif job == FIELDS + 1:
@@ -262,9 +264,13 @@ def finish_parameters(
             norm_parameter_grads(
                 out_part, out_rows, 2 * C, out_coefficients, grad_out_norm, C, c, kept, ROWS
             )
-    elif tl.program_id(1) == 0:
-        tap = tl.arange(0, TAPS)
-        tl.store(grad_taps + tap, sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, ROWS))
+    elif job == FIELDS + 2:
+        if tl.program_id(1) == 0:
+            tap = tl.arange(0, TAPS)
+            total = sum_rows(tap_part, tap_rows, TAPS, tap, tap < TAPS, 8 * ROWS)  # short rows
+            tl.store(grad_taps + tap, total)
+    elif lambda_part is not None:
+        tl.store(grad_lambda + c, sum_rows(lambda_part, lambda_rows, C, c, kept, ROWS), kept)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -272,13 +278,14 @@ def parameter_grads(
     part, rows, coefficients, grad_value, grad_lambda, grad_norm,
     out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps, C,
     FIELDS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
+    lambda_part=None, lambda_rows=0,
 ):  # fmt: skip
     """All jobs of :func:`finish_parameters`, one per program; for a frozen first norm."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     finish_parameters(
         tl.program_id(0), part, rows, coefficients, grad_value, grad_lambda, grad_norm,
         out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps,
-        C, c, c < C, FIELDS, TAPS, ROWS,
+        lambda_part, lambda_rows, C, c, c < C, FIELDS, TAPS, ROWS,
     )  # fmt: skip
 
 
@@ -290,6 +297,7 @@ def input_norm_grads(
     B, C, HW, programs, count,
     FIELDS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, OUT_BATCH: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr,
+    lambda_part=None, lambda_rows=0,
 ):  # fmt: skip
     """Gradients of z and, if ``go`` is given, of the shortcut: reads gm, z, go, writes two (5 N).
 
@@ -303,11 +311,11 @@ def input_norm_grads(
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     kept = c < C
-    for job in range(program, FIELDS + 3, programs):
+    for job in range(program, FIELDS + 4, programs):
         finish_parameters(
             job, part, rows, coefficients, grad_value, grad_lambda, grad_norm,
             out_part, out_rows, out_coefficients, grad_out_norm, tap_part, tap_rows, grad_taps,
-            C, c, kept, FIELDS, TAPS, ROWS,
+            lambda_part, lambda_rows, C, c, kept, FIELDS, TAPS, ROWS,
         )  # fmt: skip
     on_grad, on_z, constant = norm_backward(
         part + FIELDS * C, rows, (FIELDS + 2) * C, count, coefficients, C, c, kept, ROWS

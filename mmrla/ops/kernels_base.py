@@ -68,7 +68,7 @@ HEAD_PROGRAMS = 2048
 MOST_LAYERS = 16
 """How many layers the softmax has room for; twice as many if that is too few, and so on."""
 SUMS_PIXELS = 64
-"""Pixels and channels per block of retrieval_sums, at 32 elements per thread."""
+"""Pixels and channels per block of retrieval_sums."""
 SUMS_CHANNELS = 64
 
 
@@ -158,10 +158,12 @@ def retrieval_blocks(
     blocks, channel_blocks = triton.cdiv(plan.pixels, pixels), triton.cdiv(C, channels)
     chunk = max(1, blocks // triton.cdiv(FLAT_WARPS * sms, B * channel_blocks))
     chunks = triton.cdiv(blocks, chunk)
-    warps = max(1, pixels * channels // 1024)
+    unit = plan.flat.options["UNIT"]
+    # Narrow loads take registers for addresses: fewer of them per thread.
+    warps = max(1, pixels * channels // (1024 if plan.last or unit > 1 else 512))
     programs = even_programs(B * chunks, max(1, sms * FLAT_WARPS // warps // channel_blocks))
     options = dict(
-        BP=pixels, BC=channels, LAST=plan.last, UNIT=plan.flat.options["UNIT"], num_warps=warps,
+        BP=pixels, BC=channels, LAST=plan.last, UNIT=unit, num_warps=warps,
         num_stages=1,
     )  # fmt: skip
     return (programs, channel_blocks), (programs, chunks, chunk), options
@@ -181,7 +183,7 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def batches(tensors: Sequence[Tensor], capacity: int, filler: Tensor) -> list[tuple[Tensor, ...]]:
-    """``tensors``, then fillers, in tuples of what one launch writes into a table."""
+    """``tensors``, then fillers of their dtype, in tuples of what one launch writes to a table."""
     row = [*tensors, *[filler] * (capacity - len(tensors))]
     return [tuple(row[k : k + TABLE_STEP]) for k in range(0, capacity, TABLE_STEP)]
 
@@ -315,9 +317,9 @@ def base_backward(
     capacity = max(base.capacity, triton.cdiv(len(later), TABLE_STEP) * TABLE_STEP)
     table = torch.empty((4, capacity), dtype=torch.int64, device=z.device)
     rows = (
-        batches([*map(addressable, values)], capacity, z), batches(keys, capacity, z),
+        batches([*map(addressable, values)], capacity, z), batches(keys, capacity, saved[0]),
         batches([addressable(m) for m, _ in later], capacity, z),
-        batches([f for _, f in later], capacity, z),
+        batches([f for _, f in later], capacity, saved[0]),
     )  # fmt: skip
     for k, lists in enumerate(zip(*rows, strict=True)):
         fill_tables[(1,)](table, capacity, k * TABLE_STEP, *lists, num_warps=1)
@@ -338,7 +340,8 @@ def base_backward(
     head_blocks = base.head_grid[1]
     softmax_backward[(triton.cdiv(B, base.samples), head_blocks)](
         dots, out_part, out_coefficients, attention, drop, means, queries, table, capacity,
-        grad_key, on, grad_queries, grad_keys, factors, tap_part,
+        means if grad_key is None else grad_key.contiguous(), int(grad_key is not None),
+        on, grad_queries, grad_keys, factors, tap_part,
         t, heads, D, B, C, chunks, out_rows, base.samples, plan.count, D**-0.5,
         OUT_BATCH=out_norm.batch, TAPS=taps, **base.head_options,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -46,8 +47,8 @@ def add_to(x, sums, kept, again):
     tl.store(x, tl.load(x, kept & again, 0.0) + sums, kept)
 
 
-# grad and o are not specialised so that loads of 8 bytes, not 16, come out: then a thread has more
-# pixels of fewer channels, and sums over pixels exchange less between threads.
+# grad and o are not specialised, so that WIDTH decides about loads. In channels_last a thread gets
+# 4 channels, not 8, and so more pixels: sums over pixels then exchange less between threads.
 @triton.jit(do_not_specialize=[*VARYING, "grad", "o"])
 def retrieval_sums(
     grad, o, table, attention, drop, out_coefficients, part, dots,
@@ -72,6 +73,7 @@ def retrieval_sums(
     moments = tl.zeros((BC,), tl.float32)
     AXIS: tl.constexpr = 0 if LAST else 1
     KINDS: tl.constexpr = 3 if OUT_BATCH else 1
+    WIDTH: tl.constexpr = o.dtype.element_ty.primitive_bitwidth // 2 if LAST else 16
     for n in range(program, B * chunks, programs):
         b = n // chunks
         base = b.to(tl.int64) * C * HW
@@ -79,10 +81,10 @@ def retrieval_sums(
         for k in range(chunk):
             p = ((n % chunks) * chunk + k) * BP + tl.arange(0, BP)
             at, ok = pixel_block(p, HW, C, c, kept, LAST)
-            g = tl.load(tl.multiple_of(grad + base, 8) + at, ok, 0.0).to(tl.float32)
+            g = tl.load(tl.multiple_of(grad + base, WIDTH) + at, ok, 0.0).to(tl.float32)
             x = tl.zeros((BP, BC) if LAST else (BC, BP), tl.float32)
             for m in range(t):
-                v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                 x += head_weights(attention, m, b, B, heads, c, D, kept, LAST) * v
                 if t > 1:
                     if OUT_BATCH:
@@ -92,11 +94,11 @@ def retrieval_sums(
                         dot = tl.sum(g * v, AXIS)
                     add_to(row + m * KINDS * chunks * C, dot, kept, k > 0)
             if OUT_BATCH and t > 1:
-                tl.store(tl.multiple_of(o + base, 8) + at, x.to(o.dtype.element_ty), ok)
+                tl.store(tl.multiple_of(o + base, WIDTH) + at, x.to(o.dtype.element_ty), ok)
             x = tl.where(ok, x - mean, 0.0)
             if OUT_BATCH and t > 1:
                 for m in range(t):
-                    v = tl.load(map_at(table, m, o, 8) + base + at, ok, 0.0).to(tl.float32)
+                    v = tl.load(map_at(table, m, o, WIDTH) + base + at, ok, 0.0).to(tl.float32)
                     add_to(row + (m * KINDS + 2) * chunks * C, tl.sum(x * v, AXIS), kept, k > 0)
             if drop is not None:
                 g *= tl.load(drop + b)
@@ -109,10 +111,10 @@ def retrieval_sums(
     tl.store(row + C, moments, kept)
 
 
-@triton.jit(do_not_specialize=[*VARYING, "samples"])
+@triton.jit(do_not_specialize=[*VARYING, "samples", "grad_key", "has_grad_key"])
 def softmax_backward(
-    dots, part, out_coefficients, attention, drop, means, queries, table, capacity, grad_key,
-    on, grad_queries, grad_keys, factors, tap_part,
+    dots, part, out_coefficients, attention, drop, means, queries, table, capacity,
+    grad_key, has_grad_key, on, grad_queries, grad_keys, factors, tap_part,
     t, heads, D, B, C, chunks, rows, samples, count, inverse_root,
     OUT_BATCH: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
     TAPS: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -120,11 +122,12 @@ def softmax_backward(
 ):  # fmt: skip
     """Gradients of query and keys, of ``samples`` samples and some heads, and values' factors.
 
-    Writes ``grad_queries`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last with what later layers
-    left (``grad_key``), ``factors`` ``[t, B, C]``: V_n's gradient is ``factors[n] * grad_o``, and
-    ``tap_part``, a row ``[2, TAPS]`` for W_q and W_k per sample and block of heads. With
-    ``OUT_BATCH`` also ``on`` ``[3, C]``: ``grad_o = on[0] * drop * grad + on[1] * o + on[2]``;
-    otherwise grad_o is grad, and factors have what the frozen norm and ``drop`` do to it.
+    Writes ``grad_queries`` ``[B, C]``, ``grad_keys`` ``[t, B, C]``, the last plus ``grad_key`` from
+    later layers if ``has_grad_key``, ``factors`` ``[t, B, C]``: V_n's gradient is
+    ``factors[n] * grad_o``, and ``tap_part``, a row ``[2, TAPS]`` for W_q and W_k per sample and
+    block of heads. With ``OUT_BATCH`` also ``on`` ``[3, C]``: grad_o is
+    ``on[0] * drop * grad + on[1] * o + on[2]``; otherwise it is grad, and factors have what the
+    frozen norm and ``drop`` do to it.
     """
     first = tl.program_id(1) * HEADS
     c, ok = head_block(first, heads, D, HEADS, WIDTH)
@@ -170,9 +173,8 @@ def softmax_backward(
             grad_logit = tl.sum(tl.where(layer == n, grad_logits, 0.0), 0)[:, None]
             k = tl.load(vector_at(table + capacity, n, queries) + b * C + c, ok, 0.0)
             on_query += grad_logit * k
-            on_key = grad_logit * q
-            if grad_key is not None and n == t - 1:
-                on_key += tl.load(grad_key + b * C + c, ok, 0.0)
+            from_later = ok & (n == t - 1) & (has_grad_key != 0)
+            on_key = grad_logit * q + tl.load(grad_key + b * C + c, from_later, 0.0)
             to = (n * B + b).to(tl.int64) * C + c
             tl.store(grad_keys + to, on_key, ok)
             factor = tl.sum(tl.where(layer == n, weights, 0.0), 0)[:, None]
@@ -331,13 +333,13 @@ def input_grads(
         if OUT_BATCH and drop is not None:
             dropped = on_grad * tl.load(drop + sample)[:, None]
         older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older, _ = gather(
-                grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                older = gather(
+                    grad + base, o + base, go + base, at - step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         newer, g = gather(
             grad + base, o + base, go + base, at, line_stride, line, lines,
             ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
@@ -359,13 +361,13 @@ def input_grads(
             g = next_g
             at = x
         latest = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest, _ = gather(
-                grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
-                inside, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
-                base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
-            )  # fmt: skip
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                latest = gather(
+                    grad + base, o + base, go + base, at + step_stride, line_stride, line, lines,
+                    ok, dropped, on_o, constant, own_factor, table, capacity, later, grad, factors,
+                    base, row, kept, t, False, OUT_BATCH, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
         sums = use_value_grads(
             older, newer, latest, g, z + base, s + base, gm + base, gz + base, at, line_stride,
             line, lines, ok, sums, w, factor, offset, mean, on_y, BATCH, LINES, FULL, WIDE,

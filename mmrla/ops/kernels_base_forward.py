@@ -1,5 +1,6 @@
 """Kernels of MRLA-base's forward: value, softmax over the layers, retrieval, output."""
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -146,13 +147,13 @@ def make_value(
         at = line * line_stride + step * step_stride + (c if LAST else c * (lines * steps))
         before = zeros(LINES, GROUPS, BC)
         here = zeros(LINES, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            y, _ = load_y(
-                z + base, s + base, at - step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            _, before, here = spread(y, w, before, here, 0.0, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                outer = load_y(
+                    z + base, s + base, at - step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
+                here = spread(outer, w, before, here, 0.0, LINES)[2]
         y, _ = load_y(
             z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, FULL, WIDE
         )
@@ -170,13 +171,13 @@ def make_value(
                 LINES, FULL, WIDE,
             )  # fmt: skip
         done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            y, _ = load_y(
-                z + base, s + base, at + step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            done, _, _ = spread(y, w, before, here, 0.0, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                outer = load_y(
+                    z + base, s + base, at + step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )[0]  # fmt: skip
+                done = spread(outer, w, before, here, 0.0, LINES)[0]
         store_group(value + base, done, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
         row = (group * strips + n % strips)[:, None]
         tl.store(sums + row * C + c, total, exists & kept)

@@ -53,7 +53,8 @@ from mmrla.ops.reference import LightWeights, Norm
 HEAD_CHANNELS = 128
 """Channels per program of the gate's kernels, if a head has no more."""
 CHUNK_ELEMENTS = 4096
-"""Partial sums that such a program reads at once."""
+"""Partial sums that such a program reads at once, if there are more than a few per channel."""
+FEW = 4
 FIELD_COUNT: int = FIELDS.value
 
 
@@ -65,6 +66,10 @@ class LightPlan(NamedTuple):
     gate_grid: tuple[int, int]
     gate_options: dict[str, int]
     """Compile-time constants of the gate's kernels."""
+    chunks: int
+    """Sums over pixels that gate_forward reads at once."""
+    dot_chunks: int
+    """Partial sums that gate_backward reads at once."""
     taps: int
     """Room for the taps of W_q, and of W_k."""
     dots: int
@@ -74,7 +79,8 @@ class LightPlan(NamedTuple):
     forward_scratch: list[int]
     """Partial sums of both norms, sums over pixels."""
     backward_scratch: list[int]
-    """Partial sums of parameters, of the other norm, dots, queries' and keys' gradients, taps."""
+    """Partial sums of W_v and the norm, of the other norm, of lambda_t, dots, gradients of queries
+    and keys, of taps."""
     grads: list[int]
     """Both norms' parameters, value, lambda_t, taps."""
     grad_views: list[int]
@@ -91,21 +97,23 @@ def light_plan(
     heads = C // head_channels
     width = power_of_two(head_channels)
     heads_per_program = max(1, HEAD_CHANNELS // width)
-    chunks = max(1, CHUNK_ELEMENTS // (heads_per_program * width))
-    options = dict(HEADS=heads_per_program, WIDTH=width, CHUNKS=chunks, QUERY=query, KEY=key)
+    most = max(1, CHUNK_ELEMENTS // (heads_per_program * width))
+    options = dict(HEADS=heads_per_program, WIDTH=width, QUERY=query, KEY=key)
     head_blocks = triton.cdiv(heads, heads_per_program)
     taps = power_of_two(max(query, key))
     walk, ring = plan.short_walk, plan.ring_walk
     dots = walk.groups * walk.strips
+    chunks, dot_chunks = (min(most, FEW if n <= 2 * FEW else most) for n in (plan.chunks, dots))
     two, nine, one = aligned([2 * C, 9 * C, C])
     return LightPlan(
-        plan, heads, (B, head_blocks), options, taps, dots,
+        plan, heads, (B, head_blocks), options, chunks, dot_chunks, taps, dots,
         kept=aligned([COEFFICIENTS * C, COEFFICIENTS * C, B * C, B * C, B * C, B * heads]),
         forward_scratch=aligned(
             [2 * C * plan.flat.programs, 2 * C * plan.walk.programs, B * C * plan.chunks]
         ),
         backward_scratch=aligned([
-            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * walk.programs, B * C * dots,
+            (FIELD_COUNT + 2) * C * ring.programs, 2 * C * walk.programs, C * walk.programs,
+            B * C * dots,
             B * C, B * C, 2 * taps * B * head_blocks,
         ]),
         grads=[two, two, nine, one, 2 * taps],
@@ -168,12 +176,13 @@ def light_forward(
         sums, w.query, w.key, gate, means, queries, keys,
         z, s, coefficients, w.value, w.lambda_t, out_coefficients,
         C, H, W, heads, D, plan.chunks, D**-0.5,
-        KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last, **light.gate_options,
+        CHUNKS=light.chunks, KEEP=keep, OUT_BATCH=out_norm.batch, LAST=plan.last,
+        **light.gate_options,
     )  # fmt: skip
     out = torch.empty_like(z)
     for mode in (OUT_SUMS, OUT) if out_norm.batch else (OUT,):
         attention[walk.grid](
-            z, s, z, out, out_part, None, coefficients, gate, w.value, w.lambda_t, drop,
+            z, s, z, out, out_part, None, None, coefficients, gate, w.value, w.lambda_t, drop,
             out_part, *out_norm.tensors, out_coefficients, None,
             *walk.sizes, heads, D,
             walk.programs, plan.count, out_norm.momentum, out_norm.eps,
@@ -217,7 +226,7 @@ def light_backward(
     coefficients, out_coefficients, means, queries, keys, gate = views
     scratch = buffer(z.device, light.backward_scratch)
     views = scratch.split_with_sizes(light.backward_scratch)
-    part, out_part, dots, grad_queries, grad_keys, tap_part = views
+    part, out_part, lambda_part, dots, grad_queries, grad_keys, tap_part = views
     grads = buffer(z.device, light.grads)
     views = grads.split_with_sizes(light.grads)
     grad_norm, grad_out_norm, grad_value, grad_lambda, grad_taps = views
@@ -226,14 +235,15 @@ def light_backward(
     gs = go if norm.batch and out_norm.batch else torch.empty_like(z)
     for mode in (GRAD_SUMS, GRADS) if out_norm.batch else (GRADS,):
         attention[walk.grid](
-            z, s, grad, go, out_part, dots, coefficients, gate, w.value, w.lambda_t, drop,
-            out_part, None, None, None, None, out_coefficients, grad_out_norm,
+            z, s, grad, go, out_part, lambda_part, dots, coefficients, gate, w.value, w.lambda_t,
+            drop, out_part, None, None, None, None, out_coefficients, grad_out_norm,
             *walk.sizes, heads, D, walk.programs, plan.count, 0.0, 0.0,
             MODE=mode.value, OUT_BATCH=out_norm.batch, KEEP=True, **walk.options,
         )  # fmt: skip
     gate_backward[light.gate_grid](
         dots, means, queries, keys, grad_queries, grad_keys, tap_part,
-        C, heads, D, light.dots, D**-0.5, TAPS=taps, **options,
+        C, heads, D, light.dots, D**-0.5,
+        CHUNKS=light.dot_chunks, TAPS=taps, **options,
     )  # fmt: skip
     input_grads[ring.grid](
         go, z, s, grad, gm, gs, part, coefficients, gate, w.value, w.lambda_t, drop,
@@ -247,16 +257,18 @@ def light_backward(
         None if out_norm.batch else out_part, walk.programs, out_coefficients, grad_out_norm,
         tap_part, B * light.gate_grid[1], grad_taps,
     )  # fmt: skip
-    constants = dict(FIELDS=FIELD_COUNT, TAPS=2 * taps)
+    last = dict(
+        FIELDS=FIELD_COUNT, TAPS=2 * taps, lambda_part=lambda_part, lambda_rows=walk.programs
+    )
     if norm.batch:
         input_norm_grads[flat.grid](
             gm, z, go, gm, gs, w.lambda_t, drop, *parameters,
             B, C, plan.pixels, flat.programs, plan.count,
-            OUT_BATCH=out_norm.batch, **constants, **flat.options,
+            OUT_BATCH=out_norm.batch, **last, **flat.options,
         )  # fmt: skip
     else:
-        parameter_grads[(FIELD_COUNT + 3, flat.grid[1])](
-            *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **constants
+        parameter_grads[(FIELD_COUNT + 4, flat.grid[1])](
+            *parameters, C, ROWS=flat.options["ROWS"], BC=flat.options["BC"], **last
         )
     w1, b1, w2, b2, value, lambda_t, query, key = grads.split_with_sizes(light.grad_views)[1::2]
     return (

@@ -5,6 +5,7 @@ Neither y nor o is ever stored: both are made again from z and s wherever they a
 N is the size of a map.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -132,33 +133,28 @@ def add_shares(sums, s, slope, LINES: tl.constexpr):
 
 
 @triton.jit
-def shares_of(s, start, slope, LINES: tl.constexpr):
-    """``start + slope * s`` on lines 0 ... LINES - 1."""
-    total = ()
-    for j in tl.static_range(LINES):
-        total = total + (start + slope * s[j + 1],)
-    return total
-
-
-@triton.jit
 def use_outputs(
-    done, shares, grad, result, at, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
+    done, s, grad, result, at, line_stride, line, lines, ok, totals, scale, on_grad, on_x,
+    previous, constant,
     MODE: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """What :func:`attention` does with the outputs of one step; returns the new ``totals``."""
-    first, second, dot = totals
+    first, second, third, dot = totals
     if MODE == OUT:
         store_group(result, done, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
     else:
         g = ()
+        shortcut = ()
         new = ()
         if MODE != OUT_SUMS:
             g = load_group(grad, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
+        if MODE == GRADS:
+            shortcut = load_group(s, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
         for j in tl.static_range(LINES):
             mask = line_mask(line, lines, ok, j, LINES, FULL)
             x = done[j]
-            if mask is not None:  # s is hugely negative outside: x may be infinite
+            if mask is not None:  # outside, s is hugely negative and x may be infinite
                 x = tl.where(mask, x, 0.0)
             if MODE == OUT_SUMS:
                 first += x
@@ -167,27 +163,26 @@ def use_outputs(
                 first += scale * g[j]
                 second += g[j] * x
             elif OUT_BATCH:
-                own = on_grad * g[j] + (on_x * x + shares[j])
+                own = on_grad * g[j] + (on_x * (x + previous * shortcut[j]) + constant)
                 if mask is not None:
                     own = tl.where(mask, own, 0.0)
                 dot += own * x
+                third += own * shortcut[j]
                 new = new + (own,)
             else:
                 own = scale * g[j]
                 first += own
+                second += own * (x + (previous * shortcut[j] + constant))
+                third += own * shortcut[j]
                 dot += own * x
-                x += shares[j]
-                if mask is not None:
-                    x = tl.where(mask, x, 0.0)
-                second += own * x
         if MODE == GRADS and OUT_BATCH:
             store_group(result, new, at, line_stride, line, lines, ok, LINES, FULL, WIDE)
-    return first, second, dot
+    return first, second, third, dot
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attention(
-    z, s, grad, result, part, dots, coefficients, gate, value, lambda_t, drop,
+    z, s, grad, result, part, lambda_part, dots, coefficients, gate, value, lambda_t, drop,
     in_part, weight, bias, running_mean, running_var, out_coefficients, grad_out_norm,
     C, lines, steps, tiles, programs, per_sample, all_groups, strips, length, heads, D,
     rows, count, momentum, eps,
@@ -203,9 +198,10 @@ def attention(
       (:func:`finish_norm`).
     - ``GRAD_SUMS``, 3 N: ``part``, sums of ``drop * grad`` and of that times ``o - mean``.
     - ``GRADS``, 4 N: ``result``, the gradient of o, and ``dots``, one row ``[C]`` per group and
-      strip: sums of it times ``gate * stencil(y)``. Finishes ``grad_out_norm`` from ``in_part``,
-      the sums of ``GRAD_SUMS``. Of a frozen norm, 3 N: o's gradient is ``drop * factor * grad``
-      and not stored, and ``part`` are the sums of ``GRAD_SUMS``.
+      strip: sums of it times ``gate * stencil(y)``; ``lambda_part`` ``[programs, C]``, sums of it
+      times s. Finishes ``grad_out_norm`` from ``in_part``, the sums of ``GRAD_SUMS``. Of a frozen
+      norm, 3 N: o's gradient is ``drop * factor * grad`` and not stored, and ``part`` are the sums
+      of ``GRAD_SUMS``.
     """
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -245,6 +241,7 @@ def attention(
     step_stride = C if LAST else lines
     first = tl.zeros((GROUPS, BC), tl.float32)
     second = tl.zeros((GROUPS, BC), tl.float32)
+    third = tl.zeros((GROUPS, BC), tl.float32)
     for n in range(program, tiles, programs):
         group, exists, sample, line, step, own_steps = tile_of(
             n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
@@ -261,7 +258,8 @@ def attention(
         if drop is not None:
             scale = tl.load(drop + sample)
         weights = tl.load(gate + sample * heads + c // D, kept, 0.0)
-        # What stencil(y) and s are multiplied by, what outputs begin with.
+        # Outputs are start + stencil(y; weights) + slope * s, so that norm and drop cost nothing;
+        # of GRADS, s is added later, since dots are sums with the stencil's part alone.
         slope = previous
         start = constant
         if MODE == OUT:
@@ -274,8 +272,6 @@ def attention(
             start = scale * constant
         elif MODE == GRADS:
             start = tl.zeros((1, 1), tl.float32)
-            if OUT_BATCH:
-                slope = on_x * previous
         on_grad = scale
         if MODE == GRADS:  # loaded again for each tile: registers are scarce
             on_grad = scale * tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
@@ -284,66 +280,60 @@ def attention(
             taps = plus_identity(taps)
         # Before the first step, then the first: nothing is finished yet.
         here = filled(LINES, GROUPS, BC, start)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            y, shortcut = load_y(
-                z + base, s + base, at - step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            _, _, here = spread(y, taps, here, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                y, shortcut = load_y(
+                    z + base, s + base, at - step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )  # fmt: skip
+                here = spread(y, taps, here, here, start, LINES)[2]
         y, shortcut = load_y(
             z + base, s + base, at, line_stride, line, lines, ok, factor, offset, LINES, FULL, WIDE
         )
         _, before, here = spread(y, taps, here, here, start, LINES)
         if MODE != GRADS:
             before = add_shares(before, shortcut, slope, LINES)
-        shares = shares_of(shortcut, constant, slope, LINES)
         dot = tl.zeros((GROUPS, BC), tl.float32)
         for _ in range(1, own_steps):
             x = at + step_stride
             y, shortcut = load_y(
-                z + base,
-                s + base,
-                x,
-                line_stride,
-                line,
-                lines,
-                ok,
-                factor,
-                offset,
-                LINES,
-                FULL,
+                z + base, s + base, x, line_stride, line, lines, ok, factor, offset, LINES, FULL,
                 WIDE,
-            )
+            )  # fmt: skip
             done, before, here = spread(y, taps, before, here, start, LINES)
-            first, second, dot = use_outputs(
-                done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
-                (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, FULL, WIDE,
+            first, second, third, dot = use_outputs(
+                done, s + base, grad + base, result + base, at, line_stride, line, lines, ok,
+                (first, second, third, dot), scale, on_grad, on_x, previous, constant,
+                MODE, OUT_BATCH, LINES, FULL, WIDE,
             )  # fmt: skip
             if MODE != GRADS:
                 before = add_shares(before, shortcut, slope, LINES)
-            else:
-                shares = shares_of(shortcut, constant, slope, LINES)
             at = x
         done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            y, shortcut = load_y(
-                z + base, s + base, at + step_stride, line_stride, line, lines, inside,
-                factor, offset, LINES, FULL, WIDE,
-            )  # fmt: skip
-            done, _, _ = spread(y, taps, before, here, start, LINES)
-        first, second, dot = use_outputs(
-            done, shares, grad + base, result + base, at, line_stride, line, lines, ok,
-            (first, second, dot), scale, on_grad, on_x, MODE, OUT_BATCH, LINES, FULL, WIDE,
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                y, shortcut = load_y(
+                    z + base, s + base, at + step_stride, line_stride, line, lines, ok,
+                    factor, offset, LINES, FULL, WIDE,
+                )  # fmt: skip
+                done = spread(y, taps, before, here, start, LINES)[0]
+        first, second, third, dot = use_outputs(
+            done, s + base, grad + base, result + base, at, line_stride, line, lines, ok,
+            (first, second, third, dot), scale, on_grad, on_x, previous, constant,
+            MODE, OUT_BATCH, LINES, FULL, WIDE,
         )  # fmt: skip
         if MODE == GRADS:
             if not OUT_BATCH:  # on_grad contains scale, and dot does already
                 dot *= tl.load(out_coefficients + FACTOR * C + c, kept, 0.0)
             row = group * strips + n % strips
             tl.store(dots + row * C + c, dot, exists & kept)
-    if MODE == OUT_SUMS or (MODE == GRAD_SUMS or (MODE == GRADS and not OUT_BATCH)):
-        c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    if MODE != OUT and not (MODE == GRADS and OUT_BATCH):
         row = part + program * 2 * C + c
         tl.store(row, tl.sum(first, 0), c < C)
         tl.store(row + C, tl.sum(second, 0), c < C)
+    if MODE == GRADS:
+        total = tl.sum(third, 0)
+        if not OUT_BATCH:
+            total *= tl.load(out_coefficients + FACTOR * C + c, c < C, 0.0)
+        tl.store(lambda_part + program * C + c, total, c < C)

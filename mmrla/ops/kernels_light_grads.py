@@ -1,17 +1,12 @@
 """Kernel of MRLA-light's backward: from o's gradient to the block's, and the gradient of W_v."""
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from mmrla.ops.kernels import (
-    FACTOR,
-    MEAN,
-    NAN,
-    OFFSET,
-    load_vector,
-)
+from mmrla.ops.kernels import FACTOR, MEAN, NAN, OFFSET, load_vector
 from mmrla.ops.kernels_stencil import (
     LOWEST,
     UNSPECIALISED,
@@ -26,14 +21,14 @@ from mmrla.ops.kernels_stencil import (
     zeros,
 )
 
-FIELDS = tl.constexpr(10)
-"""Sums of products per channel: nine taps of W_v and lambda_t."""
+FIELDS = tl.constexpr(9)
+"""Sums of products per channel: the taps of W_v."""
 
 
 @triton.jit
 def use_input_grads(
     done, older, newer, latest, z, s, grad, gm, gs, at, line_stride, line, lines, ok, sums,
-    factor, offset, mean, weights, share, previous,
+    factor, offset, mean, weights, previous,
     BATCH: tl.constexpr, OUT_BATCH: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +53,7 @@ def use_input_grads(
             sums[0] + y * latest[j + 2], sums[1] + y * newer[j + 2], sums[2] + y * older[j + 2],
             sums[3] + y * latest[j + 1], sums[4] + y * own, sums[5] + y * older[j + 1],
             sums[6] + y * latest[j], sums[7] + y * newer[j], sums[8] + y * older[j],
-            sums[9] + own * share * shortcut[j], sums[10] + masked,
-            sums[11] + masked * (x[j] - mean),
+            sums[9] + masked, sums[10] + masked * (x[j] - mean),
         )  # fmt: skip
         if BATCH:
             new_gm = new_gm + (masked,)
@@ -85,8 +79,8 @@ def input_grads(
 ):  # fmt: skip
     """``gm = (y > 0) * (grad + stencil^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
 
-    Writes ``part`` ``[programs, 12, C]``: sums of go times each neighbour of y (the gradient of
-    W_v), of ``go * s``, of gm and of ``gm * (z - mean)``. Without ``BATCH``, ``factor * gm`` is the
+    Writes ``part`` ``[programs, 11, C]``: sums of go times each neighbour of y (the gradient of
+    W_v), of gm and of ``gm * (z - mean)``. Without ``BATCH``, ``factor * gm`` is the
     gradient of z and stored instead, and so is the shortcut's, ``gm + lambda_t * go`` (6 N).
     Without ``OUT_BATCH``, ``go`` is ``grad`` itself, which is then read once, and the frozen norm's
     factor and ``drop`` are applied here.
@@ -107,7 +101,7 @@ def input_grads(
         lines = lines // LINES * LINES  # so that the compiler knows alignments
     line_stride = steps * C if LAST else 1
     step_stride = C if LAST else lines
-    sums = zeros(12, GROUPS, BC)
+    sums = zeros(11, GROUPS, BC)
     for n in range(program, tiles, programs):
         _, exists, sample, line, step, own_steps = tile_of(
             n, per_sample, all_groups, strips, length, steps, LINES, GROUPS
@@ -130,21 +124,13 @@ def input_grads(
         on_shortcut = previous * share
         here = filled(LINES, GROUPS, BC, start)
         older = zeros(LINES + 2, GROUPS, BC)
-        if STRIPS:
-            inside = exists & kept & (step > 0)
-            older = load_lines(
-                go + base,
-                at - step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            _, _, here = spread(older, taps, here, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step > 0:
+                older = load_lines(
+                    go + base, at - step_stride, line_stride, line, lines, ok, 0.0, LINES, FULL,
+                    WIDE,
+                )  # fmt: skip
+                here = spread(older, taps, here, here, start, LINES)[2]
         newer = load_lines(go + base, at, line_stride, line, lines, ok, 0.0, LINES, FULL, WIDE)
         _, before, here = spread(newer, taps, here, here, start, LINES)
         for _ in range(1, own_steps):
@@ -153,7 +139,7 @@ def input_grads(
             done, before, here = spread(latest, taps, before, here, start, LINES)
             sums = use_input_grads(
                 done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base,
-                at, line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
+                at, line_stride, line, lines, ok, sums, factor, offset, mean, weights,
                 on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
             )  # fmt: skip
             older = newer
@@ -161,28 +147,20 @@ def input_grads(
             at = x
         latest = zeros(LINES + 2, GROUPS, BC)
         done = before
-        if STRIPS:
-            inside = exists & kept & (step + own_steps < steps)
-            latest = load_lines(
-                go + base,
-                at + step_stride,
-                line_stride,
-                line,
-                lines,
-                inside,
-                0.0,
-                LINES,
-                FULL,
-                WIDE,
-            )
-            done, _, _ = spread(latest, taps, before, here, start, LINES)
+        if STRIPS:  # noqa: SIM102 - known when compiling
+            if step + own_steps < steps:
+                latest = load_lines(
+                    go + base, at + step_stride, line_stride, line, lines, ok, 0.0, LINES, FULL,
+                    WIDE,
+                )  # fmt: skip
+                done = spread(latest, taps, before, here, start, LINES)[0]
         sums = use_input_grads(
             done, older, newer, latest, z + base, s + base, grad + base, gm + base, gs + base, at,
-            line_stride, line, lines, ok, sums, factor, offset, mean, weights, share,
+            line_stride, line, lines, ok, sums, factor, offset, mean, weights,
             on_shortcut, BATCH, OUT_BATCH, LINES, FULL, WIDE,
         )  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    for k in tl.static_range(12):
+    for k in tl.static_range(11):
         # Fields are rows and columns of W_v: lines and steps change places in NCHW.
         field = k if LAST or k >= 9 else (k % 3) * 3 + k // 3
-        tl.store(part + (program * 12 + field) * C + c, tl.sum(sums[k], 0), c < C)
+        tl.store(part + (program * 11 + field) * C + c, tl.sum(sums[k], 0), c < C)

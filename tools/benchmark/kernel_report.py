@@ -127,7 +127,7 @@ def maps_moved(ttir: str, layers: int) -> int:
         found = re.match(r"\s*(?:(%[\w-]+) = )?(tt\.\w+) (%[\w-]+).* : (\S+)", line)
         if found:
             name, op, first, kind = found.groups()
-            if op in ("tt.load", "tt.store") and re.match(r"tensor<\d+x\d+x!tt.ptr<b?f16", kind):
+            if op in ("tt.load", "tt.store") and re.match(r"tensor<(\d+x){2,3}!tt.ptr<b?f16", kind):
                 moved.add((op, root.get(first, first)))
             elif name:
                 root[name] = "table" if op == "tt.int_to_ptr" else root.get(first, first)
