@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     pixels: int
     middle: int
     """A pixel in the middle."""
-    count: float
+    count: float  # type: ignore[assignment]
     """Pixels of the whole batch."""
     lines: int
     """The stencils' lines: rows in channels_last, else columns."""
@@ -190,18 +190,23 @@ def flat_programs(options: dict[str, Any], channel_blocks: int, sms: int) -> int
 
 def flat_blocks(B: int, C: int, pixels: int, last: bool, sms: int) -> Flat:
     """Blocks of pixels and channels."""
+    unit = 1 if last else math.gcd(pixels, 8)
+    elements = FLAT_ELEMENTS
     if last:
         channels = least_padding(C, tuple(min(b, power_of_two(C)) for b in (128, 64, 32)))
-        wide = min(FLAT_ELEMENTS // channels, power_of_two(pixels))
+        wide = min(elements // channels, power_of_two(pixels))
     else:
+        if unit == 1:  # single values are loaded, and need more registers
+            elements //= 2
         wide = min(least_padding(pixels, (256, 128, 64, 32)), power_of_two(pixels))
-        channels = min(FLAT_ELEMENTS // wide, power_of_two(C))
-    warps = max(1, wide * channels // 1024)
+        channels = min(elements // wide, power_of_two(C))
+    warps = max(1, 4 * wide * channels // elements)
     rows = prologue_rows(warps, channels)
-    unit = 1 if last else math.gcd(pixels, 8)
     options = dict(
         BP=wide, BC=channels, LAST=last, UNIT=unit, ROWS=rows, num_warps=warps, num_stages=1
     )
+    if torch.version.hip is None:
+        options["maxnreg"] = REGISTERS // (32 * FLAT_WARPS)
     blocks, channel_blocks = triton.cdiv(pixels, wide), triton.cdiv(C, channels)
     programs = even_programs(B * blocks, flat_programs(options, channel_blocks, sms))
     return Flat((programs, channel_blocks), programs, blocks, options)

@@ -11,7 +11,7 @@ A name that a loop carries must start as a tensor of its own (``zeros``): of two
 tensor the compiler carries one.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
 import triton
