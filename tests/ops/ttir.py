@@ -94,7 +94,9 @@ def _watching_carries() -> Iterator[list[str]]:
     flat = lambda value: code_generator.flatten_values_to_ir([value])  # noqa: E731
 
     def _find_carries(self: Any, node: Any, liveins: dict, ignore: Any = frozenset()) -> Any:
+        count = len(dropped)
         found = find(self, node, liveins, ignore)
+        del dropped[count:]  # of loops inside, in the first visit
         loops[id(liveins)] = (node, [*found[0], *ignore])
         return found
 

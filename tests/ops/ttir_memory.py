@@ -266,7 +266,7 @@ class Run:
         self, word: str, kind: str, shape: tuple[int, ...], pointer: Pointer, value: Any,
         mask: Any = True,
     ) -> Any:  # fmt: skip
-        """Atomics of several programs may meet; plain loads and stores may not meet them."""
+        """Atomics of several programs may meet, but no plain loads and stores before them."""
         if kind == "bf16" or word.removeprefix("u") not in COMBINE:
             raise NotImplementedError(f"atomic {word} on {kind}")
         memory, used = pointer.memory, full(mask, shape)

@@ -159,7 +159,7 @@ def report(launch: Launch, size: int) -> Row:
     layers = bound.get("later", bound.get("t", 1))
     if "tiles" in bound:  # rounds over tiles, then loops over steps, then layers
         rounds, trips = bound["tiles"], [bound["length"] + 2, layers]
-    elif "chunk" in bound:
+    elif "chunk" in bound:  # rounds over chunks, then blocks, then layers
         rounds, trips = bound["B"] * bound["chunks"], [bound["chunk"], layers]
     elif "BP" in bound:
         rounds, trips = bound["B"] * triton.cdiv(bound["HW"], bound["BP"]), [layers]
