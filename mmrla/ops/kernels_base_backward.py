@@ -155,7 +155,7 @@ def softmax_backward(
         dropped = on_grad
         if drop is not None:
             dropped = on_grad * tl.load(drop + b)
-        sums = dots + b.to(tl.int64) * (t * KINDS * chunks) * C
+        sums = dots + tl.cast(b, tl.int64) * (t * KINDS * chunks) * C
         grad_weights = tl.zeros((MOST, HEADS), tl.float32)
         for n in range(tl.where(t > 1, t, 0)):  # one layer's weight is 1
             at = sums + n * KINDS * chunks * C
