@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -25,16 +25,22 @@ ATTENTIONS = {
 }
 
 
-def interleaved(
-    steps: Mapping[str, Step], device: torch.device, repeats: int = 1
-) -> dict[str, float]:
-    """Median seconds of each step over rounds that run all of them, in turning order."""
+def side_by_side(
+    steps: Mapping[str, Step],
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 2,
+    repeats: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; a round runs all of them, in turning order.
+
+    A machine that slows down slows all of a round, so that ratios within rounds stand.
+    """
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    fast = device.type == "cuda"
-    for step in [*steps.values()] * (2 if fast else 1):
+    for step in [*steps.values()] * warm_up:
         step()
-    for turn in range(ROUNDS if fast else 1):
+    for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             _synchronize(device)
@@ -43,7 +49,12 @@ def interleaved(
                 steps[name]()
             _synchronize(device)
             seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: median(found) for name, found in seconds.items()}
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
+    """Median over rounds of ``name`` over ``reference``."""
+    return median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 def device_work(step: Step, device: torch.device) -> tuple[float, int] | None:
@@ -69,14 +80,17 @@ def columns(
     name: str, steps: Mapping[str, Step], device: torch.device, repeats: int = 1
 ) -> dict[str, dict[str, object]]:
     """Cells by step: wall time, kernels' time, each also over the first step's, and launches."""
-    seconds = interleaved(steps, device, repeats)
+    fast = device.type == "cuda"
+    seconds = side_by_side(
+        steps, ROUNDS if fast else 1, device, warm_up=2 if fast else 1, repeats=repeats
+    )
     work = {key: device_work(step, device) for key, step in steps.items()}
     first = next(iter(steps))
     cells: dict[str, dict[str, object]] = {}
     for key in steps:
         cells[key] = {
-            name: f"{1e3 * seconds[key]:.2f}",
-            f"{name}, over plain": f"{seconds[key] / seconds[first]:.2f}",
+            name: f"{1e3 * median(seconds[key]):.2f}",
+            f"{name}, over plain": f"{ratio(seconds, key, first):.2f}",
         }
         mine, plain = work[key], work[first]
         if mine and plain:
@@ -157,14 +171,12 @@ def _ends(
 
 
 class Classifier(nn.Module):
-    """ResNet-50 with a loss: what a training step runs."""
+    """A backbone of ``channels`` outputs with a loss: what a training step runs."""
 
-    def __init__(self, layer_attention: dict[str, object] | None) -> None:
+    def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
-        from mmrla.models import MRLAResNet
-
-        self.backbone = MRLAResNet(50, layer_attention=layer_attention)
-        self.fc = nn.Linear(2048, 1000)
+        self.backbone = backbone
+        self.fc = nn.Linear(channels, 1000)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of images ``[B, 3, H, W]`` and labels ``[B]``."""
@@ -179,6 +191,8 @@ def network_rows(
     Raises:
         ImportError: the mm packages are not installed.
     """
+    from mmrla.models import MRLAResNet
+
     size = 64 if small else 224
     x = torch.randn(batch, 3, size, size, device=device).contiguous(
         memory_format=torch.channels_last
@@ -187,7 +201,7 @@ def network_rows(
     training: dict[str, Step] = {}
     inference: dict[str, Step] = {}
     for name, attention in ATTENTIONS.items():
-        model = Classifier(attention).to(device)
+        model = Classifier(MRLAResNet(50, layer_attention=attention), 2048).to(device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
@@ -209,7 +223,7 @@ def network_rows(
     with _fastest_convolutions():
         cells = columns("training step", training, device)
         others = columns("inference", inference, device)
-        peaks = {name: _peak(step, device) for name, step in training.items()}
+        peaks = {name: peak_memory(step, device) for name, step in training.items()}
     for name in training:
         row: dict[str, object] = {"ResNet-50": name, **cells[name], **others[name]}
         mine, plain = peaks[name], peaks["plain"]
@@ -228,7 +242,7 @@ def _fastest_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _peak(step: Step, device: torch.device) -> int | None:
+def peak_memory(step: Step, device: torch.device) -> int | None:
     """Bytes that a step needs at most above what is there before it."""
     if device.type != "cuda":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmrla import ops
+from mmrla.commands.gpu_timing import ratio, side_by_side
+from mmrla.ops.dispatch import ENV_VAR, Op
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -22,18 +26,16 @@ def bench():
     try:
         import common
         import models
-        import ops
         import run
 
-        yield dict(common=common, models=models, ops=ops, run=run)
+        yield dict(common=common, models=models, run=run)
     finally:
         sys.path.remove(str(ROOT / "tools/benchmark"))
-        for name in ("common", "models", "ops", "run"):
+        for name in ("common", "models", "run"):
             sys.modules.pop(name, None)
 
 
-def test_ratios_of_known_steps(bench):
-    common = bench["common"]
+def test_ratios_of_known_steps():
     calls: list[str] = []
 
     def step(name: str, seconds: float):
@@ -44,9 +46,9 @@ def test_ratios_of_known_steps(bench):
         return run
 
     steps = {"a": step("a", 0.02), "b": step("b", 0.04)}
-    seconds = common.side_by_side(steps, 4, CPU, warm_up=1)
+    seconds = side_by_side(steps, 4, CPU, warm_up=1)
     assert calls == [*"ab", *"ab", *"ba", *"ab", *"ba"]  # warm-up, then turning order
-    assert 1.5 < common.ratio(seconds, "b", "a") < 2.5
+    assert 1.5 < ratio(seconds, "b", "a") < 2.5
 
 
 def test_kept_memory_of_a_known_graph(bench):
@@ -62,53 +64,118 @@ def test_kept_memory_of_a_known_graph(bench):
     assert bench["common"].kept_for_backward(linear, forward) == 3 * 4 * 8 * 4
 
 
-def test_peak_memory_sees_what_is_freed_again(bench):
-    def step():
-        torch.zeros(2**24).add_(1)  # 64 MiB, gone afterwards
+def test_each_variant_runs_its_own_backend(bench, monkeypatch):
+    models, chosen = bench["models"], []
+    select = Op.select
 
-    peak = bench["common"].peak_memory(step, CPU)
-    if peak is None:
-        pytest.skip("this kernel does not let a process reset its high-water mark")
-    assert 60 * 2**20 < peak < 140 * 2**20
-    # Freed by Python, still resident: 32 KiB pieces stay in the heap, pinned by what came after.
-    pieces = [torch.ones(2**13) for _ in range(8000)]
-    pins = [bytearray(300) for _ in range(2000)]
-    del pieces
-    assert 60 * 2**20 < bench["common"].peak_memory(step, CPU) < 140 * 2**20
-    del pins
+    def spy(self, *args, **kwargs):
+        selection = select(self, *args, **kwargs)
+        chosen.append((self, selection.backend.name))
+        return selection
 
-
-def test_backends_are_forced_and_put_back(bench, monkeypatch):
-    common = bench["common"]
-    from mmrla.layers import MRLALight
-    from mmrla.ops import mrla_light
-
-    layer, x = MRLALight(64), torch.randn(1, 64, 4, 4)
-    args = (x, x, layer.query.weight, layer.key.weight, layer.value.weight, layer.lambda_t, 32)
-    monkeypatch.delenv(common.ENV_VAR, raising=False)
-    default = mrla_light.select(*args).backend.name
-    for name in ("naive", "fused"):
-        with common.backend(name):
-            assert mrla_light.select(*args).backend.name == name
-    assert mrla_light.select(*args).backend.name == default
+    monkeypatch.setattr(Op, "select", spy)
+    monkeypatch.setenv(ENV_VAR, "of the caller")
+    for name in models.VARIANTS[1:]:
+        variant = models.Variant(models.Case("ResNet-20", 2, 8, "float32-nchw"), name, CPU)
+        variant.train_step()
+        variant.infer()
+        attention, _, forced = name.partition(" ")
+        op = {"light": ops.mrla_light_tail, "base": ops.mrla_base_tail}[attention]
+        assert set(chosen) == {(op, forced or "fused")}, name
+        chosen.clear()
+    assert os.environ[ENV_VAR] == "of the caller"
 
 
-def test_bars_say_what_was_not_measured(bench, tmp_path):
+@pytest.mark.parametrize("mode", ["float32-nchw", "bfloat16-channels_last"])
+def test_memory_meets_its_bars(bench, mode):
+    """The bars that no other load of the machine changes."""
+    models, run = bench["models"], bench["run"]
+    case = models.Case("ResNet-50", 1, 64, mode)
+    kept = {name: models.Variant(case, name, CPU).kept() for name in models.VARIANTS}
+    bounds = {bar.variant: bar.bound for bar in run.BARS if bar.column == "kept over plain"}
+    assert bounds == {"light": 1.35, "base": 1.60}
+    for name, bound in bounds.items():
+        assert kept[name] / kept["plain"] <= bound
+        assert kept[f"{name} naive"] / kept["plain"] > bound
+
+
+def test_cases_and_modes(bench, monkeypatch):
+    models = bench["models"]
+    monkeypatch.setattr(models, "has_fast_bfloat16", lambda: False)
+    cases = [models.Case("ResNet-20", 2, 8, m) for m in ("float32-nchw", "bfloat16-channels_last")]
+    rows = models.measure(CPU, 1, cases=cases)
+    assert [row["variant"] for row in rows] == [*models.VARIANTS] * 2
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    for row in rows:
+        assert (row["train over plain"] == 1) == (row["variant"] == "plain")
+        assert bool(row["train over naive"]) == (row["variant"] in ("light", "base"))
+        assert row["inference over plain"] is None
+        assert ("no bfloat16" in row["remark"]) == row["mode"].startswith("bfloat16")
+    rows = models.measure(CPU, 1, modes=["bfloat16-channels_last"], cases=cases)
+    assert {row["mode"] for row in rows} == {"bfloat16-channels_last"}
+    assert models.measure(CPU, 1, modes=["bfloat16-nchw"], cases=cases) == []
+    # What the bars ask for is measured.
+    for bars, cases in ((bench["run"].BARS, models.CPU_CASES),
+                        (bench["run"].GPU_BARS, models.GPU_CASES)):  # fmt: skip
+        for bar in bars:
+            assert any(
+                bar.network in (None, case.network)
+                and bar.mode in (None, case.mode)
+                and bar.batch in (None, case.batch)
+                for case in cases
+            ), bar
+
+
+def test_columns_of_compiled_variants_and_kernels(bench, monkeypatch):
+    models, cuda = bench["models"], torch.device("cuda")
+    large, _, small, deep = models.GPU_CASES
+    names = models._names(small, cuda, True)
+    assert names[5:] == [f"{a} {how}" for a in ("plain", "light", "base")
+                         for how in ("compiled", "reduce-overhead")]  # fmt: skip
+    assert "light reduce-overhead" not in models._names(large, cuda, True)
+    assert models._names(deep, cuda, True) == [*models.VARIANTS]
+    cost = {name: len(names) + i for i, name in enumerate(names)}
+    monkeypatch.setattr(models, "side_by_side", lambda *_: {n: [c] * 2 for n, c in cost.items()})
+    monkeypatch.setattr(models, "device_work", lambda step, _: (1e-3 * cost[step], cost[step]))
+    rows = models.timed("train", {name: name for name in names}, 2, cuda)
+    assert len({tuple(row) for row in rows.values()}) == 1
+    for name, plain in (("light", "plain"), ("base compiled", "plain compiled")):
+        expected = cost[name] / cost[plain]
+        assert rows[name]["train over plain"] == pytest.approx(expected, abs=1e-3)
+        assert rows[name]["train kernels over plain"] == pytest.approx(expected, abs=1e-3)
+        assert rows[name]["train launches"] == cost[name]
+    assert rows["light"]["train over naive"] < 1
+    assert rows["base compiled"]["train over naive"] is None
+    expected = cost["base compiled"] / cost["base"]
+    assert rows["base compiled"]["train over eager"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_bars_say_the_worst_and_what_was_not_measured(bench, tmp_path):
     run = bench["run"]
     rows = [
-        {"network": "ResNet-50", "variant": variant, "over plain": 1.1, "kept over plain": kept,
-         "forward over plain": 1.0}
-        for variant, kept in (("plain", 1.0), ("light naive", 1.8), ("light fused", 1.2))
+        {"network": "ResNet-50", "batch": 2, "mode": mode, "variant": variant,
+         "train over plain": 1.3, "inference over plain": None, "train over naive": over,
+         "kept over plain": kept, "remark": "odd" if over == 1.1 else ""}
+        for mode, over in (("float32-nchw", 0.9), ("bfloat16-channels_last", 1.1))
+        for variant, kept in (("plain", 1.0), ("light naive", 1.8), ("light", 1.3))
     ]  # fmt: skip
     found = {(row["bar"], row["on"]): row for row in run.bars(rows, CPU)}
-    assert found["ResNet-50 + light, kept over plain", "cpu"]["met"] == "no"
-    assert found["ResNet-50 + light, over plain", "cpu"]["met"] == "yes"
-    assert found["ResNet-101 + base, over plain", "cpu"]["measured"] == "not measured"
-    assert found["ResNet-50 + light, over plain", "cuda"]["measured"] == "not measured"
+    assert found["ResNet-50, every mode: light, kept over plain", "cpu"]["met"] == "yes"
+    worst = found["every network, every mode: light, train over naive", "cpu"]
+    assert (worst["measured"], worst["met"], worst["remark"]) == (1.1, "no", "odd")
+    assert worst["worst row"] == "ResNet-50, bfloat16-channels_last"
+    unknown = found["ResNet-50, float32-nchw: light, inference over plain", "cpu"]
+    assert (unknown["measured"], unknown["met"]) == ("not measured", "")
+    gpu = found["ResNet-50, bfloat16-nchw, batch 256: base, inference over plain", "cuda"]
+    assert (gpu["measured"], gpu["before"], gpu["must reach"]) == (
+        "not measured",
+        "2.28",
+        "<= 1.15",
+    )
     scaling = [
-        {"depth": depth, "variant": variant, "over plain": 1.0, "kept over plain": 1.0}
+        {"depth": depth, "variant": variant, "train over plain": 1.0, "kept over plain": 1.0}
         for depth in (50, 101)
-        for variant in ("plain", "light fused")
+        for variant in ("plain", "light")
     ]
     for path in run.draw(dict(models=rows, scaling=scaling), tmp_path, "a machine"):
         assert path.stat().st_size > 5000
@@ -118,27 +185,13 @@ def test_bars_say_what_was_not_measured(bench, tmp_path):
     assert path.read_text().splitlines()[0] == ",".join(rows[0])
 
 
-def test_operations_are_timed_on_both_backends(bench):
-    rows = bench["ops"].measure(CPU, rounds=1, quick=True)
-    assert {row["backend"] for row in rows} == {"naive", "fused"}
-    assert all(row["forward_ms"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_networks_are_measured(bench):
-    """The memory bars, which no other load of the machine changes."""
-    rows = {row["variant"]: row for row in bench["models"].measure(CPU, 1, True, False)}
-    assert rows["light fused"]["kept over plain"] <= 1.08
-    assert rows["base fused"]["kept over plain"] <= 1.35
-    assert rows["light naive"]["kept over plain"] > 1.5
-
-
 @pytest.mark.slow
 def test_depth_and_detector(bench):
     rows = bench["models"].measure_scaling(CPU, 1, True)
     assert {row["depth"] for row in rows} == {50, 101}
-    rows = bench["models"].measure_detector(CPU, 1, True)
-    assert rows[0]["variant"] == "plain"
+    rows = bench["models"].measure_detector(CPU, 1)
+    assert [row["variant"] for row in rows] == [*bench["models"].VARIANTS]
+    assert bench["models"].measure_detector(CPU, 1, ["bfloat16-nchw"]) == []
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Timing side by side, and results as CSV, Markdown and pictures."""
+"""Backends by force, memory that is kept, and results as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import csv
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from mmrla.compat.heap import give_back_free_memory
 from mmrla.ops.dispatch import ENV_VAR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +28,6 @@ def device_name(device: torch.device) -> str:
         return re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     kind = platform.processor() or platform.machine()
     return f"cpu-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{torch.get_num_threads()}threads"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -51,33 +44,6 @@ def backend(name: str | None) -> Iterator[None]:
         os.environ.pop(ENV_VAR, None)
         if before is not None:
             os.environ[ENV_VAR] = before
-
-
-def side_by_side(
-    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs all of them, in turning order.
-
-    A machine that slows down slows all of a round, so that ratios within rounds stand.
-    """
-    names = list(steps)
-    for _ in range(warm_up):
-        for step in steps.values():
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
-    """Median over rounds of ``name`` over ``reference``."""
-    return median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 def kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -98,37 +64,13 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_memory(step: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a step needs at most above what is there before it; None where it is not known."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")  # the high-water mark can be started again
-    except OSError:
-        return None
-
-    def read(key: str) -> int:
-        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
-
-    # What earlier work freed may still be resident, and a step that reuses it would need none.
-    give_back_free_memory()
-    reset.write_text("5")
-    before = read("VmRSS")
-    step()
-    return read("VmHWM") - before
-
-
 def require_parity() -> None:
-    """Run the tests that compare every backend with the plain one; leave unless they pass."""
-    tests = ["tests/ops", "tests/models/test_fused_tail.py"]
-    print(f"parity tests first: pytest {' '.join(tests)}", flush=True)
+    """Run tests that compare the default backend with the naive one; leave unless they pass."""
+    which = ["-k", "equal_plain or narrow or same_network"]
+    tests = ["tests/ops/test_tails.py", "tests/models/test_fused_tail.py", *which]
+    print(f"parity tests first: pytest {shlex.join(tests)}", flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *tests], cwd=ROOT,
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=ROOT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:])

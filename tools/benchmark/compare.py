@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, Row, device_name, markdown, ratio, save, side_by_side
+from common import ROOT, Row, device_name, markdown, save
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import activation_memory, complexity
+from mmrla.commands.gpu_timing import ratio, side_by_side
 
 DEFAULTS = ("imagenet/resnet50_*_in1k.py", "imagenet/densenet*_in1k.py")
 PLAIN = ROOT / "configs/imagenet/resnet50_plain_in1k.py"
