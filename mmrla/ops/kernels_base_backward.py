@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
 import triton

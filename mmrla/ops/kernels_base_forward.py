@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's forward: value, softmax over the layers, retrieval, output."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
 import triton
