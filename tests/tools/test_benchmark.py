@@ -70,7 +70,8 @@ def test_each_variant_runs_its_own_backend(bench, monkeypatch):
 
     def spy(self, *args, **kwargs):
         selection = select(self, *args, **kwargs)
-        chosen.append((self, selection.backend.name))
+        if self in (ops.mrla_light_tail, ops.mrla_base_tail):
+            chosen.append((self, selection.backend.name))
         return selection
 
     monkeypatch.setattr(Op, "select", spy)
