@@ -46,14 +46,22 @@ def backend(name: str | None) -> Iterator[None]:
             os.environ[ENV_VAR] = before
 
 
+def _is_from_a_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter cast or transposed, as autocast makes them."""
+    node = tensor.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is not None and hasattr(node, "variable")
+
+
 def kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of distinct storages that a forward keeps, parameters left out."""
+    """Bytes of distinct storages that a forward keeps, parameters and their casts left out."""
     ignored = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
+        if storage.data_ptr() not in ignored and not _is_from_a_parameter(tensor):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
