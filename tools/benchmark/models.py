@@ -31,6 +31,7 @@ MIB = 2**20
 MODES = ("float32-nchw", "float32-channels_last", "bfloat16-nchw", "bfloat16-channels_last")
 # The layer attention, and what is forced: a backend, or torch.compile. Plain comes first.
 VARIANTS = ("plain", "light", "light naive", "base", "base naive")
+FEW_ROUNDS = 3  # where a step takes ten times as long as it should
 
 
 class Case(NamedTuple):
@@ -77,7 +78,7 @@ def _classifier(network: str, attention: str) -> Classifier:
 def remark(mode: str, device: torch.device) -> str:
     """What a reader of a row in this mode must know."""
     slow = device.type == "cpu" and mode.startswith("bfloat16") and not has_fast_bfloat16()
-    return "this CPU has no bfloat16 instructions" if slow else ""
+    return f"this CPU has no bfloat16 instructions; {FEW_ROUNDS} rounds at most" if slow else ""
 
 
 class Variant:
@@ -222,6 +223,9 @@ def _case_rows(
 ) -> Iterator[Row]:
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = 64  # all variants share the code of forward
+    note = remark(case.mode, device)
+    if note:
+        rounds = min(rounds, FEW_ROUNDS)
     variants = {name: Variant(case, name, device) for name in names}
     train = timed("train", {n: v.train_step for n, v in variants.items()}, rounds, device)
     memory = _memory(variants, case.batch, device)
@@ -240,7 +244,7 @@ def _case_rows(
             **train[name],
             **infer[name],
             **memory[name],
-            "remark": remark(case.mode, device),
+            "remark": note,
         }
 
 

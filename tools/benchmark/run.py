@@ -167,6 +167,7 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     MMLogger.get_instance("mmrla", log_level="WARNING")
     require_parity()
+    torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, list[Row]] = {}
     for part in args.parts:
