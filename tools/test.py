@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.coco_check import DataError
-from mmrla.engine.amp import warn_of_slow_bfloat16
+from mmrla.engine.amp import set_test_amp
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.launch import (
     add_common_arguments,
@@ -36,7 +36,9 @@ def parse_args() -> argparse.Namespace:
         "ground truth, to WORK_DIR/TIMESTAMP/DIR (a detector's)",
     )
     parser.add_argument(
-        "--amp", action="store_true", help="autocast: float16 on a GPU, bfloat16 on a CPU"
+        "--amp",
+        action="store_true",
+        help="autocast: float16 on a GPU, bfloat16 on a CPU (classifiers)",
     )
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays")
     add_common_arguments(parser)
@@ -54,8 +56,7 @@ def main() -> None:
         cfg = load_config(args, ("test",))
         cfg.load_from = args.checkpoint
         if args.amp:
-            cfg.test_cfg = {**(cfg.get("test_cfg") or {}), "fp16": True}
-            warn_of_slow_bfloat16()
+            set_test_amp(cfg)
         if args.show or args.show_dir:
             show_predictions(cfg, args)
         if args.dry_run:

@@ -16,7 +16,13 @@ from mmengine.optim.optimizer.amp_optimizer_wrapper import GradScaler
 
 from mmrla.registry import OPTIM_WRAPPERS
 
-__all__ = ["AmpOptimWrapper", "has_fast_bfloat16", "set_amp", "warn_of_slow_bfloat16"]
+__all__ = [
+    "AmpOptimWrapper",
+    "has_fast_bfloat16",
+    "set_amp",
+    "set_test_amp",
+    "warn_of_slow_bfloat16",
+]
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -77,6 +83,25 @@ def set_amp(cfg: Config, amp: bool) -> None:
     if get_device() == "cpu" and wrapper.get("type") in ("AmpOptimWrapper", optim.AmpOptimWrapper):
         _require_bfloat16(wrapper.get("dtype"))
         wrapper.type = "mmrla.AmpOptimWrapper"
+
+
+def set_test_amp(cfg: Config) -> None:
+    """Have a test run use autocast, in place.
+
+    Args:
+        cfg: The config of the run.
+
+    Raises:
+        ValueError: It is a detector's, and there is no GPU.
+    """
+    if get_device() == "cpu":
+        if cfg.get("default_scope") != "mmpretrain":
+            raise ValueError(
+                "--amp on a CPU evaluates classifiers only: a detector's boxes would be bfloat16, "
+                "which comes in steps of 4 px from 512 px on; leave it out"
+            )
+        warn_of_slow_bfloat16()
+    cfg.test_cfg = {**(cfg.get("test_cfg") or {}), "fp16": True}
 
 
 def _require_bfloat16(dtype: str | torch.dtype | None) -> None:

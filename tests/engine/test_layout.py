@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from mmrla.cli import load_script
 from mmrla.datasets import generate_shapes
 from mmrla.engine import AmpOptimWrapper, ChannelsLastHook, amp, build_runner, set_data_root
-from mmrla.engine.amp import set_amp
+from mmrla.engine.amp import set_amp, set_test_amp
 from mmrla.engine.hooks import unwrapped
 from mmrla.engine.launch import set_layout
 from tests.conftest import ROOT
@@ -241,6 +241,8 @@ def test_amp_of_a_config_on_a_cpu():
     assert "type" not in wrapper()
     with pytest.raises(ValueError, match="a CPU is bfloat16, got optim_wrapper.dtype='float16'"):
         wrapper(amp=True, dtype="float16")
+    with pytest.raises(ValueError, match="evaluates classifiers only: a detector's boxes"):
+        set_test_amp(Config(dict(default_scope="mmdet")))
     parameters = dict(optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1))
     with pytest.raises(ValueError, match=r"got optim_wrapper.dtype='torch.float16'"):
         AmpOptimWrapper(dtype=torch.float16, **parameters)
