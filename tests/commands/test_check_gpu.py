@@ -161,7 +161,7 @@ def test_without_memory_a_large_map_is_not_checked(monkeypatch):
 
 
 class Small(torch.nn.Conv2d):
-    def __init__(self, layer_attention):
+    def __init__(self, backbone, channels):
         super().__init__(3, 2, 3)
 
     def forward(self, x, labels):
@@ -170,12 +170,15 @@ class Small(torch.nn.Conv2d):
 
 def test_times(monkeypatch, capsys):
     """The tables of times, with kernels' times as a GPU's profile gives them."""
-    loss = gpu_timing.Classifier(gpu_timing.ATTENTIONS["base"])
+    from mmrla.models import MRLAResNet
+
+    backbone = MRLAResNet(50, layer_attention=gpu_timing.ATTENTIONS["base"])
+    loss = gpu_timing.Classifier(backbone, 2048)
     with torch.no_grad():
         assert loss(torch.randn(2, 3, 32, 32), torch.tensor([1, 2])).isfinite()
     monkeypatch.setattr(gpu_timing, "Classifier", Small)
     monkeypatch.setattr(gpu_timing, "device_work", lambda step, device: (2e-3, 7))
-    monkeypatch.setattr(gpu_timing, "_peak", lambda step, device: 2**20)
+    monkeypatch.setattr(gpu_timing, "peak_memory", lambda step, device: 2**20)
     monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
     assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
     out = capsys.readouterr().out
