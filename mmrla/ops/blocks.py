@@ -138,19 +138,19 @@ def floats(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
     return buffer(device, rounded).split_with_sizes(rounded)
 
 
+@functools.lru_cache(maxsize=4096)
+def variants(shape: tuple[int, ...], last: bool, sms: int) -> tuple[Any, ...]:
+    """Compile-time constants that follow from a shape ``[B, C, H, W]`` and layout."""
+    plan = plan_for(*shape, last, sms)
+    parts = (plan.flat, plan.walk, plan.short_walk, plan.ring_walk)
+    return tuple(tuple(part.options.items()) for part in parts)
+
+
 def small_batch(shape: Sequence[int], last: bool, sms: int) -> int:
     """The smallest batch, 2 or more, that runs the same compiled variants as ``shape``."""
     batch, *rest = shape
-
-    def variants(samples: int) -> list[dict[str, Any]]:
-        plan = plan_for(samples, *rest, last, sms)
-        return [
-            plan.flat.options,
-            *(w.options for w in (plan.walk, plan.short_walk, plan.ring_walk)),
-        ]
-
-    same = (n for n in range(2, batch) if variants(n) == variants(batch))
-    return next(same, batch)
+    wanted = variants((batch, *rest), last, sms)
+    return next((n for n in range(2, batch) if variants((n, *rest), last, sms) == wanted), batch)
 
 
 def even_programs(items: int, most: int) -> int:

@@ -86,20 +86,17 @@ def _variant(shape: tuple[int, ...], channels_last: bool, device: torch.device) 
     """Compile-time constants that follow from the shape."""
     from mmrla.ops import blocks
 
-    plan = blocks.plan_for(*shape, channels_last, blocks.multiprocessors(device))
-    parts = (plan.flat, plan.walk, plan.short_walk, plan.ring_walk)
-    return (channels_last, *(tuple(part.options.items()) for part in parts))
+    return blocks.variants(tuple(shape), channels_last, blocks.multiprocessors(device))
 
 
 def _part(shape: torch.Size, channels_last: bool, device: torch.device) -> tuple[int, ...]:
-    """The shape with as few samples as its kernels' variants take."""
-    wanted = _variant(shape, channels_last, device)
-    batch, *rest = shape
-    least = 2 if rest[1:] == [1, 1] else 1  # a batch norm needs two values
-    for fewer in range(least, min(batch, max(least, LARGEST // math.prod(rest))) + 1):
-        if _variant((fewer, *rest), channels_last, device) == wanted:
-            return (fewer, *rest)
-    return (max(least, min(batch, LARGEST // math.prod(rest))), *rest)
+    """The shape with as few samples as its kernels' variants take, if memory allows."""
+    from mmrla.ops import blocks
+
+    rest = shape[1:]
+    fewer = blocks.small_batch(shape, channels_last, blocks.multiprocessors(device))
+    least = 2 if tuple(rest[1:]) == (1, 1) else 1  # a batch norm needs two values
+    return (max(least, min(fewer, LARGEST // math.prod(rest))), *rest)
 
 
 class Case:
