@@ -117,8 +117,10 @@ def _is_convolutional(model: nn.Module) -> bool:
 
 
 def _dtype_of(wrapper: OptimWrapper) -> torch.dtype | None:
-    # Where nothing is said, mmengine takes float16 on a GPU.
-    return (wrapper.cast_dtype or torch.float16) if isinstance(wrapper, AmpOptimWrapper) else None
+    # A subclass with a constructor of its own, for loss scaling alone, may cast nothing.
+    if not isinstance(wrapper, AmpOptimWrapper) or not hasattr(wrapper, "cast_dtype"):
+        return None
+    return wrapper.cast_dtype or torch.float16  # mmengine's default on a GPU
 
 
 def _make_contiguous(tensors: dict) -> None:
