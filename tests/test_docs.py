@@ -68,6 +68,8 @@ WAYS = (
     Way(r"python tools/analysis/memory_vs_depth\.py ", "--depths 18 34", slow=True),
     Way(r"python tools/analysis/layout_speed\.py ", "--rounds 1 --batch 2 --size 32", slow=True),
     Way(r"python tools/analysis/", slow=True),
+    Way(r"OMP_NUM_THREADS=1 python tools/benchmark/run\.py", "--help", slow=True),
+    Way(r"python tools/benchmark/kernel_report", "--heights 7 --batch 1", slow=True),
     Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
     Way(r"python tools/export_onnx\.py ", slow=True),
     Way(r"python tools/(convert|publish)_checkpoint\.py ", slow=True),
@@ -251,6 +253,8 @@ def test_commands(commands, checkout):
     for command in commands:
         way = way_of(command)
         argv = [*shlex.split(command), *shlex.split(way.options)]
+        variables = dict(a.split("=", 1) for a in itertools.takewhile(lambda a: "=" in a, argv))
+        del argv[: len(variables)]
         make_inputs(argv, way)
         if argv[0] == "python":
             argv[0] = sys.executable
@@ -259,7 +263,7 @@ def test_commands(commands, checkout):
         done = subprocess.run(
             argv, cwd=checkout, capture_output=True, text=True, timeout=900, check=False,
             env={**of_a_newcomer(), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
-                 "OMP_NUM_THREADS": "1"},
+                 "OMP_NUM_THREADS": "1", **variables},
         )  # fmt: skip
         # check-env says by its status whether it found something wrong with the machine.
         bad = 1 if "check-env" in command else 0
