@@ -10,6 +10,7 @@ model = dict(
         type="mmrla.MRLAPyramidVisionTransformerV2",
         arch="b0",
         layer_attention=dict(type="MRLALight", head_channels=16),
+        mrla_drop_path_rate=None,  # the block's own
         # From the authors' ImageNet weights; MRLA grows in.
         init_cfg=dict(
             type="mmrla.WarmStart",

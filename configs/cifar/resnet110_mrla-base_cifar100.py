@@ -5,7 +5,5 @@ model = dict(
     backbone=dict(
         depth=110,
         layer_attention=dict(type="MRLABase", head_channels=32),
-        # Stochastic depth of the layer attention alone.
-        mrla_drop_path_rate=0.2,
     )
 )

@@ -6,7 +6,5 @@ model = dict(
         depth=56,
         layer_attention=dict(type="DLABase", head_channels=32, reduction=4),
         mrla_act_cfg=dict(type="ReLU"),  # as in the released code
-        # Stochastic depth of the layer attention alone.
-        mrla_drop_path_rate=0.2,
     ),
 )

@@ -6,6 +6,7 @@ model = dict(
         type="mmrla.MRLACeiT",
         arch="small",
         layer_attention=dict(type="MRLALight", head_channels=16),
+        mrla_drop_path_rate=None,  # the block's own
     ),
     head=dict(in_channels=384),
 )

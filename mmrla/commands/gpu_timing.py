@@ -34,8 +34,11 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; a round runs all of them, in turning order.
 
-    A machine that slows down slows all of a round, so that ratios within rounds stand.
+    A machine that slows down slows all of a round, so that ratios within rounds stand. On a CPU
+    with one thread it is the process's own time, without what else the machine does.
     """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for step in [*steps.values()] * warm_up:
@@ -44,11 +47,11 @@ def side_by_side(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             _synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 steps[name]()
             _synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats)
+            seconds[name].append((clock() - start) / repeats)
     return seconds
 
 

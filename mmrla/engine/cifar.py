@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -31,10 +32,24 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def load_split(dataset_cfg: dict, device: torch.device) -> Split:
-    """Read the CIFAR dataset of a config onto the device."""
+def load_split(dataset_cfg: dict, device: torch.device, count: int | None = None) -> Split:
+    """Read the CIFAR dataset of a config onto the device.
+
+    Args:
+        dataset_cfg: The dataset's config.
+        device: Where images and labels go.
+        count: Keep only so many images, the same draw each time; None: all.
+
+    Raises:
+        ValueError: There are fewer than ``count``.
+    """
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         images, labels = as_arrays(DATASETS.build(dataset_cfg))
+    if count is not None:
+        if count > len(labels):
+            raise ValueError(f"asked for {count} images, the dataset has {len(labels)}")
+        drawn = np.random.default_rng(0).permutation(len(labels))[:count]
+        images, labels = images[drawn], labels[drawn]
     return Split(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device),
         torch.from_numpy(labels).to(device),
@@ -175,17 +190,34 @@ def run(
     amp: bool = False,
     compiled: bool = False,
     channels_last: bool = True,
+    images: int | None = None,
+    name: str | None = None,
+    eval_interval: int = 1,
 ) -> None:
     """Train one network with one seed and write a line of JSON an epoch; see :class:`Trainer`.
 
     A finished log of the same settings is left as it is, so that an interrupted series goes on.
+
+    Args:
+        cfg: The config.
+        log: The file, one JSON object per line: the settings, then each epoch.
+        seed: See :class:`Trainer`.
+        device: See :class:`Trainer`.
+        epochs: See :class:`Trainer`.
+        amp: See :class:`Trainer`.
+        compiled: See :class:`Trainer`.
+        channels_last: See :class:`Trainer`.
+        images: Train on so many images only; None: all.
+        name: Of the network in the log; None: the config's.
+        eval_interval: Epochs between accuracies; the last epoch always has one.
 
     Raises:
         ValueError: The log is of other settings.
     """
     epochs = epochs or cfg.train_cfg.max_epochs
     settings = dict(
-        config=Path(cfg.filename).stem,
+        config=name or Path(cfg.filename).stem,
+        images=images,
         seed=seed,
         epochs=epochs,
         amp=amp,
@@ -198,28 +230,32 @@ def run(
     if log.exists():
         lines = read_log(log)
         # Logs that do not tell the layout are of channels_last, which was the only one.
-        if lines and {"channels_last": True, **lines[0]} != settings:
+        if lines and {"channels_last": True, "images": None, **lines[0]} != settings:
             raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
     trainer = Trainer(cfg, seed, device, epochs, amp, compiled, channels_last)
-    train = load_split(cfg.train_dataloader.dataset, device)
+    train = load_split(cfg.train_dataloader.dataset, device, images)
     test = load_split(cfg.test_dataloader.dataset, device)
     log.parent.mkdir(parents=True, exist_ok=True)
+    # On a CPU the process's own time, which other work on the machine changes little.
+    on_cpu = device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
     with log.open("w") as file:
         print(json.dumps(settings), file=file, flush=True)
         for epoch in range(epochs):
-            start = time.perf_counter()
+            start = clock()
             lr = trainer.optimizer.param_groups[0]["lr"]
             loss = trainer.train_epoch(train, epoch)
-            seconds = time.perf_counter() - start
+            seconds = (clock() - start) / (torch.get_num_threads() if on_cpu else 1)
             line = dict(
                 epoch=epoch + 1,
                 lr=lr,
                 loss=round(loss, 4),
-                top1=round(trainer.accuracy(test), 2),
                 seconds=round(seconds, 1),
             )
+            if (epoch + 1) % eval_interval == 0 or epoch + 1 == epochs:
+                line["top1"] = round(trainer.accuracy(test), 2)
             print(json.dumps(line), file=file, flush=True)
 
 

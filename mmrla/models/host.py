@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
+from mmrla.layers.checks import check_bool
 from mmrla.models.arguments import check_rate, naming
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
-from mmrla.models.warm_start import init_weights_warm
+from mmrla.models.warm_start import init_weights_warm, start_as_identity
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -34,12 +35,17 @@ class LayerAttentionHost:
 
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
+        zero_init_mrla: Whether ``init_weights`` starts each layer attention as the identity, so that
+            the network starts as the plain one and retrieval grows in: the norm around the
+            attention starts at zero, as with ``zero_init_residual`` (DIANet's unit cannot). False:
+            as released, at full strength. A checkpoint with these weights overrides it.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages``, ``norm_eval`` and ``norm_cfg=dict(requires_grad=False)``
             leave the fresh parts alone.
         **kwargs: The backbone's.
 
     Raises:
+        TypeError: ``zero_init_mrla`` is no bool.
         ValueError: The network has no place for such a layer attention.
     """
 
@@ -56,14 +62,17 @@ class LayerAttentionHost:
         self,
         *args: Any,
         layer_attention: Mapping[str, Any] | None = None,
+        zero_init_mrla: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_bool("zero_init_mrla", zero_init_mrla)
         if layer_attention is not None:
             name = type(self).__name__
             check_host_takes(layer_attention, name, self.placements, self.shares_in_groups)
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
         # DDP and optimizers look at what is trainable before weights load.
         self.layer_attention = layer_attention
+        self.zero_init_mrla = zero_init_mrla
         if "init_cfg" in kwargs:
             kwargs["init_cfg"] = _simple(kwargs["init_cfg"])
         self._image_channels = kwargs.get("in_channels", 3)
@@ -102,15 +111,23 @@ class LayerAttentionHost:
         return self
 
     def init_weights(self) -> None:
-        """As the ancestor's, or a warm start."""
+        """As the ancestor's, or a warm start; then as ``zero_init_mrla`` says."""
         if init_weights_warm(self):
             return
+        pretrained = _is_pretrained(self.init_cfg)
+        if pretrained:  # what the checkpoint holds comes after
+            self._zero_init_mrla()
         with safe_loading():
             super().init_weights()
-        if not _is_pretrained(self.init_cfg):
+        if not pretrained:
+            self._zero_init_mrla()
             # The ancestor initialises every convolution alike, also what starts at zero.
             for plugin in self._plugin_parts():
                 start_plugin(plugin, zero_residual=getattr(self, "zero_init_residual", False))
+
+    def _zero_init_mrla(self) -> None:
+        if self.zero_init_mrla:
+            start_as_identity(self)
 
     def _freeze_stages(self) -> None:
         parts = self._trainable_parts()

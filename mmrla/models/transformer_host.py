@@ -58,7 +58,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
         *args: Any,
         layer_attention: Mapping[str, Any] | None = None,
         mrla_group_size: int = 4,
-        mrla_drop_path_rate: float | None = None,
+        mrla_drop_path_rate: float | None = 0.0,
         norm_cfg: Mapping[str, Any] = _NORM_CFG,
         **kwargs: Any,
     ) -> None:

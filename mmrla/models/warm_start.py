@@ -61,10 +61,7 @@ class WarmStart:
         converted = _backbone_of(self.checkpoint, module)
         own = module.state_dict()
         if not any(is_mrla_key(key) for key in converted):
-            for part in module.modules():
-                start_as_identity: Any = getattr(part, "start_as_identity", None)
-                if start_as_identity is not None:
-                    start_as_identity()
+            start_as_identity(module)
             never = {type(m).__name__ for m in module.modules() if not _starts_as_identity(m)}
             if never:
                 print_log(
@@ -100,6 +97,14 @@ class WarmStart:
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
+
+
+def start_as_identity(host: nn.Module) -> None:
+    """Let each layer attention of a host add nothing at first; its gradients are not all zero."""
+    for part in host.modules():
+        start: Any = getattr(part, "start_as_identity", None)
+        if start is not None:
+            start()
 
 
 def _starts_as_identity(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
-from mmrla.layers.checks import is_count
+from mmrla.layers.checks import check_bool, is_count
 from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
 from mmrla.models.host import (
@@ -198,8 +198,8 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             plain and the next one begins a new group.
         norm_cfg: Of the norms around the attention. Default None: the backbone's ``norm_cfg``,
             and BN for maps and LN for tokens where it has none.
-        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the layer's
-            own rate.
+        mrla_drop_path_rate: Stochastic depth of the attention branch; None: the layer's own rate.
+        zero_init_mrla: See :class:`mmrla.models.host.LayerAttentionHost`.
         probe_size: Height and width of the image of the trial forward.
 
     Raises:
@@ -239,7 +239,8 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         layers: str | Sequence[str] | None = None,
         *,
         norm_cfg: Mapping[str, Any] | None = None,
-        mrla_drop_path_rate: float | None = None,
+        mrla_drop_path_rate: float | None = 0.0,
+        zero_init_mrla: bool = True,
         probe_size: int | tuple[int, int] = 224,
     ) -> None:
         # Not the ancestor's constructor: it has run in __new__.
@@ -247,7 +248,8 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         size = probe_size if isinstance(probe_size, (tuple, list)) else (probe_size, probe_size)
         if len(size) != 2 or not all(map(is_count, size)):
             raise ValueError(f"probe_size must be a positive int or a pair, got {probe_size!r}")
-        self.layer_attention = layer_attention
+        check_bool("zero_init_mrla", zero_init_mrla)
+        self.layer_attention, self.zero_init_mrla = layer_attention, zero_init_mrla
         self.keep_mrla_trainable = keeps_mrla_trainable(backbone.get("init_cfg"))
         if layer_attention is None:
             return

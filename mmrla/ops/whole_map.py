@@ -7,6 +7,7 @@ cheap to do without or to compute again, ``o`` is not. Small tensors are float32
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -76,7 +77,7 @@ def value_again(
 ) -> Tensor:
     """A layer's value, from the arguments of forward and the statistics that its norm used."""
     y = _y_again(z, s, norm, mean, inverse)
-    return laid_out(F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1]), z)
+    return laid_out(_conv(y, w.value), z)
 
 
 def statistics_of(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -140,14 +141,32 @@ def _start_backward(
     return grad_z, grad_s, grad_weight, grad_bias
 
 
+@functools.cache
+def _emulates_bfloat16() -> bool:
+    # There a depthwise convolution in bfloat16 takes about 35 times float32's time, casts included.
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _conv_dtype(x: Tensor) -> torch.dtype:
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and _emulates_bfloat16()
+    return torch.float32 if slow else x.dtype
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    """The depthwise convolution."""
+    dtype = _conv_dtype(x)
+    out = F.conv2d(x.to(dtype), weight.to(dtype), padding=1, groups=x.shape[1])
+    return out.to(x.dtype)
+
+
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the depthwise convolution's input and weight."""
-    one = [1, 1]
+    one, dtype = [1, 1], _conv_dtype(x)
     grad_x, grad_weight, _ = aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, one, one, one, False, [0, 0], x.shape[1],
-        [True, True, False],
+        grad.to(dtype), x.to(dtype), weight.to(dtype), None, one, one, one, False, [0, 0],
+        x.shape[1], [True, True, False],
     )  # fmt: skip
-    return laid_out(grad_x, x), grad_weight
+    return laid_out(grad_x.to(x.dtype), x), grad_weight
 
 
 def _with_grad(*tensors: Tensor) -> list[Tensor]:
@@ -167,7 +186,7 @@ def light_forward(
     y, means, *used = _start(z, s, norm)
     logits = light_logits(project(means, w.query), project(means, w.key), w.head_channels)
     gate = torch.sigmoid(logits)
-    value = F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1])
+    value = _conv(y, w.value)
     o = _light_o(value, s, gate, w, in_place=not (keep and _is_half(z)))
     out, *out_used = _finish(y, o, out_norm, drop)
     return out, (means, *used, *out_used, value) if keep else ()
@@ -236,7 +255,7 @@ def base_forward(
     """
     y, means, *used = _start(z, s, norm)
     key = project(means, w.key)
-    value = laid_out(F.conv2d(y, w.value.to(y.dtype), padding=1, groups=y.shape[1]), z)
+    value = laid_out(_conv(y, w.value), z)
     weights = layer_weights(project(means, w.query), (*keys, key), w.head_channels)
     o = _retrieved((*values, value), [per_channel(f, w.head_channels).to(z.dtype) for f in weights])
     out, *out_used = _finish(y, o, out_norm, drop)

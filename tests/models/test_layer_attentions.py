@@ -116,6 +116,30 @@ def test_started_as_identity_it_is_the_plain_network_and_grows_in(host, attentio
     assert all(p.grad.any() for _, p in norms)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_init_weights_starts_as_the_plain_network_unless_told(host, tmp_path):
+    plain = HOSTS[host][0](**HOSTS[host][1], layer_attention=None)
+    plain.init_weights()
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
+    x = torch.randn(2, 3, 32, 32)
+
+    def starts_as_plain(**more) -> bool:
+        model = build(host, "crla", **more)
+        model.init_weights()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            pairs = list(zip(flat(model.eval()(x)), flat(plain.eval()(x)), strict=True))
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    assert starts_as_plain()
+    assert not starts_as_plain(zero_init_mrla=False)
+    # A plain checkpoint holds nothing for the layer attentions.
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "plain.pth"))
+    assert starts_as_plain(init_cfg=cfg)
+    with pytest.raises(TypeError, match="zero_init_mrla must be a bool, got 1"):
+        build(host, "crla", zero_init_mrla=1)
+
+
 @pytest.mark.parametrize("attention", ["mla", "linear-rla", "dwconv", "fc", "lambda-1"])
 def test_recomputing_a_block_changes_nothing(attention):
     """with_cp, whose states are tuples of maps or nothing."""

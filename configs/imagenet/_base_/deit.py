@@ -12,7 +12,8 @@ custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
 
 model = dict(
     type="ImageClassifier",
-    backbone=dict(drop_path_rate=0.1),
+    # The released start: layer attentions at full strength.
+    backbone=dict(drop_path_rate=0.1, zero_init_mrla=False),
     neck=None,
     head=dict(
         type="VisionTransformerClsHead",

@@ -15,6 +15,8 @@ model = dict(
     backbone=dict(
         type="mmrla.MRLAEfficientNet",
         drop_path_rate=0.2,
+        mrla_drop_path_rate=None,  # the layer's own
+        zero_init_mrla=False,  # as released
         norm_cfg=dict(type="BN", eps=1e-3, momentum=0.01),
     ),
     neck=dict(type="GlobalAveragePooling"),

@@ -11,7 +11,8 @@ custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
 
 model = dict(
     type="ImageClassifier",
-    backbone=dict(type="mmrla.MRLAResNet", mrla_drop_path_rate=0.2),
+    # The released start: layer attentions at full strength.
+    backbone=dict(type="mmrla.MRLAResNet", mrla_drop_path_rate=0.2, zero_init_mrla=False),
     neck=dict(type="GlobalAveragePooling"),
     head=dict(type="LinearClsHead", num_classes=1000, in_channels=2048),
 )

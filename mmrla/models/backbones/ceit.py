@@ -281,7 +281,7 @@ class MRLACeiT(LayerAttentionTransformer, CeiT):
     Args:
         layer_attention: As in :class:`MRLAVisionTransformer`.
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group. Default 4.
-        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the block's.
+        mrla_drop_path_rate: Stochastic depth of the attention branch; None: the block's own rate.
         **kwargs: Arguments of :class:`CeiT`.
 
     Raises:

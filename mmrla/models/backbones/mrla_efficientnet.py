@@ -32,8 +32,8 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         arch: ``'b0'``, ``'b1'`` or any other of the ancestor's.
         layer_attention: Config of the layer attention, None for the plain network.
             Default: ``dict(type='MRLALight', head_channels=8)``.
-        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the layer's
-            own rate, as in the paper.
+        mrla_drop_path_rate: Stochastic depth of the attention branch. None: the layer's own rate,
+            as in the paper.
         **kwargs: Arguments of :class:`mmpretrain.models.EfficientNet`.
 
     Raises:
@@ -52,7 +52,7 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         self,
         *args: Any,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=8),
-        mrla_drop_path_rate: float | None = None,
+        mrla_drop_path_rate: float | None = 0.0,
         **kwargs: Any,
     ) -> None:
         check_drop_path_rate(mrla_drop_path_rate)

@@ -36,8 +36,8 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
         layer_attention: Config of the layer attention, None for the plain network. MRLA-light's
             value passes a GELU here (Algorithm 4) unless ``value_act`` says otherwise.
             Default: ``dict(type='MRLALight', head_channels=16)``.
-        mrla_drop_path_rate: Stochastic depth of the attention branch. Default None: the block's
-            own rate, as in the paper.
+        mrla_drop_path_rate: Stochastic depth of the attention branch. None: the block's own rate,
+            as in the paper.
         norm_cfg: Of all norms, those around the layer attention too.
         **kwargs: Arguments of :class:`mmdet.models.PyramidVisionTransformerV2`.
 
@@ -64,7 +64,7 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
         arch: str | None = None,
         *,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
-        mrla_drop_path_rate: float | None = None,
+        mrla_drop_path_rate: float | None = 0.0,
         norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
         **kwargs: Any,
     ) -> None:
@@ -101,12 +101,14 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
         """
         cfg = self.init_cfg
         if isinstance(cfg, Mapping) and cfg.get("type", "Pretrained") == "Pretrained":
+            self._zero_init_mrla()
             load_backbone(self, cfg["checkpoint"])
             self.is_init = True
         elif cfg is None or is_warm_start(cfg):
             super().init_weights()
         else:
             BaseModule.init_weights(self)
+            self._zero_init_mrla()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""

@@ -247,8 +247,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
 
     Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and holds for the parts
     of the layer attention too: ``frozen_stages`` and ``norm_eval`` freeze them, ``norm_cfg`` makes
-    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them, ``drop_path_rate`` drops
-    them. The plain network's state-dict keys are unchanged; the added keys all contain ``mrla``.
+    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them. The plain network's state-dict keys are unchanged; the added keys all contain ``mrla``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -256,7 +255,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
             None for the plain network. A stage is one group of layers.
             Default: ``dict(type='MRLALight', head_channels=32)``.
         mrla_drop_path_rate: Stochastic depth of the attention branch alone, the same in all
-            layers (0.2 in the paper's ImageNet recipe). Default None: the rate that
+            layers (0.2 in the paper's ImageNet recipe, 0 for short schedules). None: the rate that
             ``drop_path_rate`` gives the layer.
         mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
             output. Default None: no activation, as in the released network with a 7x7 stem.
@@ -300,7 +299,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         depth: int,
         *,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=32),
-        mrla_drop_path_rate: float | None = None,
+        mrla_drop_path_rate: float | None = 0.0,
         mrla_act_cfg: dict | None = None,
         plugins: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,

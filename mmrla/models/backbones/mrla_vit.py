@@ -31,8 +31,8 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
             value passes a GELU here (Algorithm 4) unless ``value_act`` says otherwise.
             Default: ``dict(type='MRLALight', head_channels=16)``.
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group. Default 4.
-        mrla_drop_path_rate: Stochastic depth of the attention branch. Default 0, as released;
-            None: the block's own rate, as the paper says.
+        mrla_drop_path_rate: Stochastic depth of the attention branch, 0 as released; None: the
+            block's own rate, as the paper says.
         norm_cfg: Of all norms, those around the layer attention too.
         **kwargs: Arguments of :class:`mmpretrain.models.VisionTransformer`.
 
@@ -54,13 +54,11 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
         self,
         *args: Any,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
-        mrla_drop_path_rate: float | None = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             *args,
             layer_attention=layer_attention,
-            mrla_drop_path_rate=mrla_drop_path_rate,
             **kwargs,
         )
 

@@ -1,0 +1,343 @@
+"""Train the networks of docs/results.md and write its tables and picture (`make results`).
+
+What has finished, here or in docs/results.json, is not trained again; what was interrupted goes on.
+Rows that have not run stay in the tables with the time they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from tqdm import tqdm
+
+from mmrla.engine import set_data_root
+from mmrla.engine.cifar import read_log, run
+from mmrla.engine.errors import reporting_errors
+from mmrla.engine.report import newest, read_scalars
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RECORD = ROOT / "docs/results.md", ROOT / "docs/results.json"
+PICTURE = ROOT / "docs/images/results.png"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SEEDS = (0, 1, 2)
+RELEASED = {"model.backbone.zero_init_mrla": False, "model.backbone.mrla_drop_path_rate": 0.2}
+DROPPED = {"model.backbone.mrla_drop_path_rate": 0.2}
+FULL = {"model.backbone.zero_init_mrla": False}
+
+
+class Row(NamedTuple):
+    """A network as it is trained in one experiment."""
+
+    name: str
+    config: str
+    options: Mapping[str, Any] = {}
+    epochs: int | None = None
+    """Instead of the experiment's."""
+
+
+class Experiment(NamedTuple):
+    """Networks that are compared with the first of them."""
+
+    title: str
+    about: str
+    metrics: Mapping[str, str]
+    """The logs' names of what is compared, and the table's; the first is the one that counts."""
+    rows: tuple[Row, ...]
+    epochs: int | None = None
+    hours: float = 0.0
+    """What a run takes on one CPU thread, about."""
+
+
+_R20 = {"model.backbone.depth": 20}
+EXPERIMENTS = {
+    "cifar": Experiment(
+        "CIFAR-10, short schedule",
+        "ResNet-20 of basic blocks, 10,000 training images (one draw), 12 epochs from scratch, "
+        "steps of the learning rate in proportion, batch 128, float32; top-1 of the last epoch on "
+        "all 10,000 test images.",
+        {"top1": "top-1"},
+        (
+            Row("plain", "cifar/resnet20_plain_cifar10.py"),
+            Row("light", "cifar/resnet20_mrla_cifar10.py"),
+            Row("base", "cifar/resnet20_mrla-base_cifar10.py"),
+            Row("light, released start and drop path", "cifar/resnet20_mrla_cifar10.py", RELEASED),
+            Row("plain, 18 epochs", "cifar/resnet20_plain_cifar10.py", epochs=18),
+            Row("light, drop path 0.2", "cifar/resnet20_mrla_cifar10.py", DROPPED),
+            Row("light, released start", "cifar/resnet20_mrla_cifar10.py", FULL),
+            Row(
+                "base, released start and drop path",
+                "cifar/resnet20_mrla-base_cifar10.py",
+                RELEASED,
+            ),
+            Row("base, drop path 0.2", "cifar/resnet20_mrla-base_cifar10.py", DROPPED),
+            Row("base, released start", "cifar/resnet20_mrla-base_cifar10.py", FULL),
+            Row("DLA", "cifar/resnet56_dla_cifar10.py", _R20),
+            Row("SE", "cifar/resnet56_se_cifar10.py", _R20),
+            Row("ECA", "cifar/resnet56_eca_cifar10.py", _R20),
+        ),
+        epochs=12,
+        hours=0.3,
+    ),
+    "demo": Experiment(
+        "Demo: Mask R-CNN on generated shapes",
+        "ResNet-18 of 16 base channels from scratch, 800 training and 120 validation images of "
+        "128 px, 7 epochs.",
+        {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP"},
+        (
+            Row(
+                "plain",
+                "demo_mask_rcnn_r18_mrla_shapes.py",
+                {"model.backbone.layer_attention": None},
+            ),
+            Row("light", "demo_mask_rcnn_r18_mrla_shapes.py"),
+        ),
+        hours=0.2,
+    ),
+}
+
+
+class Place(NamedTuple):
+    """Where runs and data are."""
+
+    work_dir: Path
+    data: Mapping[str, Path]
+
+    def of(self, experiment: str, row: Row, seed: int) -> Path:
+        """The folder of one run."""
+        name = row.name.replace(", ", "_").replace(" ", "-")
+        return self.work_dir / experiment / f"{name}_seed{seed}"
+
+
+def train_cifar(row: Row, seed: int, experiment: Experiment, folder: Path, data: Path) -> None:
+    """Train one network of the CIFAR experiment on this process's thread."""
+    cfg = Config.fromfile(ROOT / "configs" / row.config)
+    cfg.merge_from_dict(dict(row.options))
+    set_data_root(cfg, str(data))
+    run(
+        cfg, folder / "log.jsonl", seed, torch.device("cpu"), row.epochs or experiment.epochs,
+        images=10_000, name=row.name, eval_interval=3,
+    )  # fmt: skip
+
+
+def train_detector(row: Row, seed: int, folder: Path, data: Path) -> None:
+    """Train one detector by tools/train.py; goes on where it was interrupted."""
+    spent = folder / "seconds.json"
+    before = json.loads(spent.read_text()) if spent.exists() else 0.0
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    options = {"randomness.seed": seed, **row.options}
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "tools/train.py"), str(ROOT / "configs" / row.config),
+            "--data-root", str(data), "--work-dir", str(folder),
+            *(["--resume"] if (folder / "last_checkpoint").exists() else []),
+            "--cfg-options", *(f"{key}={value}" for key, value in options.items()),
+        ],
+        check=False,
+    )  # fmt: skip
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime
+    folder.mkdir(parents=True, exist_ok=True)
+    spent.write_text(json.dumps(before + used))
+    if done.returncode:
+        raise ValueError(f"{row.config} ended with status {done.returncode}; see {folder}")
+    (folder / "finished").touch()
+
+
+def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """What a finished run's files tell: curve, seconds and digest; None if it is not finished."""
+    log = folder / "log.jsonl"
+    if log.exists():
+        settings, *lines = read_log(log)
+        if len(lines) < settings["epochs"]:
+            return None
+        points = [(line["epoch"], [line["top1"]]) for line in lines if "top1" in line]
+        seconds = sum(line["seconds"] for line in lines)
+        text, device = log.read_bytes(), settings["device"]
+    elif (folder / "finished").exists():
+        path = newest(folder, "*/vis_data/scalars.json")
+        found = [line for line in read_scalars(path) if set(experiment.metrics) <= line.keys()]
+        points = [
+            (line["step"], [round(100 * line[key], 2) for key in experiment.metrics])
+            for line in found
+        ]
+        seconds = json.loads((folder / "seconds.json").read_text())
+        text, device = path.read_bytes(), "cpu"
+    else:
+        return None
+    return dict(
+        curve=points, seconds=round(seconds), digest=hashlib.sha256(text).hexdigest()[:12],
+        device=device, torch=torch.__version__, date=date.today().isoformat(),
+    )  # fmt: skip
+
+
+def collect(place: Place) -> dict[str, dict[str, dict[str, Any]]]:
+    """Finished runs by experiment, row and seed: those of the record and those found here."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for name, experiment in EXPERIMENTS.items():
+        for row in experiment.rows:
+            for seed in SEEDS:
+                runs = record.setdefault(name, {}).setdefault(row.name, {})
+                if str(seed) not in runs:
+                    found = finished(place.of(name, row, seed), experiment)
+                    if found is not None:
+                        runs[str(seed)] = found
+    return record
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each network: mean and spread over seeds, each seed, seconds, over plain."""
+    plain = runs[experiment.rows[0].name]
+    titles = list(experiment.metrics.values())
+    head = ["network", *titles, f"{titles[0]} of each seed", f"{titles[0]} over plain, same seeds",
+            "CPU seconds", "time over plain", "logs' SHA-256"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in experiment.rows:
+        of_row = runs[row.name]
+        if not of_row:
+            waits = f"not run: about {experiment.hours:.1f} h per seed"
+            lines.append(f"| {row.name} | {waits} |" + " |" * (len(head) - 2))
+            continue
+        last = {seed: found["curve"][-1][1] for seed, found in sorted(of_row.items())}
+        cells = [row.name]
+        cells += [_spread([value[i] for value in last.values()]) for i in range(len(titles))]
+        cells.append(", ".join(f"{value[0]:.1f}" for value in last.values()))
+        both = [seed for seed in last if seed in plain]
+        gains = [last[seed][0] - plain[seed]["curve"][-1][1][0] for seed in both]
+        cells.append("" if row is experiment.rows[0] or not gains else f"{_signed(gains)}")
+        seconds = mean(found["seconds"] for found in of_row.values())
+        cells.append(f"{seconds:.0f}")
+        times = [of_row[seed]["seconds"] / plain[seed]["seconds"] for seed in both]
+        cells.append(f"{mean(times):.2f}" if times else "")
+        cells.append(" ".join(f"`{found['digest']}`" for _, found in sorted(of_row.items())))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _signed(gains: list[float]) -> str:
+    return f"{mean(gains):+.1f}" + (f" ± {stdev(gains):.1f}" if len(gains) > 1 else "")
+
+
+def summary(record: Mapping[str, Any]) -> Iterator[str]:
+    """A line per experiment: the defaults of light and base over plain."""
+    yield "| | plain | light | base | seeds |"
+    yield "|---|---|---|---|---|"
+    for name, experiment in EXPERIMENTS.items():
+        title = next(iter(experiment.metrics.values()))
+        cells, seeds = [f"{experiment.title}, {title}"], []
+        for row in ("plain", "light", "base"):
+            of_row = record[name].get(row, {})
+            seeds.append(len(of_row))
+            values = [found["curve"][-1][1][0] for found in of_row.values()]
+            cells.append(_spread(values) if values else "not run")
+        yield f"| {' | '.join(cells)} | {max(seeds)} |"
+
+
+def draw(record: Mapping[str, Any]) -> None:
+    """Draw a line per network, mean and spread over seeds, along epochs and CPU time."""
+    from matplotlib.figure import Figure
+
+    shown = {name: e for name, e in EXPERIMENTS.items() if any(record[name].values())}
+    figure = Figure(figsize=(9, 3.2 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots(len(shown), 2, squeeze=False)
+    for (name, experiment), (by_epoch, by_time) in zip(shown.items(), axes, strict=True):
+        for row in experiment.rows:
+            runs = list(record[name][row.name].values())
+            if not runs:
+                continue
+            epochs = [point[0] for point in runs[0]["curve"]]
+            values = [[run["curve"][i][1][0] for run in runs] for i in range(len(epochs))]
+            centre = [mean(v) for v in values]
+            seconds = mean(run["seconds"] for run in runs)
+            for axis, x in (
+                (by_epoch, epochs),
+                (by_time, [seconds * e / epochs[-1] for e in epochs]),
+            ):
+                (line,) = axis.plot(x, centre, marker=".", label=f"{row.name} ({len(runs)})")
+                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values],
+                                  color=line.get_color(), alpha=0.15)  # fmt: skip
+        by_epoch.set_xlabel("epoch")
+        by_time.set_xlabel("CPU seconds of training")
+        by_epoch.set_ylabel(next(iter(experiment.metrics.values())))
+        by_epoch.set_title(experiment.title, loc="left", fontsize=10)
+        by_time.legend(fontsize=7)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=80)
+
+
+def write(record: Mapping[str, Any]) -> None:
+    """Write docs/results.json, the picture, and the part of docs/results.md between the marks."""
+    RECORD.write_text(
+        json.dumps(record, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n"
+    )
+    draw(record)
+    parts = ["\n".join(summary(record)), f"![curves](images/{PICTURE.name})"]
+    for name, experiment in EXPERIMENTS.items():
+        parts += [
+            f"### {experiment.title}",
+            experiment.about,
+            table(name, experiment, record[name]),
+        ]
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = "\n\n".join(parts)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--rows", nargs="+", help="names of rows; default all")
+    parser.add_argument("--hours", type=float, help="begin no run after this time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write-only", action="store_true", help="train nothing")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs/results")
+    parser.add_argument("--cifar10", type=Path, default=ROOT / "data/cifar10")
+    parser.add_argument("--shapes", type=Path, default=ROOT / "data/shapes")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    MMLogger.get_instance("mmrla", log_level="WARNING")
+    place = Place(args.work_dir, dict(cifar=args.cifar10, demo=args.shapes))
+    started = time.monotonic()
+    # Seeds outside: what there is after an interruption can be compared.
+    planned = [
+        (name, row, seed)
+        for seed in args.seeds
+        for name in args.only
+        for row in EXPERIMENTS[name].rows
+        if not args.rows or row.name in args.rows
+    ]
+    with reporting_errors():
+        for name, row, seed in tqdm([] if args.write_only else planned):
+            if str(seed) in collect(place)[name][row.name]:
+                continue
+            if args.hours is not None and time.monotonic() - started > 3600 * args.hours:
+                break
+            folder = place.of(name, row, seed)
+            if name == "cifar":
+                train_cifar(row, seed, EXPERIMENTS[name], folder, place.data[name])
+            else:
+                train_detector(row, seed, folder, place.data[name])
+        write(collect(place))
+
+
+if __name__ == "__main__":
+    main()
