@@ -150,7 +150,7 @@ def backbone_name(cfg: dict) -> str:
         size = "x".join(str(size.get(key, "?")) for key in ("num_layers", "embed_dims"))
     if kind == "ResNeXt":
         size = f"{size} ({cfg.get('groups', 32)}x{cfg.get('width_per_group', 4)}d)"
-    if cfg.get("block") == "bottleneck":  # as in ResNet-50, which has no other
+    if cfg.get("block") == "bottleneck":  # of a CIFAR ResNet, which may have basic blocks
         size = f"{size} (bottleneck)"
     if kind.startswith("Distilled"):
         size = f"{size} distilled"
