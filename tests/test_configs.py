@@ -25,18 +25,19 @@ COCO = [
     for suffix in ("", "_mrla", "_mrla-base", "_rla-g")
     if depth == 50 or suffix != "_rla-g"
 ]
-# Within-layer attentions: how many plugins of which class ResNet-50 and ResNet-56 have.
+# Within-layer attentions: how many plugins of which class ResNet-50, ResNet-56 of basic blocks and
+# ResNet-56 of bottlenecks have.
 WITHIN = {
-    "se": ("SE", 16, 27),
-    "eca": ("ECA", 16, 27),
-    "cbam": ("CBAM", 16, 27),
-    "a2": ("DoubleAttention", 5, 5),
-    "aa": ("AttentionAugmentedConv", 13, 18),
-    "ba": ("BridgeAttention", 16, 27),
-    "tdam": ("TDAM", 9, 18),
-    "nl": ("NonLocal2d", 1, 1),
-    "gc": ("ContextBlock", 13, 27),
-    "gc1": ("ContextBlock", 1, 1),
+    "se": ("SE", 16, 27, 18),
+    "eca": ("ECA", 16, 27, 18),
+    "cbam": ("CBAM", 16, 27, 18),
+    "a2": ("DoubleAttention", 5, 5, 5),
+    "aa": ("AttentionAugmentedConv", 13, 18, 12),
+    "ba": ("BridgeAttention", 16, 27, 18),
+    "tdam": ("TDAM", 9, 18, 12),
+    "nl": ("NonLocal2d", 1, 1, 1),
+    "gc": ("ContextBlock", 13, 27, 18),
+    "gc1": ("ContextBlock", 1, 1, 1),
 }
 WITHIN_COCO = [
     f"{detector}_r50_{name}_1x"
@@ -87,6 +88,15 @@ CIFAR = [
     for classes in (10, 100)
 ]
 CIFAR += [f"resnet56_{name}_cifar10" for name in INTERACTIONS]
+BOTTLENECK = {
+    *(
+        f"resnet{depth}-bottleneck_{kind}_cifar{classes}"
+        for depth in (20, 56, 110)
+        for kind in ("plain", "mrla", "mrla-base", "dla", "dla-base")
+        for classes in (10, 100)
+    ),
+    *(f"resnet56-bottleneck_{n}_cifar10" for n in (*WITHIN, *COMPOSED, *INTERACTIONS)),
+}
 
 LIGHT = {"resnet50": dict(type="MRLALight", head_channels=32),
          "deit-tiny": dict(type="MRLALight", head_channels=16)}  # fmt: skip
@@ -143,7 +153,7 @@ def test_every_promised_config_is_there():
     assert found(".") == {*detectors, "demo_mask_rcnn_r18_mrla_shapes"}
     others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
     assert found("imagenet") == {*IMAGENET, *others}
-    assert found("cifar") == {*CIFAR, *(f"resnet56_{name}_cifar10" for name in within)}
+    assert found("cifar") == {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
     eca = "resnet50_eca_drop-path_in1k"
     assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), eca}
 
@@ -162,7 +172,7 @@ def without(cfg: Config, *keys: str) -> dict:
 @pytest.mark.parametrize("name", [*WITHIN, *COMPOSED])
 def test_within_layer_attention_is_all_that_differs(name):
     """From the network with MRLA on ImageNet, from the plain one on CIFAR; and it is all there."""
-    kind, many, many_cifar = WITHIN[name.removeprefix("mrla_")]
+    kind, many, many_cifar, _ = WITHIN[name.removeprefix("mrla_")]
     hosts = (
         (f"imagenet/resnet50_{name}_in1k", "imagenet/resnet50_mrla_in1k", many),
         (f"cifar/resnet56_{name}_cifar10", "cifar/resnet56_plain_cifar10", many_cifar),
@@ -444,8 +454,8 @@ def load_once(path: Path) -> dict:
 
 
 def merged(path: Path) -> dict:
-    """What ``Config.fromfile`` gives, with the recipes that ablations inherit from read once."""
-    if path.parent.name != "ablation":
+    """What ``Config.fromfile`` gives, with the recipes that configs inherit from read once."""
+    if path.parent.name not in ("ablation", "cifar"):
         return copy.deepcopy(load_once(path))
     own = runpy.run_path(str(path))
     own = {k: v for k, v in own.items() if k == "_base_" or not k.startswith("_")}
@@ -474,10 +484,15 @@ def test_ablation_changes_what_it_says_and_nothing_else(name):
     assert re.match(rf"# {where}: {networks[network]} \+ ", path.read_text())
 
 
-def test_ablation_is_read_as_mmengine_reads_it(tmp_path, monkeypatch):
+def test_configs_are_read_as_mmengine_reads_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("resnet50_mla_no-sd", "resnet50_mrla_no-sd_mixup-ls", "deit-tiny_mrla_sd"):
-        path = ROOT / "configs" / "ablation" / f"{name}_in1k.py"
+    for name in (
+        "ablation/resnet50_mla_no-sd_in1k",
+        "ablation/resnet50_mrla_no-sd_mixup-ls_in1k",
+        "ablation/deit-tiny_mrla_sd_in1k",
+        "cifar/resnet56-bottleneck_mrla_se_cifar10",
+    ):
+        path = ROOT / "configs" / f"{name}.py"
         assert merged(path) == Config.fromfile(path).to_dict()
 
 

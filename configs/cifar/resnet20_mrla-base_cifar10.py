@@ -1,4 +1,4 @@
-# ResNet-20 + MRLA-base, CIFAR-10, 180 epochs.
+# ResNet-20 of basic blocks + MRLA-base, CIFAR-10, 180 epochs.
 _base_ = "./_base_/cifar10.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# ResNet-20 + MRLA-light, CIFAR-100, 180 epochs.
+# ResNet-20 of basic blocks + MRLA-light, CIFAR-100, 180 epochs.
 _base_ = "./_base_/cifar100.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# ResNet-56 + MRLA-base, CIFAR-100, 180 epochs.
+# ResNet-56 of basic blocks + MRLA-base, CIFAR-100, 180 epochs.
 _base_ = "./_base_/cifar100.py"
 
 model = dict(

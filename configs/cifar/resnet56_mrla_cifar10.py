@@ -1,4 +1,4 @@
-# ResNet-56 + MRLA-light, CIFAR-10, 180 epochs.
+# ResNet-56 of basic blocks + MRLA-light, CIFAR-10, 180 epochs.
 _base_ = "./_base_/cifar10.py"
 
 model = dict(

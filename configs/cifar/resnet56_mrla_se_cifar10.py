@@ -1,4 +1,4 @@
-# ResNet-56 + MRLA-light + SE, CIFAR-10, 180 epochs.
+# ResNet-56 of basic blocks + MRLA-light + SE, CIFAR-10, 180 epochs.
 _base_ = "./resnet56_mrla_cifar10.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# plain ResNet-56: the baseline on the same code, CIFAR-10, 180 epochs.
+# plain ResNet-56 of basic blocks: the baseline on the same code, CIFAR-10, 180 epochs.
 _base_ = "./_base_/cifar10.py"
 
 model = dict(backbone=dict(depth=56, layer_attention=None))

@@ -96,6 +96,9 @@ _RESNET_DEPTHS: dict[tuple[int, ...], dict[bool, str]] = {
     (3, 3, 3): {False: "20 (CIFAR)"},
     (9, 9, 9): {False: "56 (CIFAR)"},
     (18, 18, 18): {False: "110 (CIFAR)"},
+    (2, 2, 2): {True: "20 (CIFAR, bottlenecks)"},
+    (6, 6, 6): {True: "56 (CIFAR, bottlenecks)"},
+    (12, 12, 12): {True: "110 (CIFAR, bottlenecks)"},
 }
 
 

@@ -353,6 +353,9 @@ def test_no_two_ablations_have_one_name():
 def test_names(tool):
     name = tool.backbone_name
     assert name(dict(type="mmrla.MRLAResNeXt", depth=50)) == "ResNeXt-50 (32x4d)"
+    cifar = dict(type="mmrla.MRLAResNetCIFAR", depth=20)
+    assert name(cifar) == name(dict(cifar, block="basic")) == "ResNet-20"
+    assert name(dict(cifar, block="bottleneck")) == "ResNet-20 (bottleneck)"
     assert name(dict(type="mmrla.MRLAPyramidVisionTransformerV2", arch="b1")) == "PVTv2-B1"
     assert name(dict(type="mmrla.MRLACeiT", arch="small")) == "CeiT-S"
     assert name(dict(type="mmrla.MRLAVisionTransformer", arch="base")) == "ViT-B"

@@ -322,6 +322,7 @@ def test_released_names_inside_a_detector_and_bare_backbones():
         dict(type="MRLAEfficientNet"),
         dict(type="MRLAPyramidVisionTransformerV2", arch="b1"),
         dict(type="MRLAResNetCIFAR", depth=56),
+        dict(type="MRLAResNetCIFAR", depth=110, block="bottleneck"),
     ):
         bare = MODELS.build(cfg).state_dict()
         assert convert_state_dict(bare).keys() == {f"backbone.{k}" for k in bare}

@@ -228,6 +228,13 @@ def test_compare_tells_differences_and_reasons(compare):
     assert compare.difference("densenet161", 28_681_000, 7_790_000_000) == ""
     told = compare.difference("a2", 32_907_000, 6_681_000_000)
     assert re.fullmatch(r"params -4.9%: .*2\^20.*; GFLOPs -4.6%: .*within_layer.md.*", told)
+    assert compare.difference("mrla", 25_738_000, 4_178_000_000) == ""
+    told = compare.difference("rla-g", params := 25_870_696, macs := 4_477_868_576)
+    assert (
+        told == "params +4.9%: published in units of 2^20; GFLOPs +7.4%: published in units of 2^30"
+    )
+    stated = compare.PUBLISHED["rla-g"]
+    assert (f"{params / 2**20:.2f}", f"{macs / 2**30:.2f}") == (stated.params, stated.gflops)
 
 
 def test_compare_measures_and_writes(compare, tmp_path):

@@ -150,6 +150,8 @@ def backbone_name(cfg: dict) -> str:
         size = "x".join(str(size.get(key, "?")) for key in ("num_layers", "embed_dims"))
     if kind == "ResNeXt":
         size = f"{size} ({cfg.get('groups', 32)}x{cfg.get('width_per_group', 4)}d)"
+    if cfg.get("block") == "bottleneck":  # of a CIFAR ResNet, which may have basic blocks
+        size = f"{size} (bottleneck)"
     if kind.startswith("Distilled"):
         size = f"{size} distilled"
     return f"{name}-{size}" if size else name

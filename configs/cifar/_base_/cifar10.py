@@ -1,5 +1,6 @@
-# CIFAR-10 as the works after MRLA train it: 180 epochs, batch 128, SGD 0.1 divided by 10 at epochs
-# 100 and 150, crops of images padded by 4 pixels and flips.
+# CIFAR-10 with basic blocks (6 n + 2 layers, stages of 16, 32 and 64 channels): 180 epochs, batch
+# 128, SGD 0.1 divided by 10 at epochs 100 and 150, crops of images padded by 4 pixels and flips.
+# DLA and KCLA train bottlenecks with the same recipe: cifar10_bottleneck.py.
 _base_ = [
     "mmpretrain::_base_/datasets/cifar10_bs16.py",
     "mmpretrain::_base_/schedules/cifar10_bs128.py",

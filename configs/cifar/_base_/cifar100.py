@@ -1,4 +1,4 @@
-# CIFAR-100: the recipe of CIFAR-10 with 100 classes.
+# CIFAR-100: the basic blocks and the recipe of cifar10.py with 100 classes.
 _base_ = "./cifar10.py"
 
 data_preprocessor = dict(

@@ -1,0 +1,5 @@
+# ResNet-110 of bottlenecks + dynamic layer attention, light, CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10_bottleneck.py"
+
+attention = dict(type="DLALight", head_channels=16, reduction=4)
+model = dict(backbone=dict(depth=110, layer_attention=attention))

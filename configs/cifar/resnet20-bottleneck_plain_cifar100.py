@@ -1,0 +1,4 @@
+# plain ResNet-20 of bottlenecks: the baseline on the same code, CIFAR-100, 180 epochs.
+_base_ = "./_base_/cifar100_bottleneck.py"
+
+model = dict(backbone=dict(depth=20, layer_attention=None))

@@ -1,0 +1,4 @@
+# ResNet-56 of bottlenecks + MRLA-light, CIFAR-10, 180 epochs.
+_base_ = "./_base_/cifar10_bottleneck.py"
+
+model = dict(backbone=dict(depth=56, layer_attention=dict(type="MRLALight", head_channels=32)))
