@@ -2,6 +2,7 @@
 #   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
 #   make test    the test suite
 # and: make bench (what MRLA costs beside the plain network), make config-table,
+#      make results (train what docs/results.md compares, and write it; resumable),
 #      make docs (the site of docs/, into build/docs; default stack)
 #
 # PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.12)
@@ -37,7 +38,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help env demo test test-essential test-slow lint format config-table bench docs clean
+.PHONY: help env demo test test-essential test-slow lint format config-table bench results docs clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -73,6 +74,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) tools/benchmark/run.py $(BENCH_ARGS)
+
+results: $(STAMP)
+	$(PY) tools/results.py $(RESULTS_ARGS)
 
 config-table: $(STAMP)
 	$(PY) tools/analysis/complexity.py --write

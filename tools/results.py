@@ -24,6 +24,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
+from mmrla.datasets import generate_shapes
 from mmrla.engine import set_data_root
 from mmrla.engine.cifar import read_log, run
 from mmrla.engine.errors import reporting_errors
@@ -34,6 +35,7 @@ PAGE, RECORD = ROOT / "docs/results.md", ROOT / "docs/results.json"
 PICTURE = ROOT / "docs/images/results.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SEEDS = (0, 1, 2)
+IMAGES = 10_000
 RELEASED = {"model.backbone.zero_init_mrla": False, "model.backbone.mrla_drop_path_rate": 0.2}
 DROPPED = {"model.backbone.mrla_drop_path_rate": 0.2}
 FULL = {"model.backbone.zero_init_mrla": False}
@@ -129,12 +131,14 @@ def train_cifar(row: Row, seed: int, experiment: Experiment, folder: Path, data:
     set_data_root(cfg, str(data))
     run(
         cfg, folder / "log.jsonl", seed, torch.device("cpu"), row.epochs or experiment.epochs,
-        images=10_000, name=row.name, eval_interval=3,
+        images=IMAGES, name=row.name, eval_interval=3,
     )  # fmt: skip
 
 
 def train_detector(row: Row, seed: int, folder: Path, data: Path) -> None:
     """Train one detector by tools/train.py; goes on where it was interrupted."""
+    if not data.exists():
+        generate_shapes(data, 800, 120, seed=0)
     spent = folder / "seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else 0.0
     started = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -35,10 +35,10 @@ class LayerAttentionHost:
 
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
-        zero_init_mrla: Whether ``init_weights`` starts each layer attention as the identity, so that
-            the network starts as the plain one and retrieval grows in: the norm around the
-            attention starts at zero, as with ``zero_init_residual`` (DIANet's unit cannot). False:
-            as released, at full strength. A checkpoint with these weights overrides it.
+        zero_init_mrla: Whether ``init_weights`` starts each layer attention as the identity, so
+            that the network starts as the plain one: the norm around the attention starts at zero,
+            as with ``zero_init_residual`` (DIANet's unit cannot). False: as released, at full
+            strength. A checkpoint with these weights overrides it.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages``, ``norm_eval`` and ``norm_cfg=dict(requires_grad=False)``
             leave the fresh parts alone.

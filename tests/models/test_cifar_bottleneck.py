@@ -208,6 +208,7 @@ def test_configs_are_the_protocol():
             block="bottleneck",
             zero_init_residual=False,
             mrla_drop_path_rate=rate,
+            zero_init_mrla=False,
             layer_attention=attention,
             **act,
         )

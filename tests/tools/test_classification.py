@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import pickle
+import shutil
 import sys
 
 import cv2
@@ -228,6 +231,55 @@ def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
         table(tmp_path / "b")
     with pytest.raises(ValueError, match="of other settings"):
         run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
+
+
+def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkeypatch):
+    root, layout, _ = cifar
+    if layout == "official":
+        pytest.skip("the other layout is enough")
+    spec = importlib.util.spec_from_file_location("results", ROOT / "tools/results.py")
+    results = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = results
+    spec.loader.exec_module(results)
+    rows = tuple(row for row in results.EXPERIMENTS["cifar"].rows if row.name in ("plain", "light"))
+    short = results.EXPERIMENTS["cifar"]._replace(rows=rows, epochs=3)
+    monkeypatch.setattr(results, "EXPERIMENTS", {"cifar": short})
+    monkeypatch.setattr(results, "IMAGES", 256)
+    for name in ("PAGE", "RECORD", "PICTURE"):
+        path = tmp_path / "docs" / getattr(results, name).name
+        monkeypatch.setattr(results, name, path)
+    results.PAGE.parent.mkdir()
+    results.PAGE.write_text(f"before\n\n{results.BEGIN}\n{results.END}\n\nafter\n")
+
+    def go(*options: str) -> str:
+        where = ["--cifar10", str(root), "--work-dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", ["results.py", *where, *options])
+        results.main()
+        return results.PAGE.read_text()
+
+    page = go("--seeds", "0", "--rows", "plain")
+    assert "| light | not run: about 0.3 h per seed |" in page
+    page = go("--seeds", "0", "1", "--only", "cifar")
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    logs = {
+        name: [tmp_path / f"runs/cifar/{name}_seed{seed}/log.jsonl" for seed in (0, 1)]
+        for name in ("plain", "light")
+    }
+    last = {
+        name: [json.loads(log.read_text().splitlines()[-1])["top1"] for log in found]
+        for name, found in logs.items()
+    }
+    gains = np.subtract(last["light"], last["plain"])
+    (row,) = [line for line in page.splitlines() if line.startswith("| light |")]
+    assert f"| {np.mean(last['light']):.1f} ± {np.std(last['light'], ddof=1):.1f} |" in row
+    assert f"| {gains.mean():+.1f} ± {gains.std(ddof=1):.1f} |" in row
+    assert hashlib.sha256(logs["light"][1].read_bytes()).hexdigest()[:12] in row
+    assert cv2.imread(str(results.PICTURE)) is not None
+    # Elsewhere the record tells what has run: nothing is trained again.
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(results, "run", None)
+    assert go("--seeds", "0", "1") == page
 
 
 def test_all_networks_of_a_seed_see_the_same_batches(cifar, unchecked):

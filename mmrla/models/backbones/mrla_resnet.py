@@ -247,7 +247,8 @@ class MRLAResNet(LayerAttentionHost, ResNet):
 
     Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and holds for the parts
     of the layer attention too: ``frozen_stages`` and ``norm_eval`` freeze them, ``norm_cfg`` makes
-    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them. The plain network's state-dict keys are unchanged; the added keys all contain ``mrla``.
+    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them. The plain network's
+    state-dict keys are unchanged; the added keys all contain ``mrla``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
