@@ -141,7 +141,7 @@ class _LayerAttentionTransformer:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, most = feature_take_indices(len(self.blocks), indices)
-        batch, _, height, width = x.shape
+        height, width = x.shape[-2:]
         x, found = self._run(x, attn_mask, is_causal, take, most if stop_early else None)
         found = [self.norm(y) for y in found] if norm else found
         prefixes = [y[:, : self.num_prefix_tokens] for y in found]
