@@ -1,0 +1,411 @@
+"""mmrla.timm: timm's networks with a layer attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+timm = pytest.importorskip("timm", reason="requirements/extras.txt is not installed")
+
+from mmrla.checkpoints.files import CheckpointError  # noqa: E402
+from mmrla.layers import MRLALight  # noqa: E402
+from mmrla.models import (  # noqa: E402
+    MRLADistilledVisionTransformer,
+    MRLAResNet,
+    MRLAResNeXt,
+    MRLAVisionTransformer,
+)
+from mmrla.ops import mrla_base_tail, mrla_light_tail  # noqa: E402
+from mmrla.timm import from_mmrla, to_mmrla  # noqa: E402
+from tests.conftest import generated, needs_new_compiler, relative_error  # noqa: E402
+
+PLAIN = sorted(
+    {name.rpartition("_mrla_")[0] for name in timm.list_models("*_mrla_*", include_tags=False)}
+)
+TINY = dict(layers=(1, 2, 1, 1), channels=(32, 32, 64, 64), num_classes=5)
+SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2, num_classes=5)
+ATTENTIONS = ("MRLALight", "MRLABase", "MLA", "LinearRLA", "DWConv", "DLALight", "DLABase")
+
+
+def create(name: str, *, released: bool = False, **kwargs) -> nn.Module:
+    """A small network; ``released``: with values everywhere that could hide a mistake."""
+    small = SMALL_VIT if "it" in name.split("_")[0] else TINY
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**small, **kwargs})
+    return fill(model) if released else model
+
+
+def fill(model: nn.Module) -> nn.Module:
+    values = {key: generated(key, value.shape) for key, value in model.state_dict().items()}
+    model.load_state_dict(values)
+    return model
+
+
+def image(size: int = 32, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_needs_no_mm_package():
+    code = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('mmengine', 'mmcv', 'mmdet', 'mmpretrain'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Nothing())
+import timm, torch, mmrla.timm
+model = timm.create_model('resnet18_mrla_base', num_classes=3)
+print(tuple(model(torch.rand(2, 3, 32, 32)).shape), len(mmrla.timm.to_mmrla(model.state_dict())))
+"""
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert out.split(") ") == [
+        "(2, 3",
+        f"{len(timm.create_model('resnet18_mrla_base').state_dict())}\n",
+    ]
+
+
+def test_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "mmrla.timm")
+    with pytest.raises(ImportError, match=r"mmrla\.timm needs timm.*mmrla\[timm\]"):
+        import mmrla.timm  # noqa: F401
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_every_name_is_the_plain_network_and_more(plain):
+    """The tables of arguments are timm's: the same keys and shapes, weights and preprocessing."""
+    kwargs = dict(device="meta")
+    own = {k: v.shape for k, v in timm.create_model(plain, **kwargs).state_dict().items()}
+    for suffix, has_lambda in (("mrla_light", True), ("mrla_base", False)):
+        model = timm.create_model(f"{plain}_{suffix}", **kwargs)
+        state = {k: v.shape for k, v in model.state_dict().items()}
+        assert {k: v for k, v in state.items() if "mrla" not in k} == own
+        assert any("lambda_t" in key for key in state) is has_lambda
+        cfg, expected = model.pretrained_cfg, timm.create_model(plain, **kwargs).pretrained_cfg
+        assert cfg.pop("architecture") == f"{plain}_{suffix}"
+        assert cfg == {k: v for k, v in expected.items() if k != "architecture"}
+
+
+def test_list_of_names():
+    assert len(PLAIN) > 30
+    weights = timm.list_models("resnet50_mrla_light*", pretrained=True)
+    assert {"resnet50_mrla_light", "resnet50_mrla_light.a1_in1k"} <= set(weights)
+    assert timm.models.get_pretrained_cfg("resnet50_mrla_light.a2_in1k").hf_hub_id == (
+        "timm/resnet50.a2_in1k"
+    )
+
+
+START = ["resnet18", "resnet50d", "resnext50_32x4d", "vit_tiny_patch16_224",
+         "deit_tiny_distilled_patch16_224"]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("suffix", ["mrla_light", "mrla_base"])
+@pytest.mark.parametrize("plain", START)
+def test_starts_as_the_plain_network(plain, suffix, training):
+    """Bit for bit, and leaves that start: gradients reach what was zero."""
+    reference = create(plain, released=True).train(training)
+    model = create(f"{plain}_{suffix}").train(training)
+    missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
+    assert unexpected == []
+    assert missing
+    assert all("mrla" in key for key in missing)
+    out = model(image())
+    assert torch.equal(out, reference(image()))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in reference.state_dict().items())
+    out.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if "mrla" in name and "norm" in f"{name}bn_mrla" and name.endswith("norm.weight"):
+            assert parameter.grad.any(), name
+    released = create(f"{plain}_{suffix}", zero_init_mrla=False).train(training)
+    released.load_state_dict(reference.state_dict(), strict=False)
+    assert not torch.allclose(released(image()), out)
+
+
+def test_starts_from_plain_weights(tmp_path):
+    """``pretrained=True``, as timm loads it: other classes, other channels, strict keys."""
+    plain = create("resnet18", released=True, num_classes=1000)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / "plain.pth")))
+    model = create("resnet18_mrla_light", pretrained=True, num_classes=1000, **overlay).eval()
+    assert torch.equal(model(image()), plain.eval()(image()))
+    other = create("resnet18_mrla_base", pretrained=True, in_chans=1, num_classes=7, **overlay)
+    assert other(torch.rand(2, 1, 32, 32)).shape == (2, 7)
+    assert torch.equal(other.layer3[0].conv1.weight, plain.layer3[0].conv1.weight)
+    features = create("resnet18_mrla_light", pretrained=True, features_only=True, **overlay)
+    assert torch.equal(features.layer3[0].conv1.weight, plain.layer3[0].conv1.weight)
+
+    # Weights that hold the attention load in full, and nothing may be missing.
+    trained = create("resnet18_mrla_light", released=True, num_classes=1000)
+    torch.save(trained.state_dict(), tmp_path / "plain.pth")
+    again = create("resnet18_mrla_light", pretrained=True, num_classes=1000, **overlay)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in trained.state_dict().items())
+    with pytest.raises(RuntimeError, match="bn_mrla"):
+        create("resnet18_mrla_light", pretrained=True, num_classes=1000,
+               layer_attention="MRLABase", **overlay) and create(
+            "resnet18_mrla_light", pretrained=True, num_classes=1000, layers=(2, 2, 1, 1), **overlay
+        )  # fmt: skip
+
+
+def test_vit_starts_from_plain_weights_of_another_size(tmp_path):
+    plain = create("deit_tiny_patch16_224", released=True, num_classes=1000)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / "plain.pth")))
+    kwargs = dict(pretrained=True, num_classes=1000, img_size=48, **overlay)
+    model = create("deit_tiny_patch16_224_mrla_light", **kwargs).eval()
+    expected = create("deit_tiny_patch16_224", **kwargs).eval()
+    assert torch.equal(model(image(48)), expected(image(48)))
+
+
+HOSTS = {
+    "resnet18": (MRLAResNet, dict(depth=18)),
+    "resnet50": (MRLAResNet, dict(depth=50)),
+    "resnet50d": (MRLAResNet, dict(depth=50, deep_stem=True, avg_down=True)),
+    "resnext50_32x4d": (MRLAResNeXt, dict(depth=50)),
+    "wide_resnet50_2": (MRLAResNeXt, dict(depth=50, groups=1, width_per_group=128)),
+    "deit_tiny_patch16_224": (MRLAVisionTransformer, dict(arch="deit-tiny")),
+    "deit_tiny_distilled_patch16_224": (MRLADistilledVisionTransformer, dict(arch="deit-tiny")),
+}
+
+
+@pytest.mark.parametrize("attention", [None, "MRLALight", "MRLABase"], ids=str)
+@pytest.mark.parametrize("name", HOSTS)
+def test_computes_what_the_host_does(name, attention):
+    """Outputs and every gradient, with weights renamed both ways."""
+    host, kwargs = HOSTS[name]
+    # As the hosts of mmrla, which are tested against their equations.
+    if attention is not None:
+        kwargs = {**kwargs, "layer_attention": dict(type=attention)}
+    else:
+        kwargs = {**kwargs, "layer_attention": None}
+    if vit := "deit" in name:
+        kwargs.update(img_size=64, out_type="raw")
+    else:
+        kwargs.update(out_indices=(3,))
+    theirs = fill(host(**kwargs)).double()
+    full = f"{name}_mrla_light" if attention else name
+    more = dict(layer_attention=attention) if attention else {}
+    size = dict(img_size=64) if vit else {}
+    ours = timm.create_model(full, num_classes=0, **size, **more).double()
+    state = from_mmrla(theirs.state_dict())
+    ours.load_state_dict(state)
+    back = to_mmrla(ours.state_dict())
+    assert set(back) == {f"backbone.{key}" for key in theirs.state_dict()}
+    assert all(torch.equal(back[f"backbone.{k}"], v) for k, v in theirs.state_dict().items())
+
+    pixels = image(64).double()
+    ours.train(), theirs.train()
+    got, (expected,) = ours.forward_features(pixels), theirs(pixels)
+    if not vit:
+        assert got.shape == (2, 512 if name == "resnet18" else 2048, 2, 2)
+    assert relative_error(got, expected) < 1e-10
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    wanted = from_mmrla({key: p.grad for key, p in theirs.named_parameters()
+                         if p.grad is not None})  # fmt: skip
+    for key, parameter in ours.named_parameters():
+        assert relative_error(parameter.grad, wanted[key]) < 1e-7 or (
+            parameter.grad.abs().max() < 1e-9 and wanted[key].abs().max() < 1e-9
+        ), key
+
+
+def test_weights_of_classifiers_and_detectors():
+    model = create("resnet18_mrla_light", released=True, layers=(2, 2, 2, 2))
+    state = to_mmrla(model.state_dict())
+    assert torch.equal(state["head.fc.weight"], model.fc.weight)
+    head = {"rpn_head.rpn_conv.weight": torch.ones(1), "neck.lateral.weight": torch.ones(1)}
+    again = from_mmrla({"state_dict": {**state, **head}})
+    assert again.keys() == model.state_dict().keys()
+    vit = create("deit_tiny_distilled_patch16_224_mrla_light").state_dict()
+    assert from_mmrla(to_mmrla(vit)).keys() == vit.keys()
+    for convert in (to_mmrla, from_mmrla):
+        with pytest.raises(CheckpointError, match=r"these begin with features\.0"):
+            convert({"features.0.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+@pytest.mark.parametrize("name", ["resnet18_mrla_light", "resnet18_mrla_base"])
+def test_features(name, feature_cls):
+    whole = create(name, released=True).eval()
+    kwargs = dict(features_only=True, feature_cls=feature_cls, out_indices=(1, 2, 3, 4))
+    model = create(name, **kwargs).eval()
+    own = {k: v for k, v in whole.state_dict().items() if not k.startswith("fc.")}
+    prefix = "model." if feature_cls in ("getter",) else ""
+    missing, _ = model.load_state_dict({f"{prefix}{k}": v for k, v in own.items()}, strict=False)
+    assert not [key for key in missing if "tracked" not in key]
+    found = model(image())
+    found = list(found.values()) if isinstance(found, dict) else found
+    expected = whole.forward_intermediates(image(), (1, 2, 3, 4), intermediates_only=True)
+    assert all(map(torch.equal, found, expected))
+    assert [f.shape[1] for f in found] == list(model.feature_info.channels())
+    assert torch.equal(expected[-1], whole.forward_features(image()))
+
+
+@pytest.mark.parametrize("distilled", ["", "distilled_"])
+def test_intermediates_of_vits_are_timms(distilled):
+    """At the plain network's start, with all options: timm's own outputs."""
+    name = f"deit_tiny_{distilled}patch16_224"
+    plain = create(name, released=True).eval()
+    model = create(f"{name}_mrla_base").eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    options = dict(
+        indices=[None, 2, [0, 3]], return_prefix_tokens=[False, True], norm=[False, True],
+        stop_early=[False, True], output_fmt=["NCHW", "NLC"], intermediates_only=[False, True],
+        output_dict=[False, True],
+    )  # fmt: skip
+    pixels = image()
+    for values in itertools.product(*options.values()):
+        given = dict(zip(options, values, strict=True))
+        with torch.no_grad():
+            got = torch.utils._pytree.tree_flatten(model.forward_intermediates(pixels, **given))
+            want = torch.utils._pytree.tree_flatten(plain.forward_intermediates(pixels, **given))
+        assert got[1] == want[1], given
+        assert all(map(torch.equal, got[0], want[0])), given
+
+
+def test_vit_of_open_sizes_registers_and_masks():
+    kwargs = dict(dynamic_img_size=True, reg_tokens=2, drop_path_rate=0.1)
+    plain = create("vit_tiny_patch16_224", released=True, **kwargs).eval()
+    model = create("vit_tiny_patch16_224_mrla_light", **kwargs).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    pixels = torch.rand(2, 3, 40, 24)  # 15 patches, no square
+    mask = torch.zeros(1, 1, 18, 18)
+    mask[..., -4:] = -1e4
+    for given in ({}, dict(attn_mask=mask)):
+        want = plain.forward_features(pixels, **given)
+        assert torch.equal(model.forward_features(pixels, **given), want)
+    released = create("vit_tiny_patch16_224_mrla_light", released=True, **kwargs).eval()
+    # A map that is turned is another map: patches lie in it as in the image.
+    turned = released.forward_intermediates(pixels, 1, intermediates_only=True)[0]
+    assert turned.shape == (2, 32, 5, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18_mrla_light", "resnet18_mrla_base",
+                                  "deit_tiny_patch16_224_mrla_base"])  # fmt: skip
+def test_checkpointing_and_drop_path(name):
+    """The same draw gives the same output and gradients; drop path drops the attention too."""
+    model = create(name, released=True, drop_path_rate=0.4, mrla_drop_path_rate=0.3).train()
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(3)
+        out = model(image(batch=4))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
+    torch.manual_seed(4)
+    assert not torch.equal(model(image(batch=4)), results[0][0])
+    assert sum("mrla" in n and type(m).__name__ == "DropPath" and m.drop_prob == 0.3
+               for n, m in model.named_modules()) == 5  # fmt: skip
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(RuntimeError, match="reentrant"):
+            model.set_grad_checkpointing()
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+
+
+@pytest.mark.parametrize(("suffix", "op"), [("light", mrla_light_tail), ("base", mrla_base_tail)])
+def test_fused_operations_run(suffix, op, monkeypatch):
+    calls = []
+    backend = op.backends["fused"]
+
+    def spy(*args, **kwargs):
+        calls.append(args[0].shape)
+        return backend.fn(*args, **kwargs)
+
+    monkeypatch.setitem(op.backends, "fused", dataclasses.replace(backend, fn=spy))
+    model = create(f"resnet18_mrla_{suffix}", released=True).train()
+    got = model(image())
+    assert len(calls) == 5  # one per block
+    fallen = create(f"resnet18_mrla_{suffix}", released=True).train()
+    for module in fallen.modules():  # a hook would miss what is fused, so nothing is
+        module.register_forward_hook(lambda *_: None)
+    assert relative_error(fallen(image()), got) < 1e-5
+    assert len(calls) == 5
+    create(f"resnet18_mrla_{suffix}", norm_layer="groupnorm", num_classes=0)(image())
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_layer_attentions_by_name(attention):
+    """All that sit after a layer: each parameter gets a gradient, each group shares its parts."""
+    model = create("resnet18_mrla_light", released=True, layer_attention=attention).train()
+    model(image()).square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    first, second = model.layer2
+    assert type(first.mrla).__name__ == attention
+    for part in first.mrla.shared:
+        assert getattr(first.mrla, part) is getattr(second.mrla, part)
+    assert len({key for key in model.state_dict() if ".cell." in key and "layer2.1" in key}) == 0
+    config = dict(type=MRLALight, head_channels=4, recurrence="output")
+    vit = create("vit_tiny_patch16_224_mrla_base", layer_attention=config)
+    assert vit.blocks[0].mrla.attention.head_channels == 4
+    if not first.mrla.shared:
+        vit = create("vit_tiny_patch16_224_mrla_base", layer_attention=attention, released=True)
+        vit(image()).square().sum().backward()
+        assert [n for n, p in vit.named_parameters() if p.grad is None] == []
+
+
+BAD = [
+    ("resnet18_mrla_light", dict(layer_attention="MRLAlight"), ValueError, "allowed: DLABase, "),
+    ("resnet18_mrla_light", dict(layer_attention=3), TypeError, "must be None or a dict"),
+    ("resnet18_mrla_light", dict(layer_attention="DIAUnit"), ValueError, "on the residual branch"),
+    ("resnet18_mrla_light", dict(layer_attention=dict(type="MLA", heads=3)), TypeError, "heads"),
+    ("resnet18_mrla_light", dict(mrla_drop_path_rate=1.0), ValueError, r"in \[0, 1\), got 1.0"),
+    ("resnet18_mrla_light", dict(block=nn.Identity), ValueError, "got Identity"),
+    ("vit_tiny_patch16_224_mrla_light", dict(layer_attention="DLALight"), ValueError, "shares"),
+    ("vit_tiny_patch16_224_mrla_light", dict(mrla_group_size=0), ValueError, "at least 1, got 0"),
+    ("vit_tiny_patch16_224_mrla_light", dict(patch_drop_rate=0.1), ValueError, "patch_drop_rate"),
+    ("vit_tiny_patch16_224_mrla_light", dict(features_only=True, feature_cls="hook"), ValueError,
+     "must be 'getter'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kwargs", "error", "message"), BAD)
+def test_bad_arguments(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        create(name, **kwargs)
+
+
+@needs_new_compiler
+@pytest.mark.parametrize("name", ["resnet18_mrla_light", "resnet18_mrla_base",
+                                  "deit_tiny_patch16_224_mrla_light"])  # fmt: skip
+def test_compiles_exports_and_traces(name):
+    model = create(name, released=True).eval()
+    pixels = image()
+    expected = model(pixels)
+    exported = torch.export.export(model, (pixels,)).module()
+    traced = torch.jit.trace(model, pixels)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for other in (exported, traced, compiled):
+        assert relative_error(other(pixels), expected) < 1e-5
+    compiled.train()
+    compiled(pixels).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+@needs_new_compiler
+@pytest.mark.parametrize("name", ["resnet18_mrla_light", "deit_tiny_patch16_224_mrla_base"])
+def test_compiled_code(name):
+    """By inductor, with gradients."""
+    model = create(name, released=True).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        out = run(image())
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for got, want in zip(*reversed(results), strict=True):
+        assert relative_error(got, want) < 1e-3
