@@ -215,8 +215,7 @@ def branch_rate(asked: float | None, block: nn.Module) -> float:
     """Stochastic depth of an attention branch: what was asked for or, with None, the block's."""
     if asked is not None:
         return asked
-    rates = [m.drop_prob for m in block.modules() if type(m).__name__ == "DropPath"]  # or timm's
-    rates += [
-        m.p for m in block.modules() if type(m).__name__ == "StochasticDepth"
-    ]  # torchvision's
-    return max(rates, default=0.0)
+    # Of mmcv and timm, and of torchvision.
+    names = {"DropPath": "drop_prob", "StochasticDepth": "p"}
+    kinds = ((m, names.get(type(m).__name__)) for m in block.modules())
+    return max((float(getattr(m, name)) for m, name in kinds if name), default=0.0)

@@ -248,7 +248,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             super().init_weights()
 
 
-def _undo(backbone: nn.Module) -> None:
+def _undo(backbone: Any) -> None:
     """Give a backbone and its layers their own classes and parts back."""
     added = ("mrla_last", "mrla_grid", "mrla_projects", "layer_attention", "keep_mrla_trainable")
     for module in list(backbone.modules()):
@@ -259,7 +259,7 @@ def _undo(backbone: nn.Module) -> None:
             module.__class__ = module.joined_from[1]
 
 
-def _image_channels(backbone: nn.Module) -> int:
+def _image_channels(backbone: Any) -> int:
     """What the first convolution of a backbone takes."""
     convs = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), 3)

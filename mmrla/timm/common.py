@@ -53,7 +53,7 @@ def build_attention(
     return build(cls, config, channels, defaults)
 
 
-def drop_path_of(asked: float | None, block: nn.Module) -> nn.Module:
+def drop_path_of(asked: float | None, block: Any) -> nn.Module:
     """Stochastic depth of an attention branch: what was asked for or, with None, the block's.
 
     Raises:

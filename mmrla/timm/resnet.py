@@ -47,7 +47,7 @@ class _LayerAttentionBlock:
     ) -> None:
         where = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         super().__init__(*args, **where, **kwargs)
-        self.mrla = None
+        self.mrla: Any = None
         self.mrla_last = False
         if layer_attention is None:
             return
