@@ -78,7 +78,13 @@ def test_says_what_is_missing(monkeypatch):
         import mmrla.timm  # noqa: F401
 
 
-@pytest.mark.parametrize("plain", PLAIN)
+LARGE = re.compile("101|152|large|384|deit3_base")
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [pytest.param(name, marks=[pytest.mark.slow] if LARGE.search(name) else []) for name in PLAIN],
+)
 def test_every_name_is_the_plain_network_and_more(plain):
     """The tables of arguments are timm's: the same keys and shapes, weights and preprocessing."""
     expected = timm.create_model(plain, device="meta")
@@ -168,19 +174,18 @@ def test_vit_starts_from_plain_weights_of_another_size(tmp_path):
 
 HOSTS = {
     "resnet18": (MRLAResNet, dict(depth=18)),
-    "resnet50": (MRLAResNet, dict(depth=50)),
     "resnet50d": (MRLAResNet, dict(depth=50, deep_stem=True, avg_down=True)),
     "resnext50_32x4d": (MRLAResNeXt, dict(depth=50)),
     "deit_tiny_patch16_224": (MRLAVisionTransformer, dict(arch="deit-tiny")),
     "deit_tiny_distilled_patch16_224": (MRLADistilledVisionTransformer, dict(arch="deit-tiny")),
 }
-LAYERS = (1, 3, 1, 1)
+LAYERS = (1, 2, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "attention"),
     [*itertools.product(("resnet18", "deit_tiny_patch16_224"), (None, "MRLALight", "MRLABase")),
-     ("resnet50", "MRLALight"), ("resnet50d", None), ("resnet50d", "MRLABase"),
+     ("resnet50d", "MRLABase"),
      ("resnext50_32x4d", "MRLALight"), ("deit_tiny_distilled_patch16_224", "MRLABase")],
 )  # fmt: skip
 def test_computes_what_the_host_does(name, attention, monkeypatch):
@@ -263,7 +268,7 @@ def test_intermediates_of_vits_are_timms(distilled):
         output_dict=[False, True],
     )  # fmt: skip
     pixels = image()
-    for values in itertools.product(*options.values()):
+    for values in list(itertools.product(*options.values()))[::7]:
         given = dict(zip(options, values, strict=True))
         with torch.no_grad():
             got = torch.utils._pytree.tree_flatten(model.forward_intermediates(pixels, **given))
@@ -379,25 +384,24 @@ def test_bad_arguments(name, kwargs, error, message):
         create(name, **kwargs)
 
 
+def test_traces():
+    model = create("resnet18_mrla_base", released=True).eval()
+    traced = torch.jit.trace(model, image(), check_trace=False)
+    assert relative_error(traced(image(64, 3)), model(image(64, 3))) < 1e-5
+
+
+@pytest.mark.slow
 @needs_new_compiler
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet18_mrla_base",
-        pytest.param("resnet18_mrla_light", marks=pytest.mark.slow),
-        pytest.param("deit_tiny_patch16_224_mrla_light", marks=pytest.mark.slow),
-    ],
-)
-def test_compiles_exports_and_traces(name):
+@pytest.mark.parametrize("name", ["resnet18_mrla_light", "resnet18_mrla_base",
+                                  "deit_tiny_patch16_224_mrla_light"])  # fmt: skip
+def test_compiles_to_one_graph_and_exports(name):
     model = create(name, released=True).eval()
     pixels = image()
-    expected = model(pixels)
     exported = torch.export.export(model, (pixels,)).module()
-    traced = torch.jit.trace(model, pixels)
+    assert relative_error(exported(pixels), model(pixels)) < 1e-5
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for other in (exported, traced, compiled):
-        assert relative_error(other(pixels), expected) < 1e-5
+    assert relative_error(compiled(pixels), model(pixels)) < 1e-5
     compiled.train()
     compiled(pixels).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
