@@ -10,7 +10,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
@@ -158,7 +158,7 @@ def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
         for module, _ in modes:
             module.training = False  # not eval(), which backbones override
         with torch.enable_grad():
-            outs = tree_leaves(backbone(asking[0].new_zeros(image_shape)))
+            outs, _ = tree_flatten(backbone(asking[0].new_zeros(image_shape)))
             sums = [t.sum() for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
             if sums:
                 torch.stack(sums).sum().backward()
