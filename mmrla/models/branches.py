@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.utils import build_norm_layer
 from torch import Tensor, nn
 
+from mmrla.layers.builder import TOKEN_DEFAULTS
+from mmrla.layers.token_branch import TokenBranch
 from mmrla.models.builder import build_layer_attention
 
-# d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
+# d_k of the paper.
 _MAP_DEFAULTS: dict[str, dict[str, Any]] = {
     "MRLALight": dict(head_channels=8),
     "MRLABase": dict(head_channels=8),
     "MLA": dict(head_channels=8),
     "LinearRLA": dict(head_channels=8),
-}
-_TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MRLALight": dict(head_channels=16, value_act="gelu"),
-    "MRLABase": dict(head_channels=16),
-    "MLA": dict(head_channels=16),
-    "LinearRLA": dict(head_channels=16),
 }
 
 
@@ -74,12 +69,8 @@ class LayerAttentionOnMap(nn.Module):
         return x + self.drop_path(self.norm(o)), state
 
 
-class LayerAttentionOnTokens(nn.Module):
-    """A layer attention behind a transformer block, with the norms around it.
-
-    ``xn = LN(x)``, ``sn = LN'(shortcut)`` where the attention takes the shortcut; the patch tokens
-    form a map and go through the attention, extra tokens (class, distillation) pass through:
-    ``out = x + drop_path(concat(xn_extra, o_p))``.
+class LayerAttentionOnTokens(TokenBranch):
+    """A layer attention behind a transformer block, built of configs; see :class:`TokenBranch`.
 
     Args:
         layer_attention: Config of the layer attention.
@@ -95,51 +86,8 @@ class LayerAttentionOnTokens(nn.Module):
         norm_cfg: Mapping[str, Any],
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.attention = build_layer_attention(layer_attention, embed_dims, _TOKEN_DEFAULTS)
-        self.norm = build_norm_layer(norm_cfg, embed_dims)
-        self.shortcut_norm = None
-        if self.attention.uses_shortcut:
-            self.shortcut_norm = build_norm_layer(norm_cfg, embed_dims)
-        self.drop_path = build_drop_path(drop_path_rate)
-
-    def start_as_identity(self) -> None:
-        """Make what is added zero: norms of zeros give a value, shortcut and extra tokens of zeros.
-
-        Their own gradients are not zero, so that all of it grows in.
-        """
-        for norm in (self.norm, self.shortcut_norm):
-            for parameter in norm.parameters() if norm is not None else ():
-                nn.init.zeros_(parameter)
-
-    def forward(
-        self, x: Tensor, shortcut: Tensor, grid: tuple[int, int], extra: int, state: Any
-    ) -> tuple[Tensor, Any]:
-        """Map a block's output and input, each ``[B, extra + H*W, C]``, to the new output.
-
-        Raises:
-            ValueError: The tokens behind the extra ones do not fill the grid.
-        """
-        normed = self.norm(x)
-        patches = to_map(normed, grid, extra)
-        previous = patches
-        if self.shortcut_norm is not None:
-            previous = to_map(self.shortcut_norm(shortcut), grid, extra)
-        o, state = self.attention(patches, previous, state)
-        retrieved = torch.cat([normed[:, :extra], o.flatten(2).transpose(1, 2)], dim=1)
-        return x + self.drop_path(retrieved), state
-
-
-def to_map(tokens: Tensor, grid: tuple[int, int], extra: int) -> Tensor:
-    """Patch tokens of ``[B, extra + H*W, C]`` as a map ``[B, C, H, W]``.
-
-    Raises:
-        ValueError: The tokens behind the extra ones do not fill the grid.
-    """
-    count = tokens.shape[1] - extra
-    if count != grid[0] * grid[1]:
-        raise ValueError(
-            f"{count} patch tokens ({tokens.shape[1]} tokens, {extra} of them extra) do not make a "
-            f"grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
+        super().__init__(
+            build_layer_attention(layer_attention, embed_dims, TOKEN_DEFAULTS),
+            lambda: build_norm_layer(norm_cfg, embed_dims),
+            build_drop_path(drop_path_rate),
         )
-    return tokens[:, extra:].transpose(1, 2).unflatten(2, grid)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmrla.layers import (
     MLA,
-    PLACEMENTS,
     DIAUnit,
     DLABase,
     DLALight,
@@ -19,6 +17,8 @@ from mmrla.layers import (
     MRLALight,
     RecurrentLayerAggregation,
 )
+from mmrla.layers.builder import build, check_placement
+from mmrla.layers.builder import layer_attention_class as class_of
 from mmrla.registry import LAYER_ATTENTIONS
 
 # Registered here, not by decorators there: the layers' floor knows torch alone.
@@ -43,25 +43,8 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
         TypeError: ``cfg`` is no mapping with a ``type``, or the type no layer attention.
         ValueError: The type is unknown.
     """
-    if not isinstance(cfg, Mapping) or "type" not in cfg:
-        raise TypeError(
-            "layer_attention must be None or a dict with a type, such as "
-            f"dict(type='MRLALight', head_channels=32), got {cfg!r}"
-        )
-    cls = cfg["type"]
-    if isinstance(cls, str):
-        # get, not build: build would look in the default scope (mmdet's) instead of here.
-        name, cls = cls, LAYER_ATTENTIONS.get(cls.removeprefix("mmrla."))
-        if cls is None:
-            allowed = ", ".join(sorted(LAYER_ATTENTIONS.module_dict))
-            raise ValueError(
-                f"layer_attention: unknown layer attention {name!r}; allowed: {allowed}"
-            )
-    if not isinstance(cls, type) or not issubclass(cls, LayerAttention):
-        raise TypeError(
-            f"layer_attention: type must be a name or a subclass of LayerAttention, got {cls!r}"
-        )
-    return cls
+    # get, not build: build would look in the default scope (mmdet's) instead of here.
+    return class_of(cfg, LAYER_ATTENTIONS.get, lambda: LAYER_ATTENTIONS.module_dict)
 
 
 def check_host_takes(
@@ -75,15 +58,7 @@ def check_host_takes(
         placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
         shares: Whether it lets the layers of a group share parts.
     """
-    cls = layer_attention_class(cfg)
-    placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
-    if placement not in placements:
-        why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
-    elif shared and not shares:
-        why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
-    else:
-        return
-    raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
+    check_placement(layer_attention_class(cfg), host, placements, shares)
 
 
 def build_layer_attention(
@@ -109,16 +84,4 @@ def build_layer_attention(
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
         ValueError: The type is unknown, or refuses its arguments.
     """
-    cls = layer_attention_class(cfg)
-    kwargs = {key: value for key, value in cfg.items() if key != "type"}
-    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
-    heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
-    if heads is not None:
-        wanted = kwargs.get("head_channels", heads.default)
-        fits = isinstance(wanted, int) and not isinstance(wanted, bool)
-        kwargs["head_channels"] = min(wanted, channels) if fits else wanted
-    try:
-        return cls(channels=channels, **kwargs)
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"layer_attention {cls.__name__}: {error}") from error
+    return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_flatten
 
 from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
@@ -162,7 +162,7 @@ def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
     ``find_unused_parameters``, would wait for it and fail. Found by a small forward and backward.
 
     Args:
-        backbone: Gives tensors, or tuples of them, for images.
+        backbone: Gives tensors, or tuples, lists or dicts of them, for images.
         image_shape: Of the images to try, ``[B, C, H, W]``.
     """
     asking = [p for p in backbone.parameters() if p.requires_grad]
@@ -175,9 +175,8 @@ def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
         for module, _ in modes:
             module.training = False  # not eval(), which backbones override
         with torch.enable_grad():
-            outs = backbone(asking[0].new_zeros(image_shape))
-            flat = [t for out in outs for t in (out if isinstance(out, (tuple, list)) else (out,))]
-            sums = [t.sum() for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
+            outs, _ = tree_flatten(backbone(asking[0].new_zeros(image_shape)))
+            sums = [t.sum() for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
             if sums:
                 torch.stack(sums).sum().backward()
     finally:
@@ -233,4 +232,7 @@ def branch_rate(asked: float | None, block: nn.Module) -> float:
     """Stochastic depth of an attention branch: what was asked for or, with None, the block's."""
     if asked is not None:
         return asked
-    return max((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), default=0.0)
+    # Of mmcv and timm, and of torchvision.
+    names = {"DropPath": "drop_prob", "StochasticDepth": "p"}
+    kinds = ((m, names.get(type(m).__name__)) for m in block.modules())
+    return max((float(getattr(m, name)) for m, name in kinds if name), default=0.0)

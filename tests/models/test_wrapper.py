@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+import torchvision
+from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -431,3 +433,89 @@ def test_named_layers_and_their_norms():
     rates = [getattr(p.drop_path, "drop_prob", 0.0) for p in parts(convnext).values()]
     assert rates[0] == 0.0
     assert rates[-1] == pytest.approx(0.3)
+
+
+class Dict(torchvision.models.ResNet):
+    """Gives a dict, as detection backbones of torchvision do."""
+
+    def forward(self, x):
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return {"0": x, "1": [self.layer2(x)]}
+
+
+def test_takes_a_module():
+    """Of torchvision: in place, its weights and keys kept, the equations by hand."""
+    plain = torchvision.models.resnet18(num_classes=5).eval()
+    module = copy.deepcopy(plain)
+    model = LayerAttentionWrapper(module, BASE, probe_size=64)
+    assert model is module
+    assert isinstance(model, torchvision.models.ResNet)
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in plain.state_dict().items())
+    assert {key.split(".mrla.")[0] for key in own if "mrla" in key} == {
+        f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)
+    }
+    model.init_weights()  # as a detector calls it
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+    image = torch.randn(2, 3, 64, 64)
+    x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(image))))
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        state = None
+        for block, owner in zip(getattr(plain, stage), getattr(model, stage), strict=True):
+            y = block(x)
+            o, state = owner.mrla.attention(y, None, state)
+            x = y + owner.mrla.norm(o)
+    expected = plain.fc(x.mean((2, 3)))
+    assert relative_error(model(image), expected) < 1e-5
+    model.train()(image).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    named = Dict(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1])
+    LayerAttentionWrapper(named, LIGHT, layers="layer[12].*", probe_size=64)
+    reached = {n.split(".")[0] for n, p in named.named_parameters() if p.requires_grad}
+    assert reached == {"conv1", "bn1", "layer1", "layer2"}
+    grey = torchvision.models.resnet18()
+    grey.conv1 = nn.Conv2d(1, 64, 7, 2, 3)
+    assert LayerAttentionWrapper(grey, LIGHT)(torch.rand(1, 1, 64, 64)).shape == (1, 1000)
+
+
+def test_a_refused_module_stays_as_it_was():
+    module, peeking = torchvision.models.resnet18(), Peeking()
+    image = torch.rand(1, 3, 64, 64)
+    expected = peeking(image)
+    for given, kwargs in (
+        (module, dict(layers="stage*")),
+        (module, dict(layer_attention=dict(type="MLA", head_channels=65))),
+        (peeking, dict(layers="stages.1.*")),  # seen when the layers are extended
+    ):
+        cls, keys, attributes = type(given), list(given.state_dict()), vars(given).keys()
+        with pytest.raises(ValueError, match="no module|65|looks at features"):
+            LayerAttentionWrapper(given, **kwargs)
+        assert type(given) is cls
+        assert list(given.state_dict()) == keys
+        assert vars(given).keys() == attributes
+    assert all(map(torch.equal, peeking(image), expected))
+    LayerAttentionWrapper(module, probe_size=64)
+    with pytest.raises(ValueError, match="ResNet is wrapped already"):
+        LayerAttentionWrapper(module, probe_size=64)
+    assert isinstance(module, LayerAttentionWrapper)
+    with pytest.raises(TypeError, match="or a module, got 3"):
+        LayerAttentionWrapper(3)
+
+
+@pytest.mark.parametrize("name", ["regnet", pytest.param("res2net", marks=pytest.mark.slow)])
+def test_traces(name):
+    """With projections, whose statistics count a batch once in the traced network too."""
+    model = wrapped(BACKBONES[name], layer_attention=LIGHT)
+    image = torch.randn(2, 3, 64, 64)
+    reference = copy.deepcopy(model).train()
+    traced = torch.jit.trace(copy.deepcopy(model).eval(), image, check_trace=False)
+    with torch.no_grad():
+        for got, want in zip(traced(image), model.eval()(image), strict=True):
+            assert relative_error(got, want) < 1e-5
+    training = copy.deepcopy(model).train()
+    traced = torch.jit.trace(training, image, check_trace=False)
+    training.load_state_dict(reference.state_dict())  # tracing ran it
+    traced(image), reference(image)
+    for (key, got), want in zip(training.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(got, want, msg=key)
+    assert get_model_complexity_info(model, (3, 64, 64))["flops"] > 0

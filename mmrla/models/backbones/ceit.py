@@ -18,7 +18,8 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from mmpretrain.models.utils import resize_pos_embed, to_2tuple
 from torch import Tensor, nn
 
-from mmrla.models.branches import build_drop_path, to_map
+from mmrla.layers.token_branch import to_map
+from mmrla.models.branches import build_drop_path
 from mmrla.models.transformer_host import LayerAttentionTransformer
 from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS

@@ -1,0 +1,109 @@
+"""From ``layer_attention=dict(type=..., ...)`` to a module, whoever hosts it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention
+
+# d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
+TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "MRLALight": dict(head_channels=16, value_act="gelu"),
+    "MRLABase": dict(head_channels=16),
+    "MLA": dict(head_channels=16),
+    "LinearRLA": dict(head_channels=16),
+}
+"""What hosts made of tokens prefer where a config is silent."""
+
+
+def layer_attention_class(
+    cfg: Mapping[str, Any],
+    find: Callable[[str], type | None],
+    names: Callable[[], Collection[str]],
+) -> type[LayerAttention]:
+    """The class that ``cfg`` names.
+
+    Args:
+        cfg: ``type``, a name or a class, and arguments.
+        find: From a name to the class, None where it is unknown.
+        names: All that are known, for the message.
+
+    Raises:
+        TypeError: ``cfg`` is no mapping with a ``type``, or the type no layer attention.
+        ValueError: The type is unknown.
+    """
+    if not isinstance(cfg, Mapping) or "type" not in cfg:
+        raise TypeError(
+            "layer_attention must be None or a dict with a type, such as "
+            f"dict(type='MRLALight', head_channels=32), got {cfg!r}"
+        )
+    cls = cfg["type"]
+    if isinstance(cls, str):
+        name, cls = cls, find(cls.removeprefix("mmrla."))
+        if cls is None:
+            allowed = ", ".join(sorted(names()))
+            raise ValueError(
+                f"layer_attention: unknown layer attention {name!r}; allowed: {allowed}"
+            )
+    if not isinstance(cls, type) or not issubclass(cls, LayerAttention):
+        raise TypeError(
+            f"layer_attention: type must be a name or a subclass of LayerAttention, got {cls!r}"
+        )
+    return cls
+
+
+def check_placement(
+    cls: type[LayerAttention], host: str, placements: Collection[str], shares: bool
+) -> None:
+    """Raise ValueError where a host cannot take a layer attention.
+
+    Args:
+        cls: The layer attention.
+        host: What the message calls the host.
+        placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
+        shares: Whether it lets the layers of a group share parts.
+    """
+    placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
+    if placement not in placements:
+        why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
+    elif shared and not shares:
+        why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
+    else:
+        return
+    raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
+
+
+def build(
+    cls: type[LayerAttention],
+    cfg: Mapping[str, Any],
+    channels: int,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    fit_heads: bool = False,
+) -> LayerAttention:
+    """Build a layer attention; arguments and errors as of ``build_layer_attention`` of the hosts.
+
+    Args:
+        cls: Its class, see :func:`layer_attention_class`.
+        cfg: ``type``, which is not looked at, and arguments of the constructor except ``channels``.
+        channels: C of the layer.
+        defaults: Arguments by name of the class, where ``cfg`` is silent.
+        fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
+
+    Raises:
+        TypeError: An argument that the class does not take.
+        ValueError: An argument that it refuses.
+    """
+    kwargs = {key: value for key, value in cfg.items() if key != "type"}
+    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
+    heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
+    if heads is not None:
+        wanted = kwargs.get("head_channels", heads.default)
+        fits = isinstance(wanted, int) and not isinstance(wanted, bool)
+        kwargs["head_channels"] = min(wanted, channels) if fits else wanted
+    try:
+        return cls(channels=channels, **kwargs)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"layer_attention {cls.__name__}: {error}") from error

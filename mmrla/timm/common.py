@@ -1,0 +1,86 @@
+"""What timm's networks with a layer attention have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import DropPath, use_reentrant_ckpt
+from torch import Tensor, nn
+
+from mmrla import layers
+from mmrla.layers import LayerAttention
+from mmrla.layers.builder import build, check_placement, layer_attention_class
+
+Config = Mapping[str, Any] | str
+"""``dict(type='MRLALight', ...)``, or a name alone."""
+
+_KNOWN: dict[str, type] = {
+    name: cls
+    for name, cls in vars(layers).items()
+    if isinstance(cls, type) and issubclass(cls, LayerAttention) and cls is not LayerAttention
+}
+
+
+def build_attention(
+    config: Config,
+    channels: int,
+    host: str,
+    *,
+    shares: bool,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> LayerAttention:
+    """Build a layer attention of :mod:`mmrla.layers`.
+
+    Args:
+        config: A name such as ``'MRLALight'``, or ``dict(type=..., ...)`` with a name or a class.
+        channels: C of the layer that it sits after.
+        host: What messages call the network.
+        shares: Whether the network lets the layers of a group share parts.
+        defaults: Arguments by name of the class, where ``config`` is silent.
+
+    Raises:
+        TypeError: No name and no dict with a ``type``, or an argument that the type does not take.
+        ValueError: An unknown type, one that does not sit after a layer, or one that refuses its
+            arguments.
+    """
+    config = dict(type=config) if isinstance(config, str) else config
+    cls = layer_attention_class(config, _KNOWN.get, lambda: [
+        name for name, known in _KNOWN.items()
+        if known.placement == "after" and (shares or not known.shared)
+    ])  # fmt: skip
+    check_placement(cls, host, ("after",), shares)
+    return build(cls, config, channels, defaults)
+
+
+def drop_path_of(asked: float | None, block: Any) -> nn.Module:
+    """Stochastic depth of an attention branch: what was asked for or, with None, the block's.
+
+    Raises:
+        ValueError: A rate outside [0, 1).
+    """
+    rates = (part.drop_prob for part in block.modules() if isinstance(part, DropPath))
+    rate = max(rates, default=0.0) if asked is None else asked
+    if isinstance(rate, bool) or not 0 <= rate < 1:
+        raise ValueError(f"mrla_drop_path_rate must be in [0, 1), got {rate!r}")
+    return DropPath(rate) if rate else nn.Identity()
+
+
+def check_checkpointing(enable: bool) -> None:
+    """Raise RuntimeError where timm would checkpoint in a way that loses gradients."""
+    if enable and use_reentrant_ckpt():
+        raise RuntimeError(
+            "reentrant checkpointing (TIMM_REENTRANT_CKPT, timm.layers.set_reentrant_ckpt) loses "
+            "the gradients of the state that layers hand on; turn it off"
+        )
+
+
+def with_own_attention(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A plain network's weights, completed by the attention of ``model`` as it is.
+
+    Weights that hold layer attention already are returned as they are, so that loading stays
+    strict: what is missing then is an error.
+    """
+    if any("mrla" in key for key in state):
+        return state
+    return {**{k: v for k, v in model.state_dict().items() if "mrla" in k}, **state}

@@ -1,0 +1,220 @@
+"""timm's ResNets with a layer attention after every residual layer.
+
+Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from timm.layers import get_norm_layer
+from timm.models import register_notrace_module
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from mmrla.layers.norm import is_plain
+from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
+
+
+class Carried(NamedTuple):
+    """What a block hands to the next of its stage: its output and the state of the attention.
+
+    ``nn.Sequential`` between them passes it on unseen, so the state is nobody's attribute, and
+    checkpointing, DDP and torch.compile see a function of arguments.
+    """
+
+    x: Tensor
+    state: Any
+
+
+class _LayerAttentionBlock:
+    """Mixed in before a residual block of timm: the layer attention comes behind it.
+
+    ``y = act(residual(x) + shortcut)``, then ``out = y + drop_path(bn_mrla(o_t))`` with
+    ``(o_t, state) = mrla(y, shortcut, state)``. The last block of a stage gives ``out``, the others
+    ``(out, state)``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_attention: Config | None = None,
+        mrla_drop_path_rate: float | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        where = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
+        super().__init__(*args, **where, **kwargs)
+        self.mrla: Any = None
+        self.mrla_last = False
+        if layer_attention is None:
+            return
+        channels = self._last_conv.out_channels
+        norm = get_norm_layer(kwargs.get("norm_layer")) or nn.BatchNorm2d
+        attention = build_attention(layer_attention, channels, "MRLAResNet", shares=True)
+        self.mrla_drop_path = drop_path_of(mrla_drop_path_rate, self)
+        self.mrla = attention.to(**where)
+        self.bn_mrla = norm(channels, **where)
+
+    def forward(self, x: Any) -> Any:
+        """Map a tensor ``[B, C_in, H, W]``, or what the stage's previous block hands over."""
+        state = None
+        if isinstance(x, Carried):
+            x, state = x
+        z = self._before_last_norm(x)
+        norm, act = self._last_norm_and_act
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if self._fuses_tail(z, shortcut, norm, act):
+            scale = None
+            if self.training and not isinstance(self.mrla_drop_path, nn.Identity):
+                scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
+            out, state = self.mrla.tail(z, shortcut, state, norm, self.bn_mrla, scale)
+        else:
+            out = norm(z)
+            out = out if self.se is None else self.se(out)
+            out = out if self.drop_path is None else self.drop_path(out)
+            out += shortcut
+            out = act(out)
+            if self.mrla is not None:
+                o, state = self.mrla(out, shortcut, state)
+                out = out + self.mrla_drop_path(self.bn_mrla(o))
+        return out if self.mrla is None or self.mrla_last else Carried(out, state)
+
+    def _fuses_tail(self, z: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> bool:
+        """Whether the block's end is what a layer attention may do in one operation."""
+        return (
+            self.mrla is not None
+            and self.se is None
+            and self.drop_path is None
+            and type(act) is nn.ReLU
+            and is_plain(act, self.mrla_drop_path)
+            and z.dtype == shortcut.dtype
+            and self.mrla.fuses_tail(z, norm, self.bn_mrla)
+        )
+
+
+@register_notrace_module
+class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
+    """timm's basic block with a layer attention behind it."""
+
+    def _before_last_norm(self, x: Tensor) -> Tensor:
+        return self.conv2(self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x))))))
+
+    @property
+    def _last_conv(self) -> Any:
+        return self.conv2
+
+    @property
+    def _last_norm_and_act(self) -> Any:
+        return self.bn2, self.act2
+
+
+@register_notrace_module
+class MRLABottleneck(_LayerAttentionBlock, Bottleneck):
+    """timm's bottleneck with a layer attention behind it."""
+
+    def _before_last_norm(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        return self.conv3(self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x))))))
+
+    @property
+    def _last_conv(self) -> Any:
+        return self.conv3
+
+    @property
+    def _last_norm_and_act(self) -> Any:
+        return self.bn3, self.act3
+
+
+_BLOCKS = {BasicBlock: MRLABasicBlock, Bottleneck: MRLABottleneck}
+
+
+class MRLAResNet(ResNet):
+    """timm's ResNet with a layer attention after every residual layer.
+
+    Every argument of timm's keeps its meaning: ``norm_layer`` makes the attention's norm too,
+    ``drop_path_rate`` drops the attention too. The plain network's state-dict keys are unchanged;
+    the added keys all contain ``mrla``, and are those of :class:`mmrla.models.MRLAResNet`.
+
+    Args:
+        block: timm's ``BasicBlock`` or ``Bottleneck``, or the classes here.
+        layers: Blocks per stage. A stage is one group of layers.
+        *args: As of timm's.
+        layer_attention: A name of :mod:`mmrla.layers`, or ``dict(type=..., ...)`` with its
+            arguments; None for the plain network.
+        mrla_drop_path_rate: Stochastic depth of the attention branch, the same in all layers.
+            Default None: the rate that ``drop_path_rate`` gives the layer.
+        zero_init_mrla: Start as exactly the plain network: the norm behind the attention gives
+            zeros. False: the start of the released code, where it gives the attention in full.
+        block_args: Of the blocks, as of timm's.
+        **kwargs: As of timm's.
+
+    Raises:
+        TypeError: ``layer_attention`` is of the wrong type.
+        ValueError: An unknown layer attention, or one that does not sit after a layer or refuses
+            its arguments; a block of another kind.
+
+    Example:
+        >>> import timm, torch
+        >>> import mmrla.timm
+        >>> backbone = timm.create_model('resnet18_mrla_light', features_only=True).eval()
+        >>> [tuple(y.shape) for y in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 64, 32, 48), (1, 64, 16, 24), (1, 128, 8, 12), (1, 256, 4, 6), (1, 512, 2, 3)]
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        layers: Any,
+        *args: Any,
+        layer_attention: Config | None = "MRLALight",
+        mrla_drop_path_rate: float | None = None,
+        zero_init_mrla: bool = True,
+        block_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # A plain value, so it may be set before the ancestor's constructor, which calls
+        # init_weights.
+        self.zero_init_mrla = zero_init_mrla
+        several = isinstance(block, (tuple, list))
+        blocks = tuple(_BLOCKS.get(b, b) for b in (block if several else (block,)))
+        for found in blocks:
+            if not issubclass(found, _LayerAttentionBlock):
+                raise ValueError(
+                    f"block must be timm's BasicBlock or Bottleneck, got {found.__name__}, which "
+                    "has no place for a layer attention"
+                )
+        block_args = {
+            **(block_args or {}),
+            "layer_attention": layer_attention,
+            "mrla_drop_path_rate": mrla_drop_path_rate,
+        }
+        super().__init__(
+            blocks if several else blocks[0], layers, *args, block_args=block_args, **kwargs
+        )
+        for name, stage in self.named_children():
+            if layer_attention is None or not name.startswith("layer"):
+                continue
+            first, *others = stage
+            for other in others:
+                other.mrla.share(first.mrla)
+            stage[-1].mrla_last = True
+
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
+        super().init_weights(zero_init_last)
+        for module in self.modules() if self.zero_init_mrla else ():
+            if isinstance(module, _LayerAttentionBlock) and module.mrla is not None:
+                for parameter in module.bn_mrla.parameters():
+                    nn.init.zeros_(parameter)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's.
+
+        Raises:
+            RuntimeError: Reentrant checkpointing is on.
+        """
+        check_checkpointing(enable)
+        super().set_grad_checkpointing(enable)
