@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def voc_to_coco(
         raise FileNotFoundError(
             f"no Pascal VOC folder, it has no {ANNOTATIONS}/: {folder.absolute()}"
         )
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     names: list[str] = []
     beside = {path.stem: path.name for path in _files(folder / IMAGES, IMAGE_SUFFIXES)}
     for number, stem in enumerate(_stems(folder, split), 1):
@@ -104,7 +105,7 @@ def voc_to_coco(
     return dict(images=images, annotations=annotations, categories=categories)
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if path.suffix.lower() in suffixes)
 

@@ -23,7 +23,7 @@ CLASSES = ("RBC", "WBC", "Platelets")
 
 
 def write_voc(root: Path, name: str, objects, size=(64, 48), said=None, suffix="jpg") -> None:
-    """An image and its annotation, which says ``said`` of the size; objects: name, box, difficult."""
+    """An image and its annotation, of size ``said``; objects: name, corners, difficult."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     pixels = np.full((*size[::-1], 3), 220, np.uint8)
