@@ -76,6 +76,7 @@ IMAGENET = [
     *(f"{network}_mrla_in1k" for network in (*LIGHT_ONLY, *BOTH)),
     *(f"{network}_mrla-base_in1k" for network in BOTH),
 ]
+LITE = [f"retinanet_efficientnet-lite0{kind}_bccd" for kind in ("", "_mrla", "_mrla-base")]
 COMPARED = [
     "resnet50_plain_in1k",
     *(f"resnet50_{name}_in1k" for name in INTERACTIONS),
@@ -152,7 +153,8 @@ def test_every_promised_config_is_there():
     detectors = {*COCO, *WITHIN_COCO, *TRANSFORMERS, *OTHERS}
     assert found(".") == {*detectors, "demo_mask_rcnn_r18_mrla_shapes"}
     others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
-    assert found("imagenet") == {*IMAGENET, *others}
+    assert found("imagenet") == {*IMAGENET, *others, "efficientnet-lite0_in1k"}
+    assert found("bccd") == {*LITE}
     assert found("cifar") == {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
     eca = "resnet50_eca_drop-path_in1k"
     assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), eca}
@@ -422,6 +424,33 @@ def test_compared_networks_are_on_the_same_recipe(name):
     for config in (cfg, ours):
         del config.model["backbone"], config.model.head["in_channels"]
     assert cfg._cfg_dict == ours._cfg_dict
+
+
+def test_efficientnet_lite_is_on_the_recipe_of_the_others():
+    cfg, ours = load("imagenet/efficientnet-lite0_in1k"), load("imagenet/efficientnet-b0_mrla_in1k")
+    backbone = cfg.model.backbone
+    assert (backbone.pop("arch"), backbone.pop("layer_attention")) == ("lite0", None)
+    assert (cfg.data_preprocessor.pop("mean"), cfg.data_preprocessor.pop("std")) == (
+        [127.0] * 3,
+        [128.0] * 3,
+    )
+    for key in ("arch", "layer_attention"):
+        del ours.model.backbone[key]
+    for key in ("mean", "std"):
+        del ours.data_preprocessor[key]
+    assert cfg._cfg_dict == ours._cfg_dict
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_detectors_of_blood_cells_differ_in_their_attention(name):
+    cfg, plain = load(f"bccd/{name}").to_dict(), load(f"bccd/{LITE[0]}").to_dict()
+    backbone = cfg["model"]["backbone"]
+    kind = {"mrla": "MRLALight", "mrla-base": "MRLABase"}.get(name.split("_")[2])
+    assert backbone["layer_attention"] == (kind and dict(type=kind, head_channels=8))
+    assert backbone["mrla_drop_path_rate"] == 0
+    assert backbone["init_cfg"]["type"] == "mmrla.WarmStart"
+    backbone["layer_attention"] = None
+    assert cfg == plain
 
 
 @pytest.mark.parametrize("name", CIFAR)

@@ -34,6 +34,7 @@ from mmrla.checkpoints import to_released
 from mmrla.datasets import generate_shapes
 from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
+from tests.datasets.test_voc import write_voc
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASONS = {"installs packages", "installs git hooks", "run by tests/projects"}
@@ -178,6 +179,9 @@ def data(coco_mini, tmp_path_factory) -> Path:
             image(folder / f"cifar10/{split}/{name}/0.png")
         for name in ("ant", "bee", "cat"):
             image(folder / f"insects/{split}/{name}/0.jpg")
+    for split in ("train", "test"):
+        write_voc(folder / "bccd", split, [("WBC", (4, 5, 40, 30), 0)])
+        (folder / f"bccd/ImageSets/Main/{split}.txt").write_text(split)
     generate_shapes(folder / "mine", num_train=2, num_val=2)
     for path in (folder / "mine/annotations").iterdir():
         text = path.read_text().replace('"circle"', '"bolt"').replace('"square"', '"nut"')

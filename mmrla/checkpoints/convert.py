@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmrla.checkpoints.families import FAMILIES, Family
+from mmrla.checkpoints.families import FAMILIES
+from mmrla.checkpoints.family import Family
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
 
 
@@ -31,7 +32,8 @@ class Conversion:
     without a learned lambda."""
     style: str
     """Whose key names it has: ``'released'`` (with MRLA), ``'torchvision'``, ``'timm'``,
-    ``'original'`` (of the network's authors) or ``'mmrla'`` (mmpretrain's and mmdet's too)."""
+    ``'efficientnet-pytorch'`` (the package of that name), ``'original'`` (of the network's authors)
+    or ``'mmrla'`` (mmpretrain's and mmdet's too)."""
     description: str
     """For people: depth, width, heads."""
 

@@ -1,9 +1,10 @@
-"""Data: the generated demo set, CIFAR, and COCO's format with a check."""
+"""Data: the generated demo set, CIFAR, COCO's format with a check, Pascal VOC's as COCO's."""
 
 from mmrla.datasets.checked_coco import CheckedCocoDataset
 from mmrla.datasets.cifar import FolderCIFAR10, FolderCIFAR100
 from mmrla.datasets.coco_check import DataError, Finding, check_coco
 from mmrla.datasets.shapes import CLASSES, generate_shapes
+from mmrla.datasets.voc import voc_to_coco
 
 __all__ = [
     "CLASSES",
@@ -14,4 +15,5 @@ __all__ = [
     "FolderCIFAR100",
     "check_coco",
     "generate_shapes",
+    "voc_to_coco",
 ]

@@ -20,9 +20,9 @@ from mmrla.datasets.coco_check import (
     check_coco,
     drop_bad,
     image_fault,
-    read_annotations,
     summary,
 )
+from mmrla.datasets.voc import read_set
 from mmrla.registry import DATASETS
 
 ON_BAD = ("skip", "raise")
@@ -41,7 +41,8 @@ class CheckedCocoDataset(CocoDataset):
     and each image looked for, by one listing of its folder. Each image file is looked at right
     before it is read in training: format, size and end of the file.
 
-    On a set without errors it holds what mmdet's does.
+    On a set without errors it holds what mmdet's does. A Pascal VOC folder is read as it is, with a
+    list below its ``ImageSets/`` as ``ann_file``, see :func:`mmrla.datasets.voc_to_coco`.
 
     Args:
         on_bad: ``'skip'`` leaves out images and annotations with errors, with a count for each
@@ -85,7 +86,7 @@ class CheckedCocoDataset(CocoDataset):
 
     def COCOAPI(self, path: str) -> Any:  # what the ancestor calls to read its file
         """The COCO index of an annotation file, checked."""
-        content = read_annotations(path)
+        content = read_set(path, self.metainfo.get("classes"))
         # Where images do not lie in local files, their backend tells when they are read.
         folder = self.data_prefix.get("img") or "."
         findings = check_coco(

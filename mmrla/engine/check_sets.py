@@ -18,8 +18,8 @@ from mmrla.datasets.coco_check import (
     check_class_folders,
     check_coco,
     count_kinds,
-    read_annotations,
 )
+from mmrla.datasets.voc import read_set
 from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
 
 
@@ -47,7 +47,7 @@ class DataSet:
         if self.ann_file is None:
             return check_class_folders(self.images, decode=decode, workers=workers)
         try:
-            content = read_annotations(self.ann_file)
+            content = read_set(self.ann_file, self.classes)
         except DataError as error:
             return [Finding("not-json", str(error), str(self.ann_file))]
         return check_coco(

@@ -12,7 +12,7 @@ import torchvision
 from mmengine.registry import DefaultScope
 
 from mmrla.checkpoints import convert_state_dict, detect, load_into, to_released
-from mmrla.checkpoints.families import _from_torchvision
+from mmrla.checkpoints.efficientnet import _from_torchvision
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.registry import MODELS
 from tests.conftest import generated, golden, relative_error
@@ -212,7 +212,7 @@ def test_efficientnet_computes_what_torchvisions_computes(source):
         assert relative_error(model(x), theirs(x)) < 1e-4
 
 
-@pytest.mark.parametrize("arch", ["b0", "b1", "b4"])
+@pytest.mark.parametrize("arch", ["b0", "b1", "b4", "lite0"])
 @pytest.mark.parametrize("kind", ["light", "base", None])
 def test_efficientnet_there_and_back(kind, arch):
     attention = dict(ATTENTION[kind], head_channels=8) if kind else None

@@ -36,9 +36,20 @@ TOKENS = dict(arch=ARCH, img_size=64)
 PVT = dict(embed_dims=16, num_layers=(2, 2, 1, 1), out_indices=(0, 1, 2, 3))
 CIFAR = dict(stem_channels=16, base_channels=16, num_stages=3, strides=(1, 2, 2),
              dilations=(1, 1, 1), out_indices=(2,))  # fmt: skip
+# EfficientNet-Lite0, which mmpretrain lacks: kernel, width, squeeze, stride, expansion, kind.
+LITE0 = [
+    [[3, 32, 0, 2, 0, -1]],
+    [[3, 16, 0, 1, 1, 0]],
+    [[3, 24, 0, 2, 6, 0], [3, 24, 0, 1, 6, 0]],
+    [[5, 40, 0, 2, 6, 0], [5, 40, 0, 1, 6, 0]],
+    [[3, 80, 0, 2, 6, 0], *[[3, 80, 0, 1, 6, 0]] * 2, *[[5, 112, 0, 1, 6, 0]] * 3],
+    [[5, 192, 0, 2, 6, 0], *[[5, 192, 0, 1, 6, 0]] * 3, [3, 320, 0, 1, 6, 0]],
+    [[1, 1280, 0, 1, 0, -1]],
+]
 # Ours, its ancestor with the same arguments, those arguments, d_k.
 HOSTS = {
     "efficientnet": (MRLAEfficientNet, EfficientNet, dict(arch="b0", out_indices=(3, 6)), 8),
+    "efficientnet-lite0": (MRLAEfficientNet, None, dict(arch="lite0", out_indices=(3, 6)), 8),
     "vit": (MRLAVisionTransformer, VisionTransformer, TOKENS | dict(patch_size=8), 16),
     "vit-featmap": (
         MRLAVisionTransformer,
@@ -75,6 +86,12 @@ def plain(name: str) -> nn.Module:
     _, ancestor, kwargs, _ = HOSTS[name]
     if ancestor is not None:
         return ancestor(**kwargs)
+    if name == "efficientnet-lite0":
+
+        class Lite0(EfficientNet):
+            layer_settings = {"b": LITE0}
+
+        return Lite0("b0", out_indices=(3, 6), act_cfg=dict(type="ReLU6"))
 
     class ResNet20(ResNet_CIFAR):
         arch_settings = {20: (ResNet_CIFAR.arch_settings[18][0], (3, 3, 3))}
@@ -143,7 +160,9 @@ def test_every_parameter_gets_a_gradient_and_half_precision_is_finite(name, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["efficientnet", "vit", "deit-distilled", "ceit", "pvtv2"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet", "efficientnet-lite0", "vit", "deit-distilled", "ceit", "pvtv2"]
+)
 def test_warm_start_is_the_plain_network_and_all_of_mrla_moves(name, kind, tmp_path):
     theirs = fill(plain(name))
     torch.save(theirs.state_dict(), tmp_path / "plain.pth")

@@ -259,7 +259,7 @@ HOSTS: dict[str, tuple[type, dict[str, Any], dict[str, st.SearchStrategy]]] = {
     "MRLAEfficientNet": (
         MRLAEfficientNet,
         dict(arch="b0"),
-        CONVOLUTIONAL | {"arch": one_of("b0", "b99") | junk},
+        CONVOLUTIONAL | {"arch": one_of("b0", "lite0", "b99") | junk},
     ),
     "MRLAVisionTransformer": (MRLAVisionTransformer, SMALL_VIT, TRANSFORMER),
     "MRLADistilledVisionTransformer": (MRLADistilledVisionTransformer, SMALL_VIT, TRANSFORMER),

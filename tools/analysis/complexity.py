@@ -56,7 +56,7 @@ REFERENCES = (
       for kind in ("mrla", "mrla-base")),
     "imagenet/resnet50_eca_in1k.py",
 )  # fmt: skip
-SIZES = {"tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
+SIZES = {"lite0": "Lite0", "tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
 DETECTORS = {
     "DeformableDETR": "Deformable DETR",
     "FasterRCNN": "Faster R-CNN",

@@ -1,7 +1,8 @@
 """EfficientNet with a layer attention after every MBConv layer that has a shortcut.
 
-Network: EfficientNet, ICML 2019, https://arxiv.org/abs/1905.11946. Layer attention: Cross-Layer
-Retrospective Retrieving via Layer Attention, ICLR 2023,
+Network: EfficientNet, ICML 2019, https://arxiv.org/abs/1905.11946; Lite0:
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. Layer attention:
+Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
 https://openreview.net/forum?id=pvgEL1yS3Ql.
 """
 
@@ -28,8 +29,12 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
     added keys all contain ``mrla``. A group of layers is a stage: each layer without a shortcut,
     which changes size or width, begins a new one.
 
+    ``arch='lite0'`` is EfficientNet-Lite0, which the ancestor lacks: B0 without
+    squeeze-and-excitation, and with ReLU6 where ``act_cfg`` is not given. Like the others it pads
+    by SAME and has norms of eps 1e-3. Its images are normalised by ``(x - 127) / 128``.
+
     Args:
-        arch: ``'b0'``, ``'b1'`` or any other of the ancestor's.
+        arch: ``'b0'``, ``'b1'`` or any other of the ancestor's, or ``'lite0'``.
         layer_attention: Config of the layer attention, None for the plain network.
             Default: ``dict(type='MRLALight', head_channels=8)``.
         mrla_drop_path_rate: Stochastic depth of the attention branch. None: the layer's own rate,
@@ -48,6 +53,19 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         [(1, 24, 16, 24), (1, 40, 8, 12), (1, 112, 4, 6), (1, 320, 2, 3)]
     """
 
+    # The ancestor looks layers up by the first letter of the architecture.
+    layer_settings = {
+        **EfficientNet.layer_settings,
+        "l": [
+            [
+                [kernel, width, 0, stride, expansion, kind]
+                for kernel, width, _, stride, expansion, kind in stage
+            ]
+            for stage in EfficientNet.layer_settings["b"]
+        ],
+    }
+    arch_settings = {**EfficientNet.arch_settings, "lite0": (1.0, 1.0, 224)}
+
     def __init__(
         self,
         *args: Any,
@@ -61,6 +79,8 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         if not isinstance(arch, str) or arch not in self.arch_settings:
             raise ValueError(f"arch must be one of {sorted(self.arch_settings)}, got {arch!r}")
         check_arguments(EfficientNet, given, outputs=7, frozen=6)
+        if arch == "lite0":
+            kwargs.setdefault("act_cfg", dict(type="ReLU6"))
         super().__init__(*args, layer_attention=layer_attention, **kwargs)
         for block in self._blocks():
             if layer_attention is not None and _has_shortcut(block):

@@ -1,0 +1,4 @@
+# RetinaNet, EfficientNet-Lite0 + MRLA-base, blood cells (BCCD).
+_base_ = "./_base_/retinanet_efficientnet-lite0.py"
+
+model = dict(backbone=dict(layer_attention=dict(type="MRLABase", head_channels=8)))
