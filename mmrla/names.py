@@ -50,13 +50,13 @@ def _extend_config(module: ModuleType) -> None:
 
     config._get_cfg_path = staticmethod(_get_cfg_path)
     config._parse_lazy_import = staticmethod(_parse_lazy_import)
-    module.get_installed_path = get_installed_path  # type: ignore[attr-defined]
+    module.get_installed_path = get_installed_path
 
 
 def _without_weights(name: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"no weights of {name} are published, so there is nothing to load for pretrained=True: name a "
-        "checkpoint, or train from the plain network's weights (docs/weights.md)"
+        f"no weights of {name} are published, so there is nothing to load for pretrained=True: "
+        "name a checkpoint, or train from the plain network's weights (docs/weights.md)"
     )
 
 
@@ -83,7 +83,7 @@ def _extend_hub(hub: ModuleType) -> None:
         with hub.DefaultScope.overwrite_default_scope(cfg.default_scope):
             return hub.MODELS.build(cfg.model, default_args=kwargs)
 
-    hub.get_config, hub.get_model = get_cfg, get_model  # type: ignore[attr-defined]
+    hub.get_config, hub.get_model = get_cfg, get_model
 
 
 def _extend_inferencer(infer: ModuleType) -> None:
@@ -126,7 +126,7 @@ def _extend_model_hub(model: ModuleType) -> None:
 
 
 def _refuse_unpublished() -> None:
-    """mmpretrain warns and goes on with random weights where ``weights`` is None."""
+    """Where ``weights`` is None, mmpretrain warns and goes on with random weights."""
     from mmengine.runner.checkpoint import CheckpointLoader
 
     def refuse(filename: str, map_location: Any = None, **kwargs: Any) -> None:

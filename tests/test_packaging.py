@@ -166,6 +166,30 @@ def test_bad_commands(argv, capsys):
     ) in printed
 
 
+def test_reader_that_leaves():
+    """``mmrla list | head -1`` prints no traceback, and neither does Python at its end."""
+    code = "import mmrla.cli as c; c.list_configs = lambda p: ['x' * 99] * 9999; c.main(['list'])"
+    for command in (["-m", "mmrla", "list"], ["-m", "mmrla", "--help"], ["-c", code]):
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        )  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_other_broken_pipes_are_errors(monkeypatch):
+    def fail(pattern):
+        raise BrokenPipeError("a worker has died")
+
+    monkeypatch.setattr(cli, "list_configs", fail)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)  # one with a file descriptor
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    with pytest.raises(BrokenPipeError, match="a worker has died"):
+        cli.main(["list"])
+
+
 def test_unknown_names():
     with pytest.raises(FileNotFoundError, match="did you mean .*imagenet/resnet50_mrla_in1k"):
         mmrla.get_config("resnet50_mrla_in1k")

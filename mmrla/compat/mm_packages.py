@@ -58,7 +58,7 @@ def _hush_onedl(logging: ModuleType) -> None:
         if not str(msg).startswith("Could not import OneDL"):
             original(msg, *args, **kwargs)
 
-    logging.print_log = print_log  # type: ignore[attr-defined]
+    logging.print_log = print_log
 
 
 def mend_mm_packages() -> None:
