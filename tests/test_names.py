@@ -143,7 +143,7 @@ def test_new_style_configs(told):
     """Those that inherit from mmrla's, in the old style, and those of mmdet with our classes."""
     on_ours = ["mmdet.models.detectors.mask_rcnn", "MRLAResNeXt", "MRLALight"]
     on_mmdets = ["mmdet.models.detectors.retinanet", "MRLAResNet", "MRLABase"]
-    dumped = "mmrla.models.backbones.mrla_resnext.MRLAResNeXt"
+    dumped = "mmrla.models.MRLAResNeXt"
     assert told["new"] == [0.5, dumped, on_ours, on_mmdets]
 
 

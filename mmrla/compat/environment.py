@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import pkgutil
@@ -203,8 +204,8 @@ def _examine_own_modules(env: Environment, modules: dict[str, ModuleType]) -> No
     if any(name not in modules for name in TESTED if name not in OPTIONAL):
         env.lines.append(("mmrla's modules", "not imported, as packages are missing or broken"))
         return
-    package = importlib.import_module("mmrla")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "__main__"]
+    folders = importlib.import_module("mmrla").__path__
+    names = [m.name for m in pkgutil.iter_modules(folders) if m.name != "__main__"]
     logging.disable(logging.INFO)  # or their own lines would precede the report
     try:
         for name in names:
@@ -212,10 +213,11 @@ def _examine_own_modules(env: Environment, modules: dict[str, ModuleType]) -> No
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     importlib.import_module(f"mmrla.{name}")
-            except ModuleNotFoundError as error:
-                # All of mmrla needs the packages that are there, so this one is for an extra.
-                env.lines.append((f"mmrla.{name}", f"needs {error.name}, which is not installed"))
             except Exception as error:
+                package = (getattr(error, "name", None) or "mmrla").partition(".")[0]
+                if importlib.util.find_spec(package) is None:  # that of an extra
+                    env.lines.append((f"mmrla.{name}", f"needs {package}, which is not installed"))
+                    continue
                 reason = str(error).partition("\n")[0]
                 env.problems.append(f"import mmrla.{name} fails: {type(error).__name__}: {reason}")
     finally:
