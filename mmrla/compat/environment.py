@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import pkgutil
@@ -37,6 +36,8 @@ TESTED: dict[str, dict[str, str]] = {
     "triton": {"triton": "3"},
 }
 OPTIONAL = {"triton"}
+# Packages of pyproject.toml's extras that a public module may need.
+EXTRAS = {"timm"}
 MINIMUM: dict[str, str] = {
     "torch": "2.1",
     "torchvision": "0.16",
@@ -214,8 +215,8 @@ def _examine_own_modules(env: Environment, modules: dict[str, ModuleType]) -> No
                     warnings.simplefilter("ignore")
                     importlib.import_module(f"mmrla.{name}")
             except Exception as error:
-                package = (getattr(error, "name", None) or "mmrla").partition(".")[0]
-                if importlib.util.find_spec(package) is None:  # that of an extra
+                package = (getattr(error, "name", None) or "").partition(".")[0]
+                if package in EXTRAS:
                     env.lines.append((f"mmrla.{name}", f"needs {package}, which is not installed"))
                     continue
                 reason = str(error).partition("\n")[0]

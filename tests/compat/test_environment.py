@@ -164,6 +164,16 @@ def test_a_line_for_each_thing_that_is_wrong(world, change, messages):
         assert "\n" not in problem
 
 
+def test_a_missing_extra_is_not_wrong(world):
+    world.broken["mmrla.models"] = ModuleNotFoundError("No module named 'timm'", name="timm")
+    found = environment.examine()
+    assert found.problems == []
+    assert ("mmrla.models", "needs timm, which is not installed") in found.lines
+    world.broken["mmrla.models"] = ModuleNotFoundError("No module named 'einops'", name="einops")
+    (problem,) = environment.examine().problems
+    assert "import mmrla.models fails: ModuleNotFoundError: No module named 'einops'" in problem
+
+
 def test_this_environment(capsys):
     cli.main(["check-env"])
     text = capsys.readouterr().out
