@@ -1,15 +1,18 @@
 """MRLA, multi-head recurrent layer attention (ICLR 2023), for the OpenMMLab ecosystem.
 
 Importing this package needs torch alone. It also makes mmcv usable where its compiled
-extension is missing, see :mod:`mmrla.compat`, and lets configs inherit from ``mmrla::...``.
+extension is missing, see :mod:`mmrla.compat`, and teaches mm packages mmrla's names, see
+:mod:`mmrla.names`.
 """
 
-from mmrla.compat import install_mmcv_fallback
-from mmrla.configs import config_path, get_config, install_config_bases, list_configs
+from mmrla.compat import install_mmcv_fallback, mend_mm_packages
+from mmrla.configs import config_path, get_config, list_configs
+from mmrla.names import install_names
 from mmrla.version import __version__
 
 # Must happen before anything imports mmcv.ops, hence on import of the package itself.
 install_mmcv_fallback()
-install_config_bases()
+mend_mm_packages()
+install_names()
 
 __all__ = ["__version__", "config_path", "get_config", "list_configs"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from mmrla.commands.pipes import ends_with_its_reader
 from mmrla.configs import MIM, list_configs
 from mmrla.version import __version__
 
@@ -29,6 +30,7 @@ OWN: dict[str, str] = {
 }
 
 
+@ends_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run a command; ``argv`` is by default what stands behind ``mmrla``."""
     args = list(sys.argv[1:] if argv is None else argv)

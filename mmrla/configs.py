@@ -1,4 +1,4 @@
-"""The configs that ship with the package, by name, and ``_base_ = 'mmrla::...'`` in others.
+"""The configs that ship with the package, by name.
 
 In a wheel they lie in ``mmrla/.mim``, where mim and mmengine look; in a checkout that folder links
 to ``configs/``, ``tools/`` and ``model-index.yml`` at the top.
@@ -7,15 +7,9 @@ to ``configs/``, ``tools/`` and ``model-index.yml`` at the top.
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib.util
-import sys
 from fnmatch import fnmatch
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -39,6 +33,22 @@ def list_configs(pattern: str = "*") -> list[str]:
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in found)
     return sorted(
         n for n in names if not n.rpartition("/")[2].startswith("_") and fnmatch(n, pattern)
+    )
+
+
+def find_config(name: str) -> str | None:
+    """The config of a model in the model index.
+
+    Args:
+        name: Name of the model, which is that of the config without its folder, or the config's,
+            with or without ``.py`` and ``mmrla::``. Case does not matter.
+
+    Returns:
+        A name as :func:`list_configs` gives it, None where there is none.
+    """
+    wanted = name.removeprefix(SCOPE).removesuffix(".py").lower()
+    return next(
+        (n for n in list_configs() if wanted in (n.lower(), n.rpartition("/")[2].lower())), None
     )
 
 
@@ -84,53 +94,3 @@ def get_config(name: str) -> Config:
     from mmengine.config import Config
 
     return Config.fromfile(config_path(name))
-
-
-_MODULE = "mmengine.config.config"
-
-
-class _ConfigFinder(MetaPathFinder):
-    """Waits until somebody imports mmengine's configs, which ``import mmrla`` alone does not."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_extend(module: ModuleType) -> None:
-                execute(module)
-                _extend(module.Config)
-
-            spec.loader.exec_module = execute_and_extend  # type: ignore[method-assign]
-        return spec
-
-
-def install_config_bases() -> None:
-    """Let configs inherit from ``'mmrla::NAME.py'``. Calling it again does nothing.
-
-    mmengine knows a closed list of packages and wants a folder in every such name, so this answers
-    in front of the function that resolves them. Without mmengine nothing happens.
-    """
-    if _MODULE in sys.modules:
-        _extend(sys.modules[_MODULE].Config)
-    elif not any(isinstance(finder, _ConfigFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ConfigFinder())
-
-
-def _extend(cls: type[Config]) -> None:
-    original = cls._get_cfg_path
-    if getattr(original, "knows_mmrla", False):
-        return
-
-    @functools.wraps(original)
-    def resolve(cfg_path: str, filename: str) -> Any:
-        if cfg_path.startswith(SCOPE):
-            # No scope: types without a prefix are those of the default scope, here as anywhere.
-            return config_path(cfg_path), None
-        return original(cfg_path, filename)
-
-    resolve.knows_mmrla = True
-    cls._get_cfg_path = staticmethod(resolve)

@@ -31,6 +31,20 @@ CHECK
 then
     echo "using the torch and mm packages of $venv as they are"
 else
+    other=$("$py" - "$requirements" <<'OTHER'
+import sys
+from importlib.metadata import packages_distributions
+forks = sys.argv[1] != "requirements/openmmlab.txt"
+providers = packages_distributions()
+found = {d for m in ("mmengine", "mmcv", "mmdet", "mmpretrain") for d in providers.get(m, ())}
+print(*sorted(d for d in found if d.lower().startswith("onedl") != forks))
+OTHER
+    )
+    if [[ -n $other ]]; then
+        echo "error: $venv has $other, whose files $requirements would overwrite; name another" \
+            "environment with VENV=, or see 'In another mm project' in README.md" >&2
+        exit 2
+    fi
     echo "installing $requirements into $venv (minutes on the first call)"
     "$py" -m pip install --disable-pip-version-check --quiet --progress-bar off -r "$requirements"
 fi

@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
+import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,19 @@ def _default_scope() -> Iterator[None]:
     registry = sys.modules.get("mmengine.registry")
     if registry is not None:
         registry.DefaultScope._instance_dict.clear()
+
+
+def overlay_environment(folder: Path) -> Path:
+    """The interpreter of an environment that lies over this one.
+
+    What is installed here is seen from there and not installed again, torch above all, and nothing
+    is written here.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    below = sysconfig.get_path("purelib")
+    (site / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
+    return folder / "bin/python"
 
 
 def free_port() -> int:

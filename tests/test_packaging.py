@@ -166,6 +166,51 @@ def test_bad_commands(argv, capsys):
     ) in printed
 
 
+def test_reader_that_leaves():
+    """``mmrla list | head -1`` prints no traceback, and neither does Python at its end."""
+    code = "import mmrla.cli as c; c.list_configs = lambda p: ['x' * 99] * 9999; c.main(['list'])"
+    for command in (["-m", "mmrla", "list"], ["-c", code]):
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        )  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_other_broken_pipes_are_errors(monkeypatch):
+    def fail(pattern):
+        raise BrokenPipeError("a worker has died")
+
+    monkeypatch.setattr(cli, "list_configs", fail)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)  # one with a file descriptor
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    with pytest.raises(BrokenPipeError, match="a worker has died"):
+        cli.main(["list"])
+
+
+@pytest.mark.parametrize(
+    ("installed", "requirements"),
+    [("onedl_mmdetection", "requirements/openmmlab.txt"), ("mmdet", "requirements.txt")],
+)
+def test_make_does_not_install_one_family_over_the_other(tmp_path, installed, requirements):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    info = site / f"{installed}-3.3.0.dist-info"
+    for folder in (site / "mmdet", info):
+        folder.mkdir()
+    (site / "mmdet/__init__.py").touch()
+    (info / "top_level.txt").write_text("mmdet\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {installed}\nVersion: 3.3.0\n")
+    done = subprocess.run(
+        ["bash", ROOT / "requirements/install.sh"], capture_output=True, text=True, check=False,
+        env={**os.environ, "VENV": str(tmp_path), "REQUIREMENTS": requirements},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"has {installed}, whose files {requirements} would overwrite" in done.stderr
+
+
 def test_unknown_names():
     with pytest.raises(FileNotFoundError, match="did you mean .*imagenet/resnet50_mrla_in1k"):
         mmrla.get_config("resnet50_mrla_in1k")

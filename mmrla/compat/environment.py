@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -15,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from types import ModuleType
 from typing import Any
 
+from mmrla.compat.mm_packages import multimodal_obstacle
 from mmrla.compat.mmcv_fallback import ops_in_use
 from mmrla.version import __version__
 
@@ -33,6 +36,8 @@ TESTED: dict[str, dict[str, str]] = {
     "triton": {"triton": "3"},
 }
 OPTIONAL = {"triton"}
+# Packages of pyproject.toml's extras that a public module may need.
+EXTRAS = {"timm"}
 MINIMUM: dict[str, str] = {
     "torch": "2.1",
     "torchvision": "0.16",
@@ -89,6 +94,10 @@ def examine() -> Environment:
         _examine_package(name, providers.get(name, ()), env, modules)
     _examine_combination(env, modules, providers)
     _examine_ops(env, modules)
+    obstacle = multimodal_obstacle()
+    if obstacle:
+        env.lines.append(("mmpretrain multimodal", f"switched off: {obstacle}"))
+    _examine_own_modules(env, modules)
     if "torch" in modules:
         _examine_gpu(env, modules["torch"])
     backend = os.environ.get("MMRLA_BACKEND")
@@ -151,6 +160,7 @@ def _examine_combination(env: Environment, modules: dict[str, ModuleType], provi
         env.problems.append(
             "packages of two families are mixed: "
             + "; ".join(f"{family}: {', '.join(sorted(d))}" for family, d in families.items())
+            + "; uninstall both, then install one"
         )
     torch, vision = (numbers(str(modules[n].__version__)) if n in modules else ()
                      for n in ("torch", "torchvision"))  # fmt: skip
@@ -188,6 +198,32 @@ def _examine_ops(env: Environment, modules: dict[str, ModuleType]) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = ": built for another torch; rebuild it" if kind == "compiled" else ""
         env.problems.append(f"mmcv's operations do not load ({reason}){hint}")
+
+
+def _examine_own_modules(env: Environment, modules: dict[str, ModuleType]) -> None:
+    """Import every public module of mmrla, as its users do."""
+    if any(name not in modules for name in TESTED if name not in OPTIONAL):
+        env.lines.append(("mmrla's modules", "not imported, as packages are missing or broken"))
+        return
+    folders = importlib.import_module("mmrla").__path__
+    names = [m.name for m in pkgutil.iter_modules(folders) if m.name != "__main__"]
+    logging.disable(logging.INFO)  # or their own lines would precede the report
+    try:
+        for name in names:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(f"mmrla.{name}")
+            except Exception as error:
+                package = (getattr(error, "name", None) or "").partition(".")[0]
+                if package in EXTRAS:
+                    env.lines.append((f"mmrla.{name}", f"needs {package}, which is not installed"))
+                    continue
+                reason = str(error).partition("\n")[0]
+                env.problems.append(f"import mmrla.{name} fails: {type(error).__name__}: {reason}")
+    finally:
+        logging.disable(logging.NOTSET)
+    env.lines.append(("mmrla's modules", ", ".join(names)))
 
 
 def _examine_gpu(env: Environment, torch: Any) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import mmrla
 from mmrla import cli
 from mmrla.compat import environment, warn_about_versions
 
@@ -38,6 +39,8 @@ class World:
     def import_module(self, name: str):
         if name in self.broken:
             raise self.broken[name]
+        if name == "mmrla" or name.startswith("mmrla."):
+            return mmrla
         if name == "mmcv._ext":
             return SimpleNamespace()
         if name not in self.versions:
@@ -145,6 +148,8 @@ def broken_ops(world: World) -> None:
         (cpu_torch, ["torch is built for CPU alone"]),
         (old_driver, ["driver 470.2 may be too old for CUDA 13.0"]),
         (old_gpu, ["no kernels for GPU 0 .some GPU, sm_70.; it has sm_80"]),
+        (lambda w: w.broken.update({"mmrla.models": TypeError("NoneType takes no arguments")}),
+         ["import mmrla.models fails: TypeError: NoneType takes no arguments"]),
         (broken_ops, ["do not load .undefined symbol: _ZN3c10.: built for another torch"]),
     ],
 )  # fmt: skip
@@ -157,6 +162,16 @@ def test_a_line_for_each_thing_that_is_wrong(world, change, messages):
     for problem, message in zip(problems, messages, strict=True):
         assert re.search(message, problem), problem
         assert "\n" not in problem
+
+
+def test_a_missing_extra_is_not_wrong(world):
+    world.broken["mmrla.models"] = ModuleNotFoundError("No module named 'timm'", name="timm")
+    found = environment.examine()
+    assert found.problems == []
+    assert ("mmrla.models", "needs timm, which is not installed") in found.lines
+    world.broken["mmrla.models"] = ModuleNotFoundError("No module named 'einops'", name="einops")
+    (problem,) = environment.examine().problems
+    assert "import mmrla.models fails: ModuleNotFoundError: No module named 'einops'" in problem
 
 
 def test_this_environment(capsys):

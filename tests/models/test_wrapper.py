@@ -427,9 +427,9 @@ def test_named_layers_and_their_norms():
     assert "layer3.1.mrla" in names
     assert all(name.startswith("layer3.") and name != "layer3.0.mrla" for name in names)
     assert all(isinstance(part.norm, nn.GroupNorm) for part in parts(model).values())
-    convnext = wrapped(BACKBONES["convnext"], layer_attention=LIGHT)
+    convnext = wrapped(BACKBONES["convnext"], layer_attention=LIGHT, mrla_drop_path_rate=None)
     assert {type(part.norm).__name__ for part in parts(convnext).values()} == {"LayerNorm2d"}
-    # The layer's own stochastic depth, unless another is asked for.
+    # The layer's own stochastic depth.
     rates = [getattr(p.drop_path, "drop_prob", 0.0) for p in parts(convnext).values()]
     assert rates[0] == 0.0
     assert rates[-1] == pytest.approx(0.3)

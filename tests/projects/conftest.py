@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-import sysconfig
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, overlay_environment
 
 # What pip says when it cannot reach an index or the index lacks the release.
 UNREACHABLE = ("No matching distribution", "Could not find a version", "Connection", "Max retries")
@@ -22,18 +20,9 @@ def is_fork() -> bool:
 
 @pytest.fixture(scope="session")
 def projects(is_fork, tmp_path_factory) -> Path:
-    """The interpreter of an environment that lies over this one and has other mm projects too.
-
-    What is installed here is seen from there and not installed again, torch above all, and nothing
-    is written here.
-    """
-    venv = tmp_path_factory.mktemp("projects")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    (site,) = venv.glob("lib/python*/site-packages")
-    below = sysconfig.get_path("purelib")
-    (site / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
+    """The interpreter of an environment over this one that has other mm projects too."""
+    python = overlay_environment(tmp_path_factory.mktemp("projects"))
     requirements = "projects.txt" if is_fork else "projects-openmmlab.txt"
-    python = venv / "bin/python"
     done = subprocess.run(
         [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet",
          "-r", ROOT / "requirements" / requirements],

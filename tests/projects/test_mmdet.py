@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, overlay_environment
 from tests.projects.commands import run, train, train_by_the_prefix_alone
 
 pytestmark = pytest.mark.slow
@@ -90,3 +90,15 @@ def test_deformable_detr_by_mmdets_script(projects, coco_mini, tmp_path):
         (tmp_path / "small.py").write_text(text)
         log = train(projects, "mmdet", "small.py", tmp_path)
     check_training(log, tmp_path / "out")
+
+
+def test_named_base_by_mmdets_script(coco_mini, tmp_path):
+    """mmdet's script imports nothing of mmrla before it reads `mmrla::`."""
+    python = overlay_environment(tmp_path / "env")
+    base = "mmrla::retinanet_r50_mrla_1x.py"
+    (tmp_path / "small.py").write_text(small(base, coco_mini, [64, 128, 256, 512]))
+    assert "please specify the package name" in train(
+        python, "mmdet", "small.py", tmp_path, ok=False
+    )
+    run(python, "-m", "mmrla.startup", "on", cwd=tmp_path)
+    check_training(train(python, "mmdet", "small.py", tmp_path), tmp_path / "out")

@@ -1,0 +1,36 @@
+"""``python -m mmrla.startup on``: programs that do not import mmrla know its names all the same.
+
+mmdet's ``tools/train.py`` reads its config before it imports anything that could be told of mmrla.
+A ``.pth`` file beside the installed packages imports mmrla whenever this environment's Python
+starts. mmrla writes none unless asked. ``off`` removes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+NAME = "mmrla-startup.pth"
+# Python runs lines that start with "import". It must not fail once mmrla has been uninstalled.
+LINE = "import importlib.util; importlib.util.find_spec('mmrla') and __import__('mmrla')\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Switch it on or off, or say which it is."""
+    parser = argparse.ArgumentParser("python -m mmrla.startup", description=__doc__)
+    parser.add_argument("action", choices=["on", "off", "status"])
+    action = parser.parse_args(argv).action
+    path = Path(sysconfig.get_path("purelib")) / NAME
+    if action == "on":
+        path.write_text(LINE)
+    elif action == "off":
+        path.unlink(missing_ok=True)
+    print(f"{'on' if path.exists() else 'off'}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
