@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         predictor = predictor_of(network, args.score_thr)
         args.out_dir.mkdir(parents=True, exist_ok=True)
         found = []
-        for path, picture in zip(tqdm(images), pictures(images, args.out_dir), strict=True):
+        bar = tqdm(images, disable=None)  # none in a file
+        for path, picture in zip(bar, pictures(images, args.out_dir), strict=True):
             found.append({"image": str(path), **predictor(path, picture)})
             tqdm.write(f"{path}: {in_words(found[-1])} -> {picture}")
         if args.json is not None:

@@ -49,8 +49,6 @@ class CheckLoadHook(Hook):
         """Called by the runner between reading a checkpoint and filling the model."""
         model = unwrapped(runner.model)
         state = state_dict_of(checkpoint)
-        if runner._resume:
-            check_optimizer(runner.optim_wrapper, checkpoint.get("optimizer"))
         report, fitting = compare(model, state)
         # A runner that tests has no training loop built.
         fine_tuning = not runner._resume and not isinstance(runner._train_loop, (dict, type(None)))
@@ -58,6 +56,8 @@ class CheckLoadHook(Hook):
         if fine_tuning:
             allowed += allowed_heads(report, state)
         report.require("checkpoint", allowed, model, state, fresh_mrla=fine_tuning)
+        if runner._resume:
+            check_optimizer(getattr(runner, "optim_wrapper", None), checkpoint.get("optimizer"))
         checkpoint["state_dict"] = fitting
         print_log(f"checkpoint: {report.summary()}", logger="current")
 
@@ -87,7 +87,7 @@ def check_optimizer(wrapper: Any, saved: Any) -> None:
         return
     sizes = [[len(group["params"]) for group in some] for some in (saved["param_groups"], groups)]
     if sizes[0] != sizes[1]:
-        there, here = (f"{len(size)} parameter groups of {sum(size)} tensors" for size in sizes)
+        there, here = (f"{sum(size)} tensors in {len(size)} parameter group(s)" for size in sizes)
         raise CheckpointError(
             f"--resume: the checkpoint's optimizer has {there}, this config's {here}: another "
             "optim_wrapper or another network. Resume with the config it was trained with, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,8 @@ def draw_sample(
             truth.bboxes = truth.bboxes / truth.bboxes.new_tensor(scale).repeat(2)
         shown.gt_instances = _enlarged(truth, factor, size)
     shown.pred_instances = _enlarged(sample.pred_instances.cpu(), factor, size)
-    visualizer.add_datasample(
-        path.stem, large, shown, draw_gt=draw_gt, pred_score_thr=score_thr, out_file=str(path)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a contour touches the border
+        visualizer.add_datasample(
+            path.stem, large, shown, draw_gt=draw_gt, pred_score_thr=score_thr, out_file=str(path)
+        )
