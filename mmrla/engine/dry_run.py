@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, VISBACKENDS, init_default_scope
@@ -51,8 +52,11 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
             for backend in visualizer["vis_backends"]
             if str(backend.get("type")).rpartition(".")[2] in _LOCAL_BACKENDS
         ]
-    with TemporaryDirectory() as folder:
+    # Most of the time would go into formatting the config for logs that nobody reads.
+    with TemporaryDirectory() as folder, mock.patch.object(Config, "pretty_text", ""):
         cfg.work_dir = folder
+        if visualizer:
+            visualizer["name"] = folder  # mmengine keeps one of each name, whatever it is asked
         runner = build_runner(cfg)
         sizes = []
         for split in splits:
