@@ -1,4 +1,4 @@
-"""What tools/ are made of: from a config file and options to a run, checked before it starts."""
+"""What commands are made of: from a config file and options to a run, checked before it starts."""
 
 from mmrla.engine.amp import AmpOptimWrapper
 from mmrla.engine.data_check import check_data, set_data_root
