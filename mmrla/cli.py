@@ -1,8 +1,9 @@
-"""``mmrla COMMAND``: the scripts of ``tools/``, from any folder, and what is installed."""
+"""``mmrla COMMAND``: every command of the project, from any folder."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -12,21 +13,26 @@ from mmrla.commands.pipes import ends_with_its_reader
 from mmrla.configs import MIM, list_configs
 from mmrla.version import __version__
 
+# Each is `main(argv)` of the module of that name in mmrla.commands.
+COMMANDS: dict[str, str] = {
+    "train": "train the network of a config",
+    "test": "evaluate a checkpoint",
+    "predict": "detect or classify what is in images",
+    "check-data": "find bad data before a run",
+    "convert": "released or plain checkpoints to mmrla's key names",
+    "publish": "make a checkpoint to hand out",
+    "export-onnx": "write a network as ONNX and compare it with torch",
+    "train-cifar": "train networks of configs/cifar, data on the device",
+    "check-gpu": "whether the fused operations are right on this GPU, and how fast",
+}
 # Each is what `python tools/SCRIPT` is, in a checkout and in a wheel.
 SCRIPTS: dict[str, tuple[str, str]] = {
-    "train": ("train.py", "train the network of a config"),
-    "test": ("test.py", "evaluate a checkpoint"),
     "demo": ("demo.py", "generate a small set, train a detector on it and draw what it finds"),
-    "check-data": ("check_data.py", "find bad data before a run"),
-    "convert": ("convert_checkpoint.py", "released or plain checkpoints to mmrla's key names"),
-    "publish": ("publish_checkpoint.py", "make a checkpoint to hand out"),
-    "train-cifar": ("train_cifar.py", "train networks of configs/cifar, data on the device"),
     "complexity": ("analysis/complexity.py", "what configs cost beside their plain hosts"),
 }
 OWN: dict[str, str] = {
     "list": "names of the configs",
     "check-env": "what is installed, and what is wrong with it",
-    "check-gpu": "whether the fused operations are right on this GPU, and how fast",
 }
 
 
@@ -34,7 +40,7 @@ OWN: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run a command; ``argv`` is by default what stands behind ``mmrla``."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {**{name: text for name, (_, text) in SCRIPTS.items()}, **OWN}
+    commands = {**COMMANDS, **{name: text for name, (_, text) in SCRIPTS.items()}, **OWN}
     parser = argparse.ArgumentParser(
         prog="mmrla",
         description="Multi-head recurrent layer attention for OpenMMLab.",
@@ -49,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     # What comes behind the command is the command's.
     command = parser.parse_args(args[:1]).command
     rest = args[1:]
-    if command == "check-gpu":
-        from mmrla.commands import check_gpu
-
-        return check_gpu.main(rest)
+    if command in COMMANDS:
+        module = importlib.import_module(f"mmrla.commands.{command.replace('-', '_')}")
+        return module.main(rest)
     if command in OWN:
         {"list": _list, "check-env": _check_env}[command](rest)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,37 @@ def error_of(text: str) -> str:
     return line
 
 
-def test_the_config_itself_is_fine(data, capsys):
+def test_the_config_itself_is_fine(data, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert dry_run(DEMO, data) == 0
-    assert "error" not in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "error" not in printed.err
+    last = printed.out.splitlines()[-1]
+    assert last.startswith("dry run: fine are config, data (images: train 2, val 1), loaders, Mask")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_hold_dicts_and_loaders_without_workers(data, capsys):
+    """No workers, though the config's loaders keep theirs; a schedule in Python's spelling."""
+    options = [
+        "train_dataloader.num_workers=0", "train_dataloader.prefetch_factor=4",
+        "val_dataloader.num_workers=0",
+        "param_scheduler=[{'type': 'MultiStepLR', 'milestones': [1, 2]}]",
+    ]  # fmt: skip
+    assert Config.fromfile(DEMO).train_dataloader.persistent_workers
+    assert dry_run(DEMO, data, *options) == 0
+    for wrong in ("param_scheduler=[{type: MultiStepLR}]", "param_scheduler"):
+        assert dry_run(DEMO, data, wrong) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "[{'type': 'LinearLR', 'end': 500}]" in message or "KEY=VALUE" in message
+
+
+def test_a_visualizer_that_is_not_installed(data, capsys, monkeypatch):
+    for name in ("torch.utils.tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    option = "visualizer.vis_backends=[{'type': 'TensorboardVisBackend'}]"
+    assert dry_run(DEMO, data, option) == 2
+    assert "tensorboard" in error_of(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +97,12 @@ def test_the_config_itself_is_fine(data, capsys):
         ("param_scheduler=3", "param_scheduler must be a dict or a list of them, got 3"),
         ("param_scheduler.0.type=LinearL", "param_scheduler[0]: unknown type 'LinearL'"),
         ("param_scheduler.7.type=LinearLR", "Index 7"),
+        ("param_scheduler=[linear]", "param_scheduler[0] must be a dict, got the string 'linear'"),
+        ("train_dataloader.sampler.type=Shuffled", "Shuffled"),
+        ("train_dataloader.sampler.shufle=True", "shufle"),
+        ("val_evaluator.metric=bbx", "bbx"),
+        ("visualizer.vis_backends.0.type=Tensorbord", "visualizer.vis_backends[0]: unknown type"),
+        ("default_hooks.logger.interval=0", "interval must be greater than 0"),
         ("val_evaluator.type=CocoMetrc", "val_evaluator: unknown type 'CocoMetrc'"),
     ],
     ids=lambda value: value if "=" in value else "",

@@ -30,6 +30,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, LOOPS, MODELS, DefaultScope
 
+from mmrla import config_path, list_configs
 from mmrla.checkpoints import to_released
 from mmrla.datasets import generate_shapes
 from mmrla.models import MRLAResNet
@@ -61,6 +62,7 @@ WAYS = (
     Way(r"tools/dist_(train|test)\.sh ", "--dry-run"),
     Way(r"python tools/(train|test|train_cifar)\.py ", "--dry-run"),
     Way(r"mmrla (train|test) ", "--dry-run", slow=True),
+    Way(r"mmrla predict ", slow=True),
     Way(r"mmrla (list|convert|check-env)\b"),
     Way(r"mmrla check-data "),
     Way(r"mmrla check-gpu", "--device cpu --processes 0 --no-times"),
@@ -73,7 +75,7 @@ WAYS = (
     Way(r"OMP_NUM_THREADS=1 python tools/benchmark/run\.py", "--help", slow=True),
     Way(r"python tools/benchmark/kernel_report", "--heights 7 --batch 1", slow=True),
     Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
-    Way(r"python tools/export_onnx\.py ", slow=True),
+    Way(r"mmrla export-onnx ", slow=True),
     Way(r"python tools/(convert|publish)_checkpoint\.py ", slow=True),
 )
 
@@ -238,6 +240,8 @@ def make_inputs(argv: list[str], way: Way) -> None:
     for before, argument in itertools.pairwise(argv):
         if argument.startswith("configs/"):
             config = Path(argument)
+        elif argument in list_configs():
+            config = Path(config_path(argument))
         elif re.fullmatch(r"[A-Z]+|\S+\.pth", argument) and before not in ("--dtype",):
             Path(argument).parent.mkdir(parents=True, exist_ok=True)
             if way.options == "--dry-run":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -144,8 +145,8 @@ def test_demo_of_the_wheel(installed, tmp_path):
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize("command", sorted(cli.SCRIPTS))
-def test_every_script_is_there(command, capsys):
+@pytest.mark.parametrize("command", sorted({**cli.COMMANDS, **cli.SCRIPTS, **cli.OWN}))
+def test_every_command_is_there(command, capsys):
     code = 0  # what runs under torchrun's record returns instead of leaving
     try:
         cli.main([command, "--help"])
@@ -153,6 +154,21 @@ def test_every_script_is_there(command, capsys):
         code = stopped.code
     assert code == 0
     assert f"usage: mmrla {command} " in capsys.readouterr().out
+
+
+SHIMS = {"convert_checkpoint": "convert", "publish_checkpoint": "publish"} | {
+    name.replace("-", "_"): name
+    for name in ("check-data", "check-gpu", "export-onnx", "test", "train", "train-cifar")
+}
+
+
+@pytest.mark.parametrize("script", sorted(SHIMS))
+def test_tools_are_commands(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / f"tools/{script}.py"), run_name="__main__")
+    assert not stopped.value.code
+    assert f"usage: mmrla {SHIMS[script]} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["trian"], ["list", "no such*"]])

@@ -1,75 +1,8 @@
-"""Evaluate a checkpoint. `python tools/test.py --help` lists the options."""
+"""Evaluate a checkpoint: what `mmrla test` does."""
 
-from __future__ import annotations
+import sys
 
-import argparse
-from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from mmrla.checkpoints.files import CheckpointError, safe_loading
-from mmrla.datasets.coco_check import DataError
-from mmrla.engine.amp import set_test_amp
-from mmrla.engine.errors import reporting_errors
-from mmrla.engine.launch import (
-    add_common_arguments,
-    build_only,
-    build_runner,
-    check_weights,
-    init_cpu_distributed,
-    load_config,
-    prediction_writer,
-    show_predictions,
-)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint.")
-    parser.add_argument("config", help="config file, or a name that mmrla list shows")
-    parser.add_argument("checkpoint", help="checkpoint file")
-    parser.add_argument("--out", metavar="FILE.pkl", help="write all predictions to FILE.pkl")
-    parser.add_argument("--show", action="store_true", help="show predictions in a window")
-    parser.add_argument(
-        "--show-dir",
-        metavar="DIR",
-        help="write pictures of predictions to WORK_DIR/DIR (a classifier's) or, beside the "
-        "ground truth, to WORK_DIR/TIMESTAMP/DIR (a detector's)",
-    )
-    parser.add_argument(
-        "--amp",
-        action="store_true",
-        help="autocast: float16 on a GPU, bfloat16 on a CPU (classifiers)",
-    )
-    parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays")
-    add_common_arguments(parser)
-    return parser.parse_args()
-
-
-@record  # of several processes, torchrun shows the traceback of the one that failed first
-def main() -> None:
-    args = parse_args()
-    with reporting_errors():
-        if not Path(args.checkpoint).is_file() and "://" not in args.checkpoint:
-            raise FileNotFoundError(f"no such checkpoint: {Path(args.checkpoint).absolute()}")
-        if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
-            raise ValueError(f"--out must name a .pkl file, got {args.out!r}")
-        cfg = load_config(args, ("test",))
-        cfg.load_from = args.checkpoint
-        if args.amp:
-            set_test_amp(cfg)
-        if args.show or args.show_dir:
-            show_predictions(cfg, args)
-        if args.dry_run:
-            build_only(cfg, ("test",))
-            return
-        check_weights(cfg)
-        init_cpu_distributed(cfg)
-        runner = build_runner(cfg)
-        if args.out is not None:
-            runner.test_evaluator.metrics.append(prediction_writer(cfg, args.out))
-    with reporting_errors(CheckpointError, DataError), safe_loading():
-        runner.test()
-
+from mmrla.commands.test import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

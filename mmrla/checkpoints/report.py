@@ -114,7 +114,10 @@ class LoadReport:
 
 
 def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], str]:
-    """The checkpoint's keys with or without ``backbone.``, whichever fits the model better."""
+    """The checkpoint's keys with or without ``backbone.``, whichever fits the model better.
+
+    Or twice: mmdet's teacher-student detectors give both networks what a checkpoint has once.
+    """
     keys = set(own)
     candidates: dict[str, dict[str, Tensor]] = {
         "": dict(state),
@@ -123,6 +126,9 @@ def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, T
         },
         "+backbone.": {f"backbone.{k}": v for k, v in state.items()},
     }
+    pair = ("teacher.", "student.")
+    if all(any(k.startswith(prefix) for k in keys) for prefix in pair):
+        candidates["+teacher. and student."] = {p + k: v for p in pair for k, v in state.items()}
     best = max(candidates, key=lambda name: sum(k in keys for k in candidates[name]))
     return candidates[best], best
 

@@ -1,11 +1,11 @@
-"""What tools/ are made of: from a config file and options to a run, checked before it starts."""
+"""What commands are made of: from a config file and options to a run, checked before it starts."""
 
 from mmrla.engine.amp import AmpOptimWrapper
 from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
-from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, TrimHeapHook
+from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, LogIntervalHook, TrimHeapHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 from mmrla.engine.layout import ChannelsLastHook, use_channels_last
 from mmrla.engine.resume import AtomicCheckpointHook, ResumableTrainLoop
@@ -17,6 +17,7 @@ __all__ = [
     "CheckLoadHook",
     "FasterCocoMetric",
     "LayerAttentionVisHook",
+    "LogIntervalHook",
     "NonFiniteError",
     "NonFiniteGuardHook",
     "ResumableTrainLoop",

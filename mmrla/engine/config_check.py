@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
 # What mmengine's runner takes from a config, and what tools read beside it.
@@ -22,6 +24,45 @@ _TOP = frozenset(
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
                      "num_batch_per_epoch", "seed"})  # fmt: skip
+
+
+class OptionAction(DictAction):
+    """mmengine's ``KEY=VALUE`` options, whose values may also be Python with dicts in it.
+
+    mmengine's own reader knows lists and tuples alone, and would leave dicts as strings.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the options to the namespace.
+
+        Raises:
+            argparse.ArgumentError: An option has no value, or it begins as a dict or a list of
+                dicts but is not one.
+        """
+        for option in values:
+            key, equals, value = option.partition("=")
+            if not key or not equals:
+                raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {option!r}")
+            if value.lstrip(" ([").startswith("{"):
+                try:
+                    parsed = ast.literal_eval(value.strip())
+                except (ValueError, SyntaxError) as error:
+                    raise argparse.ArgumentError(
+                        self,
+                        f"{key}: not a dict or a list of dicts in Python's spelling: {value}; "
+                        f"write \"{key}=[{{'type': 'LinearLR', 'end': 500}}]\", or set single "
+                        f"values, as in {key}.0.end=500",
+                    ) from error
+                options = dict(getattr(namespace, self.dest, None) or {})
+                setattr(namespace, self.dest, {**options, key: parsed})
+            else:
+                super().__call__(parser, namespace, [option], option_string)
 
 
 def read_config(path: str) -> Config:
@@ -50,6 +91,7 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
         TypeError: A part of it is of the wrong type.
         ValueError: A key is misspelt, or a type is not registered.
     """
+    splits = tuple(splits)
     for key in cfg:
         close = difflib.get_close_matches(key, _TOP, n=1, cutoff=0.85)
         if key not in _TOP and close and isinstance(cfg[key], (Mapping, list)):
@@ -70,6 +112,11 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
     schedulers = cfg.get("param_scheduler") or ()
     if not isinstance(schedulers, (Mapping, Sequence)) or isinstance(schedulers, str):
         raise TypeError(f"param_scheduler must be a dict or a list of them, got {schedulers!r}")
+    for key in ("param_scheduler", "custom_hooks", *(f"{split}_evaluator" for split in splits)):
+        parts = cfg.get(key) or ()
+        for index, part in enumerate(() if isinstance(parts, (Mapping, str)) else parts):
+            if isinstance(part, str):
+                raise TypeError(f"{key}[{index}] must be a dict, got the string {part!r}")
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -158,12 +205,12 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
             with _naming(place):
                 DATASETS.build({**dataset, "lazy_init": True})
         for place, evaluator in evaluators(cfg, split):
-            _registered(METRICS, evaluator, place)
+            check_registered(METRICS, evaluator, place)
     for index, hook in enumerate(cfg.get("custom_hooks") or ()):
-        _registered(HOOKS, hook, f"custom_hooks[{index}]")
+        check_registered(HOOKS, hook, f"custom_hooks[{index}]")
     if "train" in splits:
         if "constructor" not in cfg.optim_wrapper:
-            _registered(OPTIMIZERS, cfg.optim_wrapper.optimizer, "optim_wrapper.optimizer")
+            check_registered(OPTIMIZERS, cfg.optim_wrapper.optimizer, "optim_wrapper.optimizer")
         logger = MMLogger.get_current_instance()
         level = logger.level
         logger.setLevel("WARNING")  # a line for each parameter that has options
@@ -175,10 +222,11 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
         schedulers = cfg.get("param_scheduler") or ()
         schedulers = [schedulers] if isinstance(schedulers, Mapping) else schedulers
         for index, scheduler in enumerate(schedulers):
-            _registered(PARAM_SCHEDULERS, scheduler, f"param_scheduler[{index}]")
+            check_registered(PARAM_SCHEDULERS, scheduler, f"param_scheduler[{index}]")
 
 
-def _registered(registry: Any, cfg: Any, where: str) -> None:
+def check_registered(registry: Any, cfg: Any, where: str) -> None:
+    """Raise TypeError unless ``cfg`` is a dict, ValueError unless its type is registered."""
     kind = _mapping(cfg, where).get("type") if not inspect.isclass(cfg) else cfg
     # As build does: a name without a prefix is looked for in the default scope.
     with registry.switch_scope_and_registry(None) as scoped:

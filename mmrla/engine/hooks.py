@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import master_only
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
 from mmrla.analysis import LayerAttentionRecorder, record_layer_attention
 from mmrla.analysis.modules import eval_mode
-from mmrla.checkpoints.files import state_dict_of
+from mmrla.checkpoints.files import CheckpointError, state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
 from mmrla.compat.heap import give_back_free_memory
 from mmrla.engine.inspection import extract_features, preprocess
@@ -55,8 +56,65 @@ class CheckLoadHook(Hook):
         if fine_tuning:
             allowed += allowed_heads(report, state)
         report.require("checkpoint", allowed, model, state, fresh_mrla=fine_tuning)
+        if runner._resume:
+            check_optimizer(getattr(runner, "optim_wrapper", None), checkpoint.get("optimizer"))
         checkpoint["state_dict"] = fitting
         print_log(f"checkpoint: {report.summary()}", logger="current")
+
+    def before_train(self, runner: Runner) -> None:
+        """Say so if a resumed run has nothing left to do."""
+        loop = runner.train_loop
+        if runner._resume and (runner.iter >= loop.max_iters or runner.epoch >= loop.max_epochs):
+            print_log(
+                f"The run was finished: the checkpoint is of epoch {runner.epoch} of "
+                f"{loop.max_epochs}, iteration {runner.iter} of {loop.max_iters}, so nothing is "
+                "trained. To train longer, raise train_cfg.max_epochs (or max_iters) and the "
+                "schedulers' end",
+                logger="current",
+                level=logging.WARNING,
+            )
+
+
+def check_optimizer(wrapper: Any, saved: Any) -> None:
+    """Raise CheckpointError if a checkpoint's optimizer cannot go on as this one.
+
+    Args:
+        wrapper: The run's optimizer wrapper; one that holds several optimizers is not looked at.
+        saved: The checkpoint's entry ``optimizer``, None if it has none.
+    """
+    groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
+    if groups is None or "param_groups" not in (saved or {}):
+        return
+    sizes = [[len(group["params"]) for group in some] for some in (saved["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        there, here = (f"{sum(size)} tensors in {len(size)} parameter group(s)" for size in sizes)
+        raise CheckpointError(
+            f"--resume: the checkpoint's optimizer has {there}, this config's {here}: another "
+            "optim_wrapper or another network. Resume with the config it was trained with, or "
+            "start a new run from its weights: --cfg-options load_from=CHECKPOINT without --resume"
+        )
+
+
+@HOOKS.register_module()
+class LogIntervalHook(Hook):
+    """Makes the log's interval follow the length of an epoch, so that a run shows that it runs.
+
+    In an epoch shorter than the interval of mmengine's ``LoggerHook`` it logs ten times, or every
+    iteration. On a CPU, where an iteration takes seconds, it logs at least every tenth. A shorter
+    interval is left alone. The commands add it unless ``default_hooks.logger`` is set on the
+    command line.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Set the interval."""
+        try:
+            length = len(runner.train_dataloader)
+        except TypeError:  # a stream
+            return
+        for hook in runner.hooks:
+            logs = isinstance(hook, LoggerHook)
+            if logs and (hook.interval > length or not torch.cuda.is_available()):
+                hook.interval = min(hook.interval, max(1, min(10, length // 10)))
 
 
 @HOOKS.register_module()
@@ -143,8 +201,10 @@ class TrimHeapHook(Hook):
 
 
 def unwrapped(model: Any) -> Any:
-    """The network inside the wrapper of a distributed run."""
-    return model.module if is_model_wrapper(model) else model
+    """The network inside the wrappers of a distributed run and of test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 @HOOKS.register_module()

@@ -16,16 +16,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
+from mmrla.engine.config_check import OptionAction
+from mmrla.engine.data_check import inner_datasets
 from mmrla.engine.launch import find_config, fit_classes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -43,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=OptionAction,
         metavar="KEY=VALUE",
         help="override settings of the config, such as model.backbone.depth=18",
     )
@@ -112,12 +114,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def find_images(patterns: Sequence[str], limit: int | None = None) -> list[Path]:
+def find_images(
+    patterns: Sequence[str], limit: int | None = None, option: str = "--images"
+) -> list[Path]:
     """Files that patterns name, in their order, each once.
 
     Args:
         patterns: Files; folders, of which all images below are taken, by name; globs.
         limit: Take the first so many.
+        option: What messages call the patterns.
 
     Raises:
         FileNotFoundError: A pattern matches nothing, or a folder holds no image.
@@ -132,7 +137,7 @@ def find_images(patterns: Sequence[str], limit: int | None = None) -> list[Path]
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
             if not files:
                 raise FileNotFoundError(
-                    f"--images: no image ({', '.join(IMAGE_SUFFIXES)}) below {path.absolute()}"
+                    f"{option}: no image ({', '.join(IMAGE_SUFFIXES)}) below {path.absolute()}"
                 )
         elif path.is_file():
             files = [path]
@@ -141,7 +146,7 @@ def find_images(patterns: Sequence[str], limit: int | None = None) -> list[Path]
                 Path(f) for f in sorted(glob.glob(pattern, recursive=True)) if Path(f).is_file()
             ]
             if not files:
-                raise FileNotFoundError(f"--images: nothing matches {path.absolute()}")
+                raise FileNotFoundError(f"{option}: nothing matches {path.absolute()}")
         found.update(dict.fromkeys(files))
     return list(found)[:limit]
 
@@ -176,6 +181,8 @@ class Network:
     pipeline: Compose
     rgb: bool
     """Whether the pipeline takes RGB."""
+    dataset_meta: dict[str, Any]
+    """Names of classes and the like: the checkpoint's, else those of the config's test set."""
 
     @property
     def title(self) -> str:
@@ -330,11 +337,13 @@ def build_network(
     _drop_pretrained(model_cfg)
     if cfg.get("data_preprocessor") is not None:
         model_cfg.setdefault("data_preprocessor", cfg.data_preprocessor)
-    state = None
+    state, meta = None, None
     if checkpoint is not None:
         if "://" not in checkpoint and not Path(checkpoint).is_file():
             raise FileNotFoundError(f"no such checkpoint: {Path(checkpoint).absolute()}")
-        state = state_dict_of(load_file(checkpoint))
+        loaded = load_file(checkpoint)
+        state = state_dict_of(loaded)
+        meta = (loaded.get("meta") or {}).get("dataset_meta")
     seed_everything(seed)
     scope = cfg.get("default_scope", "mmengine")
     with DefaultScope.overwrite_default_scope(scope), _quiet():
@@ -355,7 +364,18 @@ def build_network(
         device=torch.device(device),
         pipeline=pipeline,
         rgb=rgb,
+        dataset_meta={k.lower(): v for k, v in (meta or _dataset_meta(cfg)).items()},
     )
+
+
+def _dataset_meta(cfg: Config) -> dict[str, Any]:
+    """What the class of the test set and its config say; no file is read."""
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+        for _, dataset in inner_datasets(cfg.get("test_dataloader"), "test_dataloader"):
+            kind = dataset["type"]
+            cls = DATASETS.get(kind) if isinstance(kind, str) else kind
+            return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
+    return {}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Configs, options and processes of tools/train.py and tools/test.py."""
+"""Configs, options and processes of ``mmrla train`` and ``mmrla test``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric, DumpResults
 from mmengine.runner import Runner
 
 from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
-from mmrla.engine.config_check import build_parts, check_config, read_config
-from mmrla.engine.data_check import check_data, evaluators, set_data_root
+from mmrla.engine.config_check import OptionAction, check_config, read_config
+from mmrla.engine.data_check import check_data, evaluators, inner_datasets, set_data_root
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that tools/train.py and tools/test.py share."""
+    """The options that ``mmrla train`` and ``mmrla test`` share."""
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     parser.add_argument(
         "--data-root",
@@ -34,10 +34,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=OptionAction,
         metavar="KEY=VALUE",
         help="override settings of the config, such as train_dataloader.batch_size=4; lists as "
-        'key="[a,b]"',
+        "key=\"[a,b]\", dicts as key=\"{'type': 'SGD', 'lr': 0.1}\"",
     )
     add_layout_argument(parser)
     parser.add_argument(
@@ -98,7 +98,10 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         cfg.work_dir = str(Path("work_dirs") / Path(args.config).stem)
     check_config(cfg, splits := tuple(splits))
     set_layout(cfg, args.channels_last)
+    if not any(key.startswith("default_hooks.logger") for key in args.cfg_options or ()):
+        _add_hook(cfg, type="mmrla.LogIntervalHook")
     fit_classes(cfg)
+    fit_workers(cfg)
     check_schedule(cfg)
     check_processes(args.launcher)
     check_data(cfg, splits)
@@ -123,6 +126,19 @@ def fit_classes(cfg: Config) -> None:
                 topk = evaluator["topk"]
                 asked = (topk,) if isinstance(topk, int) else tuple(topk)
                 evaluator["topk"] = tuple(k for k in asked if k == 1 or k <= classes)
+
+
+def fit_workers(cfg: Config) -> None:
+    """Take what only workers can do out of the loaders that have none, in place.
+
+    torch refuses ``persistent_workers`` and ``prefetch_factor`` at ``num_workers=0``, where most
+    configs inherit them.
+    """
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader") or {}
+        if loader.get("num_workers", 0) == 0:
+            for key in ("persistent_workers", "prefetch_factor"):
+                loader.pop(key, None)
 
 
 def check_schedule(cfg: Config) -> None:
@@ -312,6 +328,46 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
         trigger_visualization_hook(cfg, args)
 
 
+def use_tta(cfg: Config) -> None:
+    """Have a test run average over augmented images, in place.
+
+    Args:
+        cfg: Its ``tta_model`` and ``tta_pipeline`` say how. Without them each image is seen as it
+            is and mirrored; a detector's boxes are merged by NMS at an overlap of 0.5.
+
+    Raises:
+        ValueError: The detector finds masks and the config has no ``tta_model`` of its own:
+            mmdet merges boxes alone. Or the test set has no pipeline.
+    """
+    classifies = cfg.get("default_scope") == "mmpretrain"
+    datasets = [dataset for _, dataset in inner_datasets(cfg.get("test_dataloader"), "")]
+    if not datasets or not all("pipeline" in dataset for dataset in datasets):
+        raise ValueError("--tta: test_dataloader.dataset has no pipeline")
+    if "tta_model" not in cfg:
+        if (cfg.model.get("roi_head") or {}).get("mask_head") is not None:
+            raise ValueError(
+                "--tta: mmdet merges boxes alone, and this detector finds masks too; leave them "
+                "out with --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox"
+            )
+        nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+        cfg.tta_model = (
+            dict(type="mmpretrain.AverageClsScoreTTA")
+            if classifies
+            else dict(type="DetTTAModel", tta_cfg=nms)
+        )
+    pipeline = cfg.get("tta_pipeline")
+    for dataset in datasets:
+        *steps, pack = dataset.pipeline
+        if not classifies:
+            # Results are mirrored back by what is noted of each image.
+            pack = {**pack, "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape",
+                                          "scale_factor", "flip", "flip_direction")}  # fmt: skip
+        flips = [dict(type="RandomFlip", prob=prob) for prob in (1.0, 0.0)]
+        both = dict(type="TestTimeAug", transforms=[flips, [pack]])
+        dataset.pipeline = [*steps, both] if pipeline is None else pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
 def prediction_writer(cfg: Config, path: str) -> BaseMetric:
     """A metric that writes all predictions of a test run to a pickle file."""
     if cfg.get("default_scope") == "mmpretrain":
@@ -319,21 +375,3 @@ def prediction_writer(cfg: Config, path: str) -> BaseMetric:
     from mmdet.evaluation import DumpDetResults
 
     return DumpDetResults(out_file_path=path)
-
-
-def build_only(cfg: Config, splits: Iterable[str]) -> None:
-    """Build what a run would build and drop it: a check that writes nothing.
-
-    Args:
-        cfg: The config, after all options.
-        splits: Of classifiers the datasets of these are built too, which shows whether folders and
-            classes go together; a detector's would read all of COCO's annotations.
-    """
-    from mmengine.registry import DATASETS, MODELS, init_default_scope
-
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    model = MODELS.build(cfg.model)
-    build_parts(cfg, model, splits := tuple(splits))
-    if cfg.get("default_scope") == "mmpretrain":
-        for split in splits:
-            DATASETS.build(cfg[f"{split}_dataloader"].dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,22 +149,47 @@ def draw_predictions(
         batch = dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]])
         with torch.no_grad():
             (sample,) = model.test_step(batch)
-        image = mmcv.imconvert(mmcv.imread(sample.img_path), "bgr", "rgb")
-        factor = max(1, -(-min_side // min(image.shape[:2])))
-        size = (image.shape[0] * factor, image.shape[1] * factor)
-        large = cv2.resize(image, size[::-1], interpolation=cv2.INTER_NEAREST)
-        truth, predicted = sample.gt_instances, sample.pred_instances.cpu()
-        shown = sample.new()
+        path = out / f"{Path(sample.img_path).stem}.png"
+        draw_sample(visualizer, sample, path, min_side, score_thr, draw_gt=True)
+        written.append(path)
+    return written
+
+
+def draw_sample(
+    visualizer: Any,
+    sample: Any,
+    path: Path,
+    min_side: int = 480,
+    score_thr: float = 0.5,
+    *,
+    draw_gt: bool = False,
+) -> None:
+    """Write the picture of one image.
+
+    Args:
+        visualizer: An mmdet visualizer that knows the classes.
+        sample: What a detector returns of an image, with its ``img_path``.
+        path: PNG to write.
+        min_side: As in :func:`draw_predictions`.
+        score_thr: Likewise.
+        draw_gt: Whether to draw the ground truth, to the left of the predictions.
+    """
+    image = mmcv.imconvert(mmcv.imread(sample.img_path), "bgr", "rgb")
+    factor = max(1, -(-min_side // min(image.shape[:2])))
+    size = (image.shape[0] * factor, image.shape[1] * factor)
+    large = cv2.resize(image, size[::-1], interpolation=cv2.INTER_NEAREST)
+    shown = sample.new()
+    if draw_gt:
+        truth = sample.gt_instances
         # Ground truth lies in the resized image that the network saw.
         truth = truth.cpu() if hasattr(truth, "cpu") else truth
         scale = sample.metainfo.get("scale_factor", (1.0, 1.0))
         if tuple(scale) != (1.0, 1.0):
             truth.bboxes = truth.bboxes / truth.bboxes.new_tensor(scale).repeat(2)
         shown.gt_instances = _enlarged(truth, factor, size)
-        shown.pred_instances = _enlarged(predicted, factor, size)
-        path = out / f"{Path(sample.img_path).stem}.png"
+    shown.pred_instances = _enlarged(sample.pred_instances.cpu(), factor, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a contour touches the border
         visualizer.add_datasample(
-            path.stem, large, shown, draw_gt=True, pred_score_thr=score_thr, out_file=str(path)
+            path.stem, large, shown, draw_gt=draw_gt, pred_score_thr=score_thr, out_file=str(path)
         )
-        written.append(path)
-    return written

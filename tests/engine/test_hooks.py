@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +9,24 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.hooks import LoggerHook
+from mmengine.model import BaseDataPreprocessor, BaseModel, BaseTTAModel
+from mmengine.optim import OptimWrapper
 from mmengine.registry import VISBACKENDS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.visualization import BaseVisBackend
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mmrla.checkpoints.files import CheckpointError
-from mmrla.engine import CheckLoadHook, LayerAttentionVisHook, TrimHeapHook, build_runner
+from mmrla.engine import (
+    CheckLoadHook,
+    LayerAttentionVisHook,
+    LogIntervalHook,
+    TrimHeapHook,
+    build_runner,
+)
 from mmrla.models import MRLAResNet
 from tests.reliability.resources import resident
 
@@ -185,3 +195,76 @@ def test_runs_without_a_gpu_trim_their_heap(monkeypatch, tmp_path):
         cfg = Config(dict(work_dir=str(tmp_path), custom_hooks=[dict(type="EMAHook")]))
         types = [hook.type for hook in build_runner(cfg).custom_hooks]
         assert types == ["EMAHook"] + ["mmrla.TrimHeapHook"] * (not gpu)
+
+
+class Mirrored(BaseTTAModel):
+    def merge_preds(self, data_samples_list):
+        return data_samples_list
+
+
+class Semi(nn.Module):
+    """Holds two networks as mmdet's teacher-student detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = Detector(LIGHT), Detector(LIGHT)
+
+
+def test_checkpoints_reach_networks_inside_others():
+    """Test-time augmentation's wrapper, and both networks of a teacher-student detector."""
+    trained = Detector(LIGHT)
+    inner = Detector(LIGHT)
+    inner.test_step = None
+    for model, parts in ((Mirrored(module=inner), [inner]), (semi := Semi(), semi.children())):
+        checkpoint = {"state_dict": trained.state_dict()}
+        CheckLoadHook().after_load_checkpoint(runner(model, training=False), checkpoint)
+        load_state_dict(model, checkpoint["state_dict"], strict=True)  # as mmengine loads
+        for part in parts:
+            for key, value in part.state_dict().items():
+                assert torch.equal(value, trained.state_dict()[key]), key
+
+
+def test_resuming_with_another_optimizer_names_load_from():
+    model = Detector(LIGHT)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    checkpoint = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    here = runner(model, training=True, resume=True)
+    for parameters, fits in (
+        (model.parameters(), True),
+        ([{"params": [p]} for p in model.parameters()], False),
+        (model.backbone.parameters(), False),
+    ):
+        here.optim_wrapper = OptimWrapper(torch.optim.SGD(parameters, 0.1))
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="load_from=CHECKPO"):
+            CheckLoadHook().after_load_checkpoint(here, dict(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("length", "interval", "gpu", "expected"),
+    [
+        (1000, 50, True, 50),  # as the config says
+        (50, 50, True, 50),
+        (49, 50, True, 4),  # would log once an epoch
+        (3, 50, True, 1),
+        (1000, 50, False, 10),
+        (1000, 5, False, 5),
+        (30, 10, False, 3),
+    ],
+)
+def test_log_interval(length, interval, gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    logger = LoggerHook(interval=interval)
+    LogIntervalHook().before_train(
+        SimpleNamespace(train_dataloader=[None] * length, hooks=[TrimHeapHook(), logger])
+    )
+    assert logger.interval == expected
+
+
+@pytest.mark.parametrize(("done", "says"), [(2, True), (1, False)])
+def test_resuming_a_finished_run_says_so(done, says, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("mmrla.engine.hooks.print_log", lambda text, **_: said.append(text))
+    loop = SimpleNamespace(max_iters=20, max_epochs=2)
+    here = SimpleNamespace(train_loop=loop, _resume=True, epoch=done, iter=10 * done)
+    CheckLoadHook().before_train(here)
+    assert ["epoch 2 of 2, iteration 20 of 20" in text for text in said] == [True] * says

@@ -1,0 +1,106 @@
+"""Find bad data before a run: missing and truncated images, wrong boxes, ids and classes.
+
+Exit status 0: no errors, warnings at most. 1: errors. 2: nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmrla.datasets.coco_check import ERRORS
+from mmrla.engine.check_sets import DataSet, report, sets_in, sets_of_config, write_json
+from mmrla.engine.config_check import OptionAction, read_config
+from mmrla.engine.data_check import set_data_root
+from mmrla.engine.errors import reporting_errors
+from mmrla.engine.launch import find_config
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        "mmrla check-data", description=__doc__.splitlines()[0], epilog=__doc__.splitlines()[2]
+    )
+    parser.add_argument(
+        "dir",
+        nargs="?",
+        metavar="DIR",
+        help="annotations/*.json beside folders of images (COCO), or class folders of images; with "
+        "--config, its data root",
+    )
+    parser.add_argument("--ann", type=Path, metavar="FILE", help="an annotation file")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="its folder of images")
+    parser.add_argument("--config", help="check the sets of a config, with its classes")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=OptionAction, metavar="KEY=VALUE", help="as in train.py"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every pixel, not only headers and file ends"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that look at images")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        choices=sorted(ERRORS),
+        metavar="KIND",
+        help=f"errors that do not count, of: {', '.join(ERRORS)}",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=20, help="findings of a kind to list, 0 for all (default 20)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all findings to OUT")
+    return parser.parse_args(argv)
+
+
+def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
+    """The sets that the options name."""
+    if (args.ann is None) != (args.images is None):
+        raise ValueError("--ann FILE and --images DIR go together")
+    if sum([args.ann is not None, args.config is not None or args.dir is not None]) != 1:
+        raise ValueError("name DIR, --config CONFIG, or --ann FILE --images DIR")
+    if args.ann is not None:
+        for path, there in ((args.ann, args.ann.is_file()), (args.images, args.images.is_dir())):
+            if not there:
+                raise FileNotFoundError(f"not there: {path.absolute()}")
+        return [DataSet(args.images, args.ann)]
+    if args.config is None:
+        return sets_in(args.dir)
+    cfg = read_config(find_config(args.config))
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.dir is not None:
+        set_data_root(cfg, args.dir)
+    sets = sets_of_config(cfg)
+    for one in sets:
+        if one.ann_file is not None and not one.ann_file.is_file():
+            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.ann_file.absolute()}")
+        if not one.images.is_dir():
+            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.images.absolute()}")
+    return sets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what was found; 1 if there are errors, else 0."""
+    args = parse_args(argv)
+    with reporting_errors():
+        for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if args.json is not None and not args.json.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
+        details: list[dict] = []
+        lines = report(
+            sets_to_check(args), decode=args.decode, workers=args.workers, allow=args.allow,
+            limit=args.limit, details=details,
+        )  # fmt: skip
+        errors = 0
+        for line in lines:
+            if isinstance(line, int):
+                errors = line
+            else:
+                print(line, flush=True)
+        if args.json is not None:
+            write_json(details, args.json)
+    return 1 if errors else 0

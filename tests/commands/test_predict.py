@@ -1,0 +1,154 @@
+"""``mmrla predict`` against what mmdet and mmpretrain themselves find in the same images."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from mmrla.cli import main
+from mmrla.datasets import generate_shapes
+from tests.conftest import ROOT
+
+DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("predict"), num_train=1, num_val=2)
+
+
+def save(cfg: Config, path, **meta) -> str:
+    """A checkpoint of random weights."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build({**cfg.model, "data_preprocessor": cfg.get("data_preprocessor")}
+                             if "data_preprocessor" in cfg else cfg.model)  # fmt: skip
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return str(path)
+
+
+def predict(config, checkpoint, *words: object) -> list[dict]:
+    main(["predict", str(config), checkpoint, *map(str, words), "--json", "found.json"])
+    with open("found.json") as file:
+        return json.load(file)
+
+
+def test_boxes_masks_and_pictures(images, tmp_path, monkeypatch, capsys):
+    from mmdet.apis import inference_detector, init_detector
+    from pycocotools.mask import decode
+
+    monkeypatch.chdir(tmp_path)
+    checkpoint = save(Config.fromfile(DEMO), tmp_path / "weights.pth")
+    folders = [images / "train2017", images / "val2017"]  # whose files have the same names
+    files = [path for folder in folders for path in sorted(folder.iterdir())]
+    assert len({path.name for path in files}) < len(files) == 3
+    model = init_detector(str(DEMO), checkpoint, device="cpu")
+    expected = [inference_detector(model, str(path)).pred_instances for path in files]
+    threshold = expected[0].scores.sort(descending=True).values[4].item()
+
+    found = predict(DEMO.stem, checkpoint, *folders, "--score-thr", threshold, "--out-dir", "out")
+    assert [one["image"] for one in found] == [str(path) for path in files]
+    for one, instances in zip(found, expected, strict=True):
+        instances = instances[instances.scores >= threshold]
+        objects = one["objects"]
+        np.testing.assert_allclose([o["box"] for o in objects], instances.bboxes, atol=1e-3)
+        np.testing.assert_allclose([o["score"] for o in objects], instances.scores, atol=1e-6)
+        names = [("circle", "square", "triangle")[label] for label in instances.labels.tolist()]
+        assert [o["name"] for o in objects] == names
+        masks = np.stack([decode(o["mask"]) for o in objects])
+        assert masks.shape[1:] == (one["height"], one["width"])
+        assert (masks == instances.masks.numpy()).mean() > 0.9999
+    assert len(found[0]["objects"]) == 5
+    pictures = list((tmp_path / "out").iterdir())
+    assert len(pictures) == 3
+    printed = capsys.readouterr().out
+    for picture in pictures:
+        assert min(cv2.imread(str(picture)).shape[:2]) >= 480
+        assert f"-> out/{picture.name}" in printed
+
+    # at a threshold that nothing reaches: the image as it is
+    predict(DEMO, checkpoint, files[0], "--score-thr", 1, "--out-dir", "none")
+    (picture,) = (tmp_path / "none").iterdir()
+    drawn, image = cv2.imread(str(picture)), cv2.imread(str(files[0]))
+    size = drawn.shape[:2]
+    np.testing.assert_array_equal(
+        drawn, cv2.resize(image, size[::-1], interpolation=cv2.INTER_NEAREST)
+    )
+
+
+def test_a_classifier(images, tmp_path, monkeypatch):
+    from mmpretrain import ImageClassificationInferencer
+
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    options = {"model.backbone.depth": 18, "model.head.in_channels": 512}
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(options)
+    cfg.model.backbone.init_cfg = None
+    names = [f"animal {number}" for number in range(1000)]
+    checkpoint = save(cfg, tmp_path / "weights.pth", dataset_meta=dict(classes=names))
+    image = next((images / "val2017").iterdir())
+    words = [f"{key}={value}" for key, value in options.items()]
+    (found,) = predict(config, checkpoint, image, "--cfg-options", *words)
+    (expected,) = ImageClassificationInferencer(cfg, checkpoint, device="cpu")(str(image))
+    best = np.argsort(expected["pred_scores"])[::-1][:5]
+    assert [one["name"] for one in found["classes"]] == [names[label] for label in best]
+    np.testing.assert_allclose(
+        [one["score"] for one in found["classes"]], expected["pred_scores"][best], rtol=1e-4
+    )
+    (picture,) = (tmp_path / "work_dirs/predict").iterdir()
+    plain = cv2.resize(cv2.imread(str(image)), cv2.imread(str(picture)).shape[1::-1])
+    assert (cv2.imread(str(picture)) != plain).mean() > 0.01
+
+
+def test_arrays_of_cifar_are_rgb(images, tmp_path, monkeypatch):
+    """CIFAR's pipeline reads no file; the data set gives RGB, so a file must be turned."""
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs/cifar/resnet20_mrla-base_cifar10.py"
+    cfg = Config.fromfile(config)
+    checkpoint = save(cfg, tmp_path / "weights.pth")
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    (found,) = predict(config, checkpoint, "image.png")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(torch.load(checkpoint)["state_dict"])
+    mean, std = (torch.tensor(cfg.data_preprocessor[key]) for key in ("mean", "std"))
+    rgb = (torch.from_numpy(image[..., ::-1].copy()).float() - mean) / std
+    scores = model(rgb.permute(2, 0, 1)[None]).softmax(1)[0]
+    assert [one["label"] for one in found["classes"]] == scores.topk(5).indices.tolist()
+    np.testing.assert_allclose(
+        [one["score"] for one in found["classes"]], scores.topk(5).values.detach(), rtol=1e-4
+    )
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+    assert [one["name"] for one in found["classes"]] == [
+        classes[one["label"]] for one in found["classes"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["weights.pth", "no/such*.jpg"], "IMAGE: nothing matches"),
+        (["weights.pth", "text.png"], "not an image"),
+        (["gone.pth", "image.png"], "no such checkpoint"),
+        (["weights.pth", "image.png", "--score-thr", "30"], "--score-thr must be from 0 to 1"),
+        (["other.pth", "image.png"], "no key matches the model"),
+    ],
+)
+def test_bad_input(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("text")
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
+    torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / "other.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(DEMO), *words])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "work_dirs").exists()
