@@ -35,7 +35,12 @@ from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-REASONS = {"installs packages", "installs git hooks", "run by tests/projects"}
+REASONS = {
+    "installs packages",
+    "installs git hooks",
+    "run by tests/projects",
+    "run by tests/test_names.py",
+}
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
     "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
