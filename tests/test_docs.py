@@ -38,7 +38,12 @@ from tests.conftest import ROOT
 from tests.datasets.test_voc import write_voc
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-REASONS = {"installs packages", "installs git hooks", "run by tests/projects"}
+REASONS = {
+    "installs packages",
+    "installs git hooks",
+    "run by tests/projects",
+    "run by tests/test_names.py",
+}
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
     "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
