@@ -446,7 +446,7 @@ def test_every_option_is_there():
     """Those in the text; blocks are run."""
     sources = [*(ROOT / "tools").rglob("*"), *(ROOT / "mmrla").rglob("*.py")]
     source = "\n".join(path.read_text() for path in sources if path.suffix in (".py", ".sh"))
-    known = set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", source)) | {"--nproc_per_node"}
+    known = set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", source)) | {"--help", "--nproc_per_node"}
     for page in PAGES:
         code = " ".join(re.findall(r"`([^`]+)`", prose(page)))
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Trainer(cfg, 0, device)
                 for loader in (cfg.train_dataloader, cfg.test_dataloader):
                     load_split(loader.dataset, device)
+            print(f"dry run: {len(configs)} networks and their data are fine")
             return
         if args.amp:
             warn_of_slow_bfloat16()

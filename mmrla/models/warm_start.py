@@ -99,7 +99,7 @@ class WarmStart:
         return f"WarmStart from {self.checkpoint}"
 
 
-def start_as_identity(host: nn.Module) -> None:
+def start_as_identity(host: Any) -> None:
     """Let each layer attention of a host add nothing at first; its gradients are not all zero."""
     for part in host.modules():
         start: Any = getattr(part, "start_as_identity", None)

@@ -191,16 +191,15 @@ class MRLAResNet(ResNet):
             "layer_attention": layer_attention,
             "mrla_drop_path_rate": mrla_drop_path_rate,
         }
-        super().__init__(
-            blocks if several else blocks[0], layers, *args, block_args=block_args, **kwargs
-        )
+        chosen: Any = blocks if several else blocks[0]
+        super().__init__(chosen, layers, *args, block_args=block_args, **kwargs)
         for name, stage in self.named_children():
             if layer_attention is None or not name.startswith("layer"):
                 continue
-            first, *others = stage
-            for other in others:
-                other.mrla.share(first.mrla)
-            stage[-1].mrla_last = True
+            blocks_of_stage: list[Any] = list(stage.children())
+            for other in blocks_of_stage[1:]:
+                other.mrla.share(blocks_of_stage[0].mrla)
+            blocks_of_stage[-1].mrla_last = True
 
     def init_weights(self, zero_init_last: bool = True) -> None:
         """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
