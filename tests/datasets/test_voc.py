@@ -131,6 +131,7 @@ def test_folders_and_lists_that_are_not_there(voc, tmp_path):
         voc_to_coco(voc)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param("", marks=pytest.mark.slow), "_mrla",
              pytest.param("_mrla-base", marks=pytest.mark.slow)],
@@ -154,7 +155,9 @@ def test_detectors_of_blood_cells_train(kind, tmp_path):
         assert not one.check(decode=False, workers=1)
     cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / "lite0.pth")
     cfg.model.test_cfg.score_thr = 0.0  # so that there are detections after two steps
-    cfg.work_dir, cfg.experiment_name = str(tmp_path / "run"), "run"
+    cfg.work_dir = str(tmp_path / "run")
+    # Runs of one process find experiments and visualizers again by their names.
+    cfg.experiment_name = cfg.visualizer.name = tmp_path.name
     cfg.train_cfg.max_epochs = cfg.train_cfg.val_interval = 2
     runner = Runner.from_cfg(cfg)
     runner.train()

@@ -393,15 +393,15 @@ def test_depth_of_groups_and_shared_stochastic_depth():
     assert rates == [0] * 5  # as released
     for model in (
         MRLAVisionTransformer(**TOKENS, patch_size=8, drop_path_rate=0.2, mrla_drop_path_rate=None),
-        MRLACeiT(**TOKENS, stem_channels=8, drop_path_rate=0.2),
+        MRLACeiT(**TOKENS, stem_channels=8, drop_path_rate=0.2, mrla_drop_path_rate=None),
     ):
         rates = [getattr(layer.mrla.drop_path, "drop_prob", 0) for layer in model.layers]
         assert np.allclose(rates, [0, 0.05, 0.1, 0.15, 0.2])
-    net = MRLAEfficientNet("b0", drop_path_rate=0.2)
+    net = MRLAEfficientNet("b0", drop_path_rate=0.2, mrla_drop_path_rate=None)
     for block in net._blocks():
         if hasattr(block, "mrla"):
             assert block.mrla.drop_path.drop_prob == pytest.approx(block.drop_path.drop_prob)
-    pvt = MRLAPyramidVisionTransformerV2(**PVT, drop_path_rate=0.3)
+    pvt = MRLAPyramidVisionTransformerV2(**PVT, drop_path_rate=0.3, mrla_drop_path_rate=None)
     for stage in pvt.layers:
         for block in stage[1]:
             own = block.attn.dropout_layer.drop_prob

@@ -265,7 +265,11 @@ def test_norm_follows_norm_cfg(norm_cfg, name, cls):
 
 
 def test_drop_path_of_the_attention_branch():
-    shared = MRLAResNet(18, **SMALL, layer_attention=LIGHT, drop_path_rate=0.4)
+    none = MRLAResNet(18, **SMALL, layer_attention=LIGHT, drop_path_rate=0.4)
+    assert isinstance(none.layer4[-1].mrla_drop_path, nn.Identity)
+    shared = MRLAResNet(
+        18, **SMALL, layer_attention=LIGHT, drop_path_rate=0.4, mrla_drop_path_rate=None
+    )
     last = shared.layer4[-1]
     assert last.mrla_drop_path.drop_prob == last.drop_path.drop_prob == pytest.approx(0.4)
     assert isinstance(shared.layer1[0].mrla_drop_path, nn.Identity)
@@ -284,7 +288,7 @@ def test_initialisation():
     model = MRLAResNet(50, layer_attention=LIGHT, init_cfg=None, base_channels=16)
     model.init_weights()
     for name, parameter in model.named_parameters():
-        if name.endswith("bn3.weight"):
+        if name.endswith(("bn3.weight", "bn_mrla.weight")):
             assert (parameter == 0).all(), name
         elif "bn" in name and name.endswith("weight"):
             assert (parameter == 1).all(), name

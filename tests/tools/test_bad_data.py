@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT
 from tests.tools.test_tools import losses, one_error, run
@@ -20,6 +22,7 @@ def train(data, work_dir, *options: str, ok: bool = True):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_skips_and_counts_or_stops(tmp_path):
     data = generate_shapes(tmp_path / "data", num_train=12, num_val=1)
     image = data / "train2017/000000000003.png"

@@ -102,6 +102,7 @@ def test_the_commands(imagenet, tmp_path):
     assert cv2.imread(str(pictures[0])) is not None
 
 
+@pytest.mark.slow
 def test_classes_of_ones_own(tmp_path):
     """What README says, with a recipe that mixes images, on three folders whose names repeat."""
     rng = np.random.default_rng(0)
@@ -321,6 +322,7 @@ def test_crops_and_flips():
         assert torch.equal(out, crop.flip(2) if flip else crop)
 
 
+@pytest.mark.slow
 def test_cifar_command_and_runner(cifar, tmp_path):
     """The device trainer's command, and the ordinary tools on the same config and folder."""
     root, layout, _ = cifar

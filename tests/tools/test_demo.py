@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import cv2
+import pytest
 
 from mmrla.engine.report import newest, read_scalars
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_demo_learns(tmp_path):
     out = tmp_path / "demo"
     done = subprocess.run(

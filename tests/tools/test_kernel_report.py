@@ -85,10 +85,13 @@ def test_compiled_loops_carry_their_names(kernel_report):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--nchw"]], ids=["channels_last", "nchw"])
 @pytest.mark.parametrize("kind", ["light", "base"])
-def test_no_kernel_spills(kind, layout, kernel_report, capsys):
+def test_kernels_spill_a_few_registers_at_most(kind, layout, kernel_report, capsys):
+    """Before and after their loops; what spilled inside one took 2,000 bytes and all the speed."""
     kernel_report.main([kind, "--heights", "14", *layout])
     out = capsys.readouterr().out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
     place = rows[0].index("spilled")
-    assert {row[0].strip("| "): row[place] for row in rows[1:] if row[place] != "0"} == {}
+    spilled = {row[0].strip("| "): int(row[place]) for row in rows[1:] if row[place].isdigit()}
+    assert len(spilled) > 5
+    assert {name: count for name, count in spilled.items() if count > 64} == {}
     assert "in all" in out

@@ -127,6 +127,7 @@ def test_resume_goes_on(trained, coco_mini, tmp_path):
     assert torch.load(tmp_path / "epoch_2.pth", weights_only=False)["meta"]["epoch"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -155,6 +156,7 @@ def test_the_other_detectors(config, coco_mini, tmp_path):
     assert "LR is set based on batch size of 16 and the current batch size is 2" in log
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_identical_weights(coco_mini, tmp_path):
     """gloo on the CPU, chosen by itself; each process writes a digest of its weights at the end."""
     (tmp_path / "digest_hook.py").write_text(
