@@ -15,7 +15,8 @@ try:
 except ImportError as _error:
     raise ImportError(
         "mmrla.timm needs timm, which is not installed: pip install 'timm>=1.0.31', or mmrla with "
-        "its extra, mmrla[timm]"
+        "its extra, mmrla[timm]",
+        name="timm",
     ) from _error
 
 from timm.models import (
