@@ -214,8 +214,8 @@ def collect(place: Place) -> dict[str, dict[str, dict[str, Any]]]:
     return record
 
 
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def _spread(values: list[float], sign: str = "") -> str:
+    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -237,7 +237,7 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
         cells.append(", ".join(f"{value[0]:.1f}" for value in last.values()))
         both = [seed for seed in last if seed in plain]
         gains = [last[seed][0] - plain[seed]["curve"][-1][1][0] for seed in both]
-        cells.append("" if row is experiment.rows[0] or not gains else f"{_signed(gains)}")
+        cells.append("" if row is experiment.rows[0] or not gains else _spread(gains, "+"))
         seconds = mean(found["seconds"] for found in of_row.values())
         cells.append(f"{seconds:.0f}")
         times = [of_row[seed]["seconds"] / plain[seed]["seconds"] for seed in both]
@@ -245,10 +245,6 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
         cells.append(" ".join(f"`{found['digest']}`" for _, found in sorted(of_row.items())))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _signed(gains: list[float]) -> str:
-    return f"{mean(gains):+.1f}" + (f" ± {stdev(gains):.1f}" if len(gains) > 1 else "")
 
 
 def summary(record: Mapping[str, Any]) -> Iterator[str]:
@@ -343,8 +339,9 @@ def main() -> None:
         if not args.rows or row.name in args.rows
     ]
     with reporting_errors():
+        done = collect(place)
         for name, row, seed in tqdm([] if args.write_only else planned):
-            if str(seed) in collect(place)[name][row.name]:
+            if str(seed) in done[name][row.name]:
                 continue
             if args.hours is not None and time.monotonic() - started > 3600 * args.hours:
                 break

@@ -34,6 +34,30 @@ class Retrieval(NamedTuple):
     """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
 
 
+class Carried(NamedTuple):
+    """What a layer hands to the next of its group: its output and the state of the attention.
+
+    A container between them, such as ``nn.Sequential``, passes it on unseen, so the state is
+    nobody's attribute: it cannot outlive a forward, and checkpointing, DDP and torch.compile see a
+    function of arguments.
+    """
+
+    x: Tensor
+    state: Any
+
+
+def start_as_identity(host: Any) -> None:
+    """Let each layer attention of a network add nothing at first; its gradients are not all zero.
+
+    Args:
+        host: Its parts that have a method ``start_as_identity`` are asked.
+    """
+    for part in host.modules():
+        start: Any = getattr(part, "start_as_identity", None)
+        if start is not None:
+            start()
+
+
 class LayerAttention(nn.Module, metaclass=ABCMeta):
     """A module that lets a layer retrieve from the layers before it.
 

@@ -16,10 +16,11 @@ from mmrla.checkpoints.files import safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
 from mmrla.layers.checks import check_bool
+from mmrla.layers.layer_attention import start_as_identity
 from mmrla.models.arguments import check_rate, naming
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
-from mmrla.models.warm_start import init_weights_warm, start_as_identity
+from mmrla.models.warm_start import init_weights_warm
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 

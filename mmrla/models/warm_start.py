@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, initialize
@@ -15,6 +14,7 @@ from mmrla.checkpoints.files import CheckpointError
 from mmrla.checkpoints.plan import is_warm_start
 from mmrla.checkpoints.report import is_mrla_key, plugin_keys
 from mmrla.layers import LayerAttention
+from mmrla.layers.layer_attention import start_as_identity
 from mmrla.registry import WEIGHT_INITIALIZERS
 
 
@@ -97,14 +97,6 @@ class WarmStart:
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
-
-
-def start_as_identity(host: Any) -> None:
-    """Let each layer attention of a host add nothing at first; its gradients are not all zero."""
-    for part in host.modules():
-        start: Any = getattr(part, "start_as_identity", None)
-        if start is not None:
-            start()
 
 
 def _starts_as_identity(module: nn.Module) -> bool:

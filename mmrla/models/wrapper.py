@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.layers.checks import check_bool, is_count
+from mmrla.layers.layer_attention import Carried
 from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
 from mmrla.models.host import (
@@ -37,17 +38,6 @@ from mmrla.models.tracing import (
     watching,
 )
 from mmrla.registry import MODELS
-
-
-class _Carried(NamedTuple):
-    """What a layer hands to the next of its group: its output and the state of the attention.
-
-    The container between them passes it on unseen, so the state is nobody's attribute: it cannot
-    outlive a forward, and checkpointing, DDP and torch.compile see a function of arguments.
-    """
-
-    x: Tensor
-    state: Any
 
 
 def _restore(mixin: type, base: type) -> Any:
@@ -87,7 +77,7 @@ class LayerWithAttention(_Joined):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Map what the layer maps, or what the group's previous layer hands over."""
         state = None
-        if isinstance(x, _Carried):
+        if isinstance(x, Carried):
             x, state = x
         out = super().forward(x, *args, **kwargs)
         if self.mrla_grid is None:
@@ -96,7 +86,7 @@ class LayerWithAttention(_Joined):
             key = self.mrla_grid
             height, width = args[key] if isinstance(key, int) else kwargs[key]
             out, state = self.mrla(out, x, (height, width), 0, state)
-        return out if self.mrla_last else _Carried(out, state)
+        return out if self.mrla_last else Carried(out, state)
 
     def _shortcut(self, x: Tensor) -> Tensor:
         """The layer's identity branch: its input, after the projection where there is one."""

@@ -6,26 +6,16 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 4, Figure 2a and Figure 4.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from timm.layers import get_norm_layer
 from timm.models import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from mmrla.layers.layer_attention import Carried, start_as_identity
 from mmrla.layers.norm import is_plain
 from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
-
-
-class Carried(NamedTuple):
-    """What a block hands to the next of its stage: its output and the state of the attention.
-
-    ``nn.Sequential`` between them passes it on unseen, so the state is nobody's attribute, and
-    checkpointing, DDP and torch.compile see a function of arguments.
-    """
-
-    x: Tensor
-    state: Any
 
 
 class _LayerAttentionBlock:
@@ -81,6 +71,11 @@ class _LayerAttentionBlock:
                 o, state = self.mrla(out, shortcut, state)
                 out = out + self.mrla_drop_path(self.bn_mrla(o))
         return out if self.mrla is None or self.mrla_last else Carried(out, state)
+
+    def start_as_identity(self) -> None:
+        """Make what the layer attention adds zero; the norm's gamma has a gradient."""
+        for parameter in self.bn_mrla.parameters() if self.mrla is not None else ():
+            nn.init.zeros_(parameter)
 
     def _fuses_tail(self, z: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> bool:
         """Whether the block's end is what a layer attention may do in one operation."""
@@ -204,10 +199,8 @@ class MRLAResNet(ResNet):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
         super().init_weights(zero_init_last)
-        for module in self.modules() if self.zero_init_mrla else ():
-            if isinstance(module, _LayerAttentionBlock) and module.mrla is not None:
-                for parameter in module.bn_mrla.parameters():
-                    nn.init.zeros_(parameter)
+        if self.zero_init_mrla:
+            start_as_identity(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As timm's.

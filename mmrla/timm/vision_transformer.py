@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmrla.layers.builder import TOKEN_DEFAULTS
 from mmrla.layers.checks import check_count
+from mmrla.layers.layer_attention import start_as_identity
 from mmrla.layers.token_branch import TokenBranch
 from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
 
@@ -57,17 +58,14 @@ class _LayerAttentionTransformer:
             rate = drop_path_of(mrla_drop_path_rate, block)
             # A child of its block, so that what freezes or scales the block does it to both.
             block.mrla = TokenBranch(attention, lambda: norm(self.embed_dim), rate).to(**where)
-        self._start_as_identity()
-
-    def _start_as_identity(self) -> None:
-        for module in self.modules() if self.zero_init_mrla else ():
-            if isinstance(module, TokenBranch):
-                module.start_as_identity()
+        if self.zero_init_mrla:
+            start_as_identity(self)
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
         super().init_weights(*args, **kwargs)
-        self._start_as_identity()
+        if self.zero_init_mrla:
+            start_as_identity(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As timm's.

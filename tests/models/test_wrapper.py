@@ -13,8 +13,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import mmrla.registry
+from mmrla.layers.layer_attention import Carried
 from mmrla.models import LayerAttentionWrapper
-from mmrla.models.wrapper import _Carried
 from tests.conftest import needs_new_compiler, relative_error
 
 LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
@@ -242,7 +242,7 @@ def test_an_exception_leaves_nothing_behind():
         handle = block.register_forward_pre_hook(nested)
         assert all(map(torch.equal, model(image), expected))
     assert not any(
-        isinstance(v, (_Carried, torch.Tensor)) for m in model.modules() for v in vars(m).values()
+        isinstance(v, (Carried, torch.Tensor)) for m in model.modules() for v in vars(m).values()
     )
 
 
