@@ -383,7 +383,7 @@ def test_class_attention_in_a_detector(tool, images):
     [
         ((BASE, "--images", "nowhere/*.jpg"), "--images: nothing matches"),
         ((BASE, "--images", __file__), "not an image that OpenCV can read"),
-        ((BASE, "--images", ROOT / "docs"), "--images: no image (.jpg"),
+        ((BASE, "--images", ROOT / "requirements"), "--images: no image (.jpg"),
         ((BASE, "missing.pth", "--images", "IMAGE"), "no such checkpoint"),
         ((BASE, "--images", "IMAGE", "--size", 64, "--heads", 5, "--cfg-options", *SMALL),
          "no head 5 in layer1, which has 1: 0 to 0"),
