@@ -36,6 +36,7 @@ from mmrla.datasets import generate_shapes
 from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
 from tests.datasets.test_voc import write_voc
+from tests.zygote import run_command
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASONS = {
@@ -270,15 +271,16 @@ def test_commands(commands, checkout):
         variables = dict(a.split("=", 1) for a in itertools.takewhile(lambda a: "=" in a, argv))
         del argv[: len(variables)]
         make_inputs(argv, way)
-        if argv[0] == "python":
-            argv[0] = sys.executable
-        elif argv[0] == "mmrla":
-            argv[:1] = [sys.executable, "-m", "mmrla"]
-        done = subprocess.run(
-            argv, cwd=checkout, capture_output=True, text=True, timeout=900, check=False,
-            env={**of_a_newcomer(), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
-                 "OMP_NUM_THREADS": "1", **variables},
-        )  # fmt: skip
+        env = {**of_a_newcomer(), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+               "OMP_NUM_THREADS": "1", **variables}  # fmt: skip
+        if argv[0] in ("python", "mmrla"):
+            start = argv[1:] if argv[0] == "python" else ["-m", *argv]
+            done = run_command(*start, cwd=checkout, environ=env)
+        else:
+            done = subprocess.run(
+                argv, cwd=checkout, capture_output=True, text=True, timeout=900, check=False,
+                env=env,
+            )  # fmt: skip
         # check-env says by its status whether it found something wrong with the machine.
         bad = 1 if "check-env" in command else 0
         assert done.returncode in (0, bad), f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch
 from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
 from tests.conftest import ROOT
+from tests.zygote import run_command
 
 STATE = {"conv1.weight": torch.arange(4096.0), "bn1.bias": torch.zeros(3)}
 
@@ -146,10 +145,7 @@ def test_commands_report_bad_files_in_one_line(tmp_path):
     path.write_bytes(BAD["html"][0])
     for command in (["convert_checkpoint.py", path, tmp_path / "out.pth"],
                     ["publish_checkpoint.py", path, tmp_path / "out"]):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, ROOT / "tools" / command[0], *command[1:]],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run_command(ROOT / "tools" / command[0], *command[1:])
         assert done.returncode == 2
         assert "error: " in done.stderr
         assert "this is a web page" in done.stderr

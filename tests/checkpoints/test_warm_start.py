@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from mmpretrain.models import ResNet as PlainResNet
@@ -15,6 +12,7 @@ from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.models import MRLAResNet, MRLAResNeXt
 from tests.conftest import ROOT, generated, relative_error
+from tests.zygote import run_command
 
 LIGHT = dict(type="MRLALight", head_channels=32)
 BASE = dict(type="MRLABase", head_channels=16)
@@ -293,10 +291,9 @@ def test_convert_and_publish_commands(tmp_path):
     torch.save(training, tmp_path / "epoch_3.pth")
 
     def tool(name, *arguments):
-        return subprocess.run(
-            [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        done = run_command(ROOT / "tools" / name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     released, back = tmp_path / "released.pth", tmp_path / "back.pth"
     said = tool("convert_checkpoint.py", tmp_path / "epoch_3.pth", released, "--to", "released")

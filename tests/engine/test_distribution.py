@@ -14,7 +14,7 @@ import pytest
 
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT, free_port
-from tests.engine.zygote import Zygote
+from tests.zygote import Zygote
 
 CASES = Path(__file__).with_name("distribution_cases.py")
 

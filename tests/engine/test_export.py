@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from mmrla.engine.export import export_onnx, exportable, onnx_error
 from mmrla.engine.inspection import build_network
 from tests.conftest import ROOT
+from tests.zygote import run_command
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -65,11 +65,10 @@ def test_other_hosts_at_one_size(host, kind, tmp_path):
 
 @pytest.mark.slow
 def test_a_single_stage_detector_by_the_tool(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
-         "--size", "128", "160", "--out", tmp_path, "--cfg-options", "model.backbone.depth=18",
-         "model.neck.in_channels=[64,128,256,512]"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+    done = run_command(
+        ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
+        "--size", 128, 160, "--out", tmp_path, "--cfg-options", "model.backbone.depth=18",
+        "model.neck.in_channels=[64,128,256,512]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6

@@ -28,7 +28,7 @@ from mmrla.datasets import generate_shapes
 from mmrla.engine.launch import check_weights
 from mmrla.engine.resume import ResumableBatches
 from tests.conftest import ROOT, free_port
-from tests.engine.zygote import Zygote, kill
+from tests.zygote import Zygote, kill
 
 TRAIN = ROOT / "tools/train.py"
 

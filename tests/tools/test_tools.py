@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.zygote import run_command
 
 # Image scale, iterations and no pretrained weights; nothing else differs from a real run.
 TINY = [
@@ -32,13 +33,13 @@ EVERY_SCORE = ["model.test_cfg.rcnn.score_thr=0.0"]
 
 
 def run(*command: object, cwd: Path | None = None, ok: bool = True, **env: str):
-    words = [str(word) for word in command]
-    if words[0].endswith(".py"):
-        words.insert(0, sys.executable)
-    done = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "PYTHON": sys.executable, **env},
-    )  # fmt: skip
+    if str(command[0]).endswith(".py"):
+        done = run_command(*command, cwd=cwd, **env)
+    else:
+        done = subprocess.run(
+            [str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=900,
+            check=False, env={**os.environ, "PYTHON": sys.executable, **env},
+        )  # fmt: skip
     if ok:
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
@@ -62,15 +63,9 @@ def trained(coco_mini, tmp_path_factory):
     home = tmp_path_factory.mktemp("mask_rcnn")
     config = ROOT / "configs/mask_rcnn_r50_mrla_1x.py"
     done = run(
-        ROOT / "tools/train.py",
-        config,
-        "--data-root",
-        coco_mini,
-        "--cfg-options",
-        *TINY,
-        *EVERY_SCORE,
-        cwd=home,
-    )
+        sys.executable, ROOT / "tools/train.py", config, "--data-root", coco_mini,
+        "--cfg-options", *TINY, *EVERY_SCORE, cwd=home,
+    )  # fmt: skip
     return config, home / "work_dirs/mask_rcnn_r50_mrla_1x", done.stdout + done.stderr
 
 
