@@ -156,17 +156,21 @@ def check_schedule(cfg: Config) -> None:
             )
 
 
+# Where parts of a model name files of weights: init_cfg, older arguments, and teachers.
+_WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
+
+
 def _check_initial_weights(node: object, where: str) -> None:
-    """Raise FileNotFoundError where an ``init_cfg`` names a local checkpoint that is not there."""
+    """Raise FileNotFoundError if a part of the model names a local checkpoint that is not there."""
+    if isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            _check_initial_weights(value, f"{where}[{index}]")
     if not isinstance(node, Mapping):
         return
     for key, value in node.items():
-        if key == "init_cfg" and isinstance(value, Mapping):
-            path = value.get("checkpoint")
-            if path and "://" not in path and not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"{where}.init_cfg.checkpoint: no such file: {Path(path).absolute()}"
-                )
+        local = key in _WEIGHTS and isinstance(value, str) and value and "://" not in value
+        if local and not Path(value).is_file():
+            raise FileNotFoundError(f"{where}.{key}: no such file: {Path(value).absolute()}")
         _check_initial_weights(value, f"{where}.{key}")
 
 
