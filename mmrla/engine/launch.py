@@ -20,6 +20,7 @@ from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
 from mmrla.engine.config_check import OptionAction, check_config, read_config
 from mmrla.engine.data_check import check_data, evaluators, inner_datasets, set_data_root
+from mmrla.engine.evaluator_check import check_evaluators
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +106,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     check_schedule(cfg)
     check_processes(args.launcher)
     check_data(cfg, splits)
+    check_evaluators(cfg, splits)
     if "train" in splits:
         _check_initial_weights(cfg.get("model"), "model")
     return cfg
