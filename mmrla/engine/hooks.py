@@ -200,7 +200,6 @@ class TrimHeapHook(Hook):
         give_back_free_memory()
 
 
-
 @HOOKS.register_module()
 class ClassificationVisHook(VisualizationHook):
     """mmpretrain's hook, whose pictures are named by the image's folder and name.

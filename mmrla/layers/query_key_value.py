@@ -88,7 +88,7 @@ class QueryKeyValue(LayerAttention):
         return self.called(self.query, means), self.called(self.key, means)
 
     @staticmethod
-    def called(layer: nn.Module, means: Tensor) -> Tensor:
+    def called(layer: nn.Conv1d | nn.Linear, means: Tensor) -> Tensor:
         """:func:`mmrla.ops.reference.project` by a call of the query or the key."""
         if layer.weight.dtype != means.dtype:
             return project(means, layer.weight)

@@ -66,8 +66,8 @@ def test_parts_find_themselves_in_a_whole_detector(trained, extra):
     """Backbone, neck and a head two levels down, none of them told its prefix."""
     source, path = trained
     init = dict(type="Pretrained", checkpoint=path, **extra)
-    model = Detector(classes=5, backbone=init, neck=[dict(type="Constant", val=1, layer="Conv2d"), init],
-                     bbox_head=init)  # fmt: skip
+    neck = [dict(type="Constant", val=1, layer="Conv2d"), init]
+    model = Detector(classes=5, backbone=init, neck=neck, bbox_head=init)
     model.init_weights()
     assert same(model.backbone, source.backbone)
     assert same(model.neck, source.neck)

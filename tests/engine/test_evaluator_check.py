@@ -36,7 +36,7 @@ def test_another_set_is_refused(tmp_path):
         check_evaluators(config(tmp_path, evaluator=evaluator), ["train", "val", "test"])
     for evaluator, message in (
         ("other.json", r"image 1 is 'b.jpg' in .*own.json, and 'z.jpg' there"),
-        ("fewer.json", r"image 1 is 'b.jpg' in .*, and missing there.*Set val_evaluator\[0\].ann_f"),
+        ("fewer.json", r"image 1 is 'b.jpg' in .*, and missing there.*Set val_evaluator\[0\]"),
         ("swapped.json", "category 0 is 'bolt' in .*, and 'nut' there"),
     ):
         cfg = config(tmp_path, evaluator=evaluator)
