@@ -1,13 +1,15 @@
-"""Whether COCO's metrics compare predictions with the images that are predicted on."""
+"""What mmdet's COCO metrics and datasets do not check: whether their files belong together."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 
 from mmrla.engine.data_check import evaluators, inner_datasets, path_under
 
@@ -44,6 +46,23 @@ def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
         for place, file in metrics:
             if file.resolve() != path.resolve():
                 _compare(place, file, where, path)
+
+
+def warn_of_unchecked(cfg: Config, splits: Iterable[str]) -> None:
+    """Log which sets in COCO's format are read by a dataset that does not check them."""
+    places = [
+        where
+        for split in splits
+        for where, one in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader")
+        if _kind(one).endswith("CocoDataset") and not _kind(one).endswith("CheckedCocoDataset")
+    ]
+    if places:
+        print_log(
+            f"{', '.join(places)}: type='mmrla.CheckedCocoDataset' would check annotations and "
+            "images; for this type, run mmrla check-data --config",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def _compare(place: str, file: Path, where: str, path: Path) -> None:

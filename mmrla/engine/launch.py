@@ -20,7 +20,7 @@ from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
 from mmrla.engine.config_check import OptionAction, check_config, read_config
 from mmrla.engine.data_check import check_data, evaluators, inner_datasets, set_data_root
-from mmrla.engine.evaluator_check import check_evaluators
+from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +107,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     check_processes(args.launcher)
     check_data(cfg, splits)
     check_evaluators(cfg, splits)
+    warn_of_unchecked(cfg, splits)
     if "train" in splits:
         _check_initial_weights(cfg.get("model"), "model")
     return cfg
@@ -285,8 +286,8 @@ def set_layout(cfg: Config, channels_last: bool | None) -> None:
     _add_hook(cfg, type="mmrla.ChannelsLastHook", enabled=channels_last)
 
 
-def _name_of(hook: object) -> str:
-    kind = hook.get("type") if isinstance(hook, Mapping) else None
+def _name_of(part: object) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 

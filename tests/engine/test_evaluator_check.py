@@ -5,7 +5,8 @@ import json
 import pytest
 from mmengine.config import Config
 
-from mmrla.engine.evaluator_check import check_evaluators
+from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
+from mmrla.engine.launch import _check_initial_weights
 
 
 def write(path, images, categories=("bolt", "nut")):
@@ -53,3 +54,36 @@ def test_what_is_no_coco_file_is_left_alone(tmp_path):
     for change in (dict(evaluator="broken.json"), dict(evaluator="other.txt"),
                    dict(evaluator="z.json", kind="VOCMetric")):  # fmt: skip
         check_evaluators(config(tmp_path, **change), ["val"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("CocoDataset", 1), ("mmdet.CocoDataset", 1), ("mmrla.CheckedCocoDataset", 0), ("XML", 0)],
+)
+def test_a_set_that_nobody_checks_is_named(tmp_path, monkeypatch, kind, said):
+    lines: list[str] = []
+    monkeypatch.setattr(
+        "mmrla.engine.evaluator_check.print_log", lambda text, **_: lines.append(text)
+    )
+    cfg = config(tmp_path)
+    cfg.val_dataloader.dataset.dataset.type = kind
+    warn_of_unchecked(cfg, ["train", "val", "test"])
+    assert ["val_dataloader.dataset.dataset: type='mmrla.Chec" in line for line in lines] == (
+        [True] * said
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        (dict(init_cfg=[dict(type="Constant"), dict(checkpoint="no.pth")]), r"init_cfg\[1\].c"),
+        (dict(roi_head=dict(bbox_head=[{}, dict(init_cfg=dict(checkpoint="no.pth"))])),
+         r"roi_head.bbox_head\[1\].init_cfg.checkpoint"),
+        (dict(teacher_ckpt="no.pth"), "teacher_ckpt"),
+        (dict(backbone=dict(pretrained="no.pth")), "backbone.pretrained"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_there_are_found_anywhere(model, place):
+    with pytest.raises(FileNotFoundError, match=rf"model.{place}.*: no such file: /.*no.pth"):
+        _check_initial_weights(model, "model")
+    _check_initial_weights(dict(pretrained="torchvision://resnet50", checkpoint=None), "model")
