@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "publish": "make a checkpoint to hand out",
     "export-onnx": "write a network as ONNX and compare it with torch",
     "train-cifar": "train networks of configs/cifar, data on the device",
+    "run": "run a program of another project, such as mmdet's analysis tools",
     "check-gpu": "whether the fused operations are right on this GPU, and how fast",
 }
 # Each is what `python tools/SCRIPT` is, in a checkout and in a wheel.

@@ -69,10 +69,6 @@ def _mean(inputs: list[Any], outputs: list[Any]) -> int:
     return prod(_sizes(inputs[0]))
 
 
-def _addcmul(inputs: list[Any], outputs: list[Any]) -> int:
-    return prod(_sizes(outputs[0]))
-
-
 def _elementwise(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
     def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
         (out,) = outputs
@@ -86,10 +82,6 @@ def _elementwise(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
     return handle
 
 
-def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
-    return prod(_sizes(inputs[1])) * _sizes(inputs[2])[-1]
-
-
 def _scaled_dot_product_attention(inputs: list[Any], outputs: list[Any]) -> int:
     query, key, value = (_sizes(v) for v in inputs[:3])
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
@@ -97,8 +89,6 @@ def _scaled_dot_product_attention(inputs: list[Any], outputs: list[Any]) -> int:
 
 _HANDLES = {
     "aten::mean": _mean,
-    "aten::addcmul": _addcmul,
-    "aten::baddbmm": _baddbmm,
     "aten::scaled_dot_product_attention": _scaled_dot_product_attention,
     **{f"aten::{name}": _elementwise(name) for name in _ARITHMETIC},
     **dict.fromkeys(_MOVES),
@@ -133,8 +123,8 @@ def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
     """Count parameters and multiply-adds of one forward in eval mode.
 
     mmengine's counter, as in :func:`mmengine.analysis.get_model_complexity_info`, with rules for
-    global average pooling (one for each element it averages), for the weighted sum of MRLA-base
-    (one for each element of each value), and for the products of scaled dot-product attention.
+    means (one for each element averaged) and for the products of scaled dot-product attention.
+    The weighted sum of MRLA-base, one for each element of each value, is counted in both.
     That is how the released networks count, whose pooling is a module and whose weighted sum is a
     matrix product. As there, ``macs`` is without element-wise work: activations, residual
     additions, MRLA-light's gate and lambda. The latter (one multiply-add an element each) is in

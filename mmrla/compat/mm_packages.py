@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +62,25 @@ def _hush_onedl(logging: ModuleType) -> None:
     logging.print_log = print_log
 
 
+def _count_sums_of_products(analysis: ModuleType) -> None:
+    """Give mmengine's counter rules for the two operators that add up products and have none.
+
+    MRLA-base's weighted sum is the first, linear recurrent layer attention's state the second.
+    """
+
+    def addcmul(inputs: list[Any], outputs: list[Any]) -> int:
+        return prod(outputs[0].type().sizes())
+
+    def baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
+        return prod(inputs[1].type().sizes()) * inputs[2].type().sizes()[-1]
+
+    rules = {"aten::addcmul": addcmul, "aten::baddbmm": baddbmm}
+    for name, rule in rules.items():
+        analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(name, rule)
+
+
 def mend_mm_packages() -> None:
     """Prepare the changes; they are made when somebody imports the packages."""
     after_import("mmpretrain.utils.dependency", _switch_off_multimodal)
     after_import("mmengine.logging", _hush_onedl)
+    after_import("mmengine.analysis.complexity_analysis", _count_sums_of_products)

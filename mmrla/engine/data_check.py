@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ def inner_datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
 def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
     """The evaluators of a split with their places in the config."""
     key = f"{split}_evaluator"
-    evaluator = cfg.get(key)
-    if isinstance(evaluator, Mapping):
-        yield key, evaluator
+    yield from _metrics(cfg.get(key), key)
+
+
+def _metrics(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    if not isinstance(cfg, Mapping):
+        for index, single in enumerate(cfg or ()):
+            yield from _metrics(single, f"{where}[{index}]")
+    elif "metrics" in cfg:  # mmengine's Evaluator, mmdet's MultiDatasetsEvaluator
+        yield from _metrics(cfg["metrics"], f"{where}.metrics")
     else:
-        for index, single in enumerate(evaluator or ()):
-            yield f"{key}[{index}]", single
+        yield where, cfg
 
 
 def _is_remote(path: str) -> bool:
@@ -59,12 +65,14 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 
     Raises:
         FileNotFoundError: ``root`` is no folder.
-        ValueError: An evaluator's annotation file lies outside the dataset's old root, so that
-            nobody can tell what it should become.
+        ValueError: The datasets have several roots, which one folder cannot replace; or an
+            evaluator's annotation file lies outside the dataset's old root, so that nobody can tell
+            what it should become.
     """
     if not _is_remote(str(root)) and not Path(root).is_dir():
         raise FileNotFoundError(f"--data-root: no such folder: {Path(root).absolute()}")
     new = f"{str(root).rstrip('/')}/"
+    _check_one_root(cfg)
     # val and test often share one dict: its root is read, and its path changed, once.
     roots: dict[int, str] = {}
     changed: set[int] = set()
@@ -93,6 +101,24 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
                 )
     if "data_root" in cfg:
         cfg.data_root = new
+
+
+def _check_one_root(cfg: Config) -> None:
+    """Raise ValueError if the datasets of a config lie in different folders."""
+    places: dict[str, str] = {}
+    for split in SPLITS:
+        for where, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+            root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
+            if root or not Path(ann_file).is_absolute():  # which no root would change
+                places.setdefault(os.path.normpath(root) if root else "", where)
+    if len(places) > 1:
+        keys = [re.sub(r"\[(\d+)\]", r".\1", where) for where in places.values()]
+        raise ValueError(
+            "--data-root: the datasets of this config lie in different folders ("
+            + "; ".join(f"{where}: {root or 'no root'}" for root, where in places.items())
+            + "), and one would be read in place of the others. Set each: --cfg-options "
+            + " ".join(f"{key}.data_root=..." for key in keys)
+        )
 
 
 def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:

@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmrla.engine.hooks import unwrapped
+from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 
 

@@ -11,7 +11,6 @@ import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
@@ -21,6 +20,7 @@ from mmrla.checkpoints.files import CheckpointError, state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
 from mmrla.compat.heap import give_back_free_memory
 from mmrla.engine.inspection import extract_features, preprocess
+from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 
 
@@ -198,13 +198,6 @@ class TrimHeapHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Called by the runner after each validation."""
         give_back_free_memory()
-
-
-def unwrapped(model: Any) -> Any:
-    """The network inside the wrappers of a distributed run and of test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 @HOOKS.register_module()

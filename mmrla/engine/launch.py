@@ -20,6 +20,7 @@ from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
 from mmrla.engine.config_check import OptionAction, check_config, read_config
 from mmrla.engine.data_check import check_data, evaluators, inner_datasets, set_data_root
+from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +106,8 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     check_schedule(cfg)
     check_processes(args.launcher)
     check_data(cfg, splits)
+    check_evaluators(cfg, splits)
+    warn_of_unchecked(cfg, splits)
     if "train" in splits:
         _check_initial_weights(cfg.get("model"), "model")
     return cfg
@@ -156,17 +159,21 @@ def check_schedule(cfg: Config) -> None:
             )
 
 
+# Where parts of a model name files of weights: init_cfg, older arguments, and teachers.
+_WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
+
+
 def _check_initial_weights(node: object, where: str) -> None:
-    """Raise FileNotFoundError where an ``init_cfg`` names a local checkpoint that is not there."""
+    """Raise FileNotFoundError if a part of the model names a local checkpoint that is not there."""
+    if isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            _check_initial_weights(value, f"{where}[{index}]")
     if not isinstance(node, Mapping):
         return
     for key, value in node.items():
-        if key == "init_cfg" and isinstance(value, Mapping):
-            path = value.get("checkpoint")
-            if path and "://" not in path and not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"{where}.init_cfg.checkpoint: no such file: {Path(path).absolute()}"
-                )
+        local = key in _WEIGHTS and isinstance(value, str) and value and "://" not in value
+        if local and not Path(value).is_file():
+            raise FileNotFoundError(f"{where}.{key}: no such file: {Path(value).absolute()}")
         _check_initial_weights(value, f"{where}.{key}")
 
 
@@ -279,8 +286,8 @@ def set_layout(cfg: Config, channels_last: bool | None) -> None:
     _add_hook(cfg, type="mmrla.ChannelsLastHook", enabled=channels_last)
 
 
-def _name_of(hook: object) -> str:
-    kind = hook.get("type") if isinstance(hook, Mapping) else None
+def _name_of(part: object) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 

@@ -13,7 +13,7 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmrla.engine.hooks import unwrapped
+from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 
 __all__ = ["ChannelsLastHook", "use_channels_last"]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrla.layers.checks import check_count
 
 CellState = tuple[Tensor, Tensor]
 """Hidden and cell state, ``[B, C]`` each."""
+
+
+def pooled(x: Tensor) -> Tensor:
+    """``GAP(x)``, ``[B, C]``, in the dtype of ``x``."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 class ChannelCell(nn.Module):

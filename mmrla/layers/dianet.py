@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmrla.layers.channel_cell import CellState, ChannelCell
+from mmrla.layers.channel_cell import CellState, ChannelCell, pooled
 from mmrla.layers.layer_attention import LayerAttention
 
 
@@ -42,5 +42,5 @@ class DIAUnit(LayerAttention):
         self, x: Tensor, shortcut: Tensor, state: CellState | None
     ) -> tuple[Tensor, CellState]:
         """See :class:`LayerAttention`; ``x`` is the residual branch, the state the LSTM's."""
-        state = self.cell(x.mean((2, 3)), state)
+        state = self.cell(pooled(x), state)
         return x * state[0].to(x.dtype)[:, :, None, None], state

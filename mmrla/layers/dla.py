@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrla.layers.channel_cell import ChannelCell
+from mmrla.layers.channel_cell import ChannelCell, pooled
 from mmrla.layers.mrla import MRLABase, MRLALight
-from mmrla.ops import query_key
 
 
 class DLALight(MRLALight):
@@ -53,8 +52,8 @@ class DLALight(MRLALight):
 
     def forward(self, x: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
         """See :class:`LayerAttention`; the state is the DSU's."""
-        state = self.cell(x.mean((2, 3)), state)
-        scale = self.cell(shortcut.mean((2, 3)), state)[0].to(shortcut.dtype)
+        state = self.cell(pooled(x), state)
+        scale = self.cell(pooled(shortcut), state)[0].to(shortcut.dtype)
         refreshed = shortcut * scale[:, :, None, None] + self.refresh(shortcut)
         # Under autocast the convolution is of a lower precision than x.
         o, _ = super().forward(x, refreshed.to(x.dtype), None)
@@ -104,16 +103,16 @@ class DLABase(MRLABase):
         The state holds, of the group so far, keys ``[t, B, C]``, factors of values ``[t, B, C]``,
         means of values times these factors ``[t, B, C]``, values, and the DSU's state.
         """
-        query, key = query_key(x, self.query.weight, self.key.weight)
+        query, key = self.query_key_of(x)
         value = self.value(x)
         batch, channels = x.shape[:2]
-        ones, mean = torch.ones_like(key)[None], value.mean((2, 3))[None]
+        ones, mean = torch.ones_like(key)[None], pooled(value)[None]
         if state is None:
-            cell = self.cell(x.mean((2, 3)), None)
+            cell = self.cell(pooled(x), None)
             keys, factors, means, values = key[None], ones, mean, (value,)
         else:
             keys, factors, means, values, cell = state
-            cell = self.cell(x.mean((2, 3)), cell)
+            cell = self.cell(pooled(x), cell)
             # All refreshed in one go: the DSU's hidden state is that of this layer for each.
             old = torch.cat([keys, means])
             at_layer = tuple(part.repeat(len(old), 1) for part in cell)

@@ -43,7 +43,7 @@ class LinearRLA(QueryKeyValue):
         self, x: Tensor, shortcut: Tensor, state: LinearRLAState | None
     ) -> tuple[Tensor, LinearRLAState]:
         """See :class:`LayerAttention`; the state is ``(U_t, Z_t)``."""
-        query, key = query_key(x, self.query.weight, self.key.weight)
+        query, key = self.query_key_of(x)
         return linear_rla(query, key, self.value_of(x), state, self.head_channels)
 
     def retrieval(

@@ -6,12 +6,13 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 3.2.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmrla.layers.layer_attention import Retrieval
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import mla
-from mmrla.ops.reference import channel_means, project
+from mmrla.ops.reference import base_reference, channel_means, project
 
 MLAState = tuple[Tensor, ...]
 """The features of a group so far, each ``[B, C, H, W]``."""
@@ -43,6 +44,12 @@ class MLA(QueryKeyValue):
     ) -> tuple[Tensor, MLAState]:
         """See :class:`LayerAttention`; the state holds the features of the group."""
         features = (*(state or ()), x)
+        if torch.jit.is_tracing():  # see query_key_of
+            means = [channel_means(feature) for feature in features]
+            query = self.called(self.query, means[-1])
+            keys = [self.called(self.key, mean) for mean in means]
+            values = [self.value_of(feature) for feature in features]
+            return base_reference(query, keys, values, self.head_channels), features
         weights = (self.query.weight, self.key.weight, self.value_weight)
         return mla(features, *weights, self.head_channels), features
 

@@ -28,6 +28,7 @@ from mmrla.ops import (
     query_key,
 )
 from mmrla.ops.checks import VALUE_ACTS
+from mmrla.ops.reference import gated_value
 
 
 class _MRLA(QueryKeyValue):
@@ -124,16 +125,17 @@ class MRLALight(_MRLA):
             # Nothing to add yet. A zero that takes no memory keeps lambda_t in the graph, so that
             # DDP sees every parameter used.
             previous = x.new_zeros(1).expand_as(x)
-        o = mrla_light(
-            x,
-            previous,
-            self.query.weight,
-            self.key.weight,
-            self.value_weight,
-            None if previous is None else lambda_t,
-            self.head_channels,
-            self.value_act,
-        )
+        lambda_t = None if previous is None else lambda_t
+        if torch.jit.is_tracing():  # see query_key_of
+            o = gated_value(
+                *self.query_key_of(x), self.value_of(x), previous, lambda_t, self.head_channels,
+                self.value_act,
+            )  # fmt: skip
+        else:
+            o = mrla_light(
+                x, previous, self.query.weight, self.key.weight, self.value_weight, lambda_t,
+                self.head_channels, self.value_act,
+            )  # fmt: skip
         return o, (o if self.recurrence == "output" else None)
 
     @property
@@ -243,7 +245,7 @@ class MRLABase(_MRLA):
         self, x: Tensor, shortcut: Tensor, state: BaseGroup | None
     ) -> tuple[Tensor, BaseGroup]:
         """See :class:`LayerAttention`; the state holds the keys and values of the group."""
-        query, key = query_key(x, self.query.weight, self.key.weight)
+        query, key = self.query_key_of(x)
         state = (BaseGroup() if state is None else state).with_layer(key, self.value_of(x))
         return mrla_base(query, state.keys, state.values, self.head_channels), state
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention, Retrieval
-from mmrla.ops import eca_kernel_size
+from mmrla.ops import eca_kernel_size, query_key
 from mmrla.ops.checks import check_head_channels
-from mmrla.ops.reference import autocast_dtype, layer_weights
+from mmrla.ops.reference import autocast_dtype, channel_means, layer_weights, project
 
 ALL = "all"
 """``head_channels`` of one head: as many channels as the layer has."""
@@ -74,6 +75,27 @@ class QueryKeyValue(LayerAttention):
     def value_weight(self) -> Tensor | None:
         """The value's convolution, ``[C, 1, 3, 3]``, or None where the value is x."""
         return None if self.value is None else self.value.weight
+
+    def query_key_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key of ``x``, ``[B, C]`` each.
+
+        While torch.jit traces, query and key are called as modules, because what counts work
+        (``mmengine.analysis``) books it on the module whose call it happens in.
+        """
+        if not torch.jit.is_tracing():
+            return query_key(x, self.query.weight, self.key.weight)
+        means = channel_means(x)
+        return self.called(self.query, means), self.called(self.key, means)
+
+    @staticmethod
+    def called(layer: nn.Conv1d | nn.Linear, means: Tensor) -> Tensor:
+        """:func:`mmrla.ops.reference.project` by a call of the query or the key."""
+        if layer.weight.dtype != means.dtype:
+            return project(means, layer.weight)
+        with torch.autocast(means.device.type, enabled=False):
+            if isinstance(layer, nn.Linear):
+                return layer(means)
+            return layer(means.unsqueeze(1)).squeeze(1)
 
     def value_of(self, x: Tensor) -> Tensor:
         """The value of ``x``, shaped like it."""

@@ -143,7 +143,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def channel_means(x: Tensor) -> Tensor:
     """``GAP(x)``, ``[B, C]``, in float32 or wider."""
     with torch.autocast(x.device.type, enabled=False):
-        return x.mean(dim=(2, 3), dtype=accumulation_dtype(x.dtype))
+        dtype = accumulation_dtype(x.dtype)
+        if torch.jit.is_tracing():  # as pooling, which counters of work and exporters know
+            return F.adaptive_avg_pool2d(x.to(dtype), 1).flatten(1)
+        return x.mean(dim=(2, 3), dtype=dtype)
 
 
 def project(means: Tensor, weight: Tensor) -> Tensor:
@@ -224,8 +227,21 @@ def light_reference(
         o, ``[B, C, H, W]``, in the dtype that the convolution of ``x`` has (autocast's, under it).
     """
     query, key = query_key(x, query_weight, key_weight)
-    gate = torch.sigmoid(light_logits(query, key, head_channels))
     value = value_of(x, value_weight)
+    return gated_value(query, key, value, previous, lambda_t, head_channels, value_act)
+
+
+def gated_value(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    previous: Tensor | None,
+    lambda_t: Tensor | None,
+    head_channels: int,
+    value_act: str | None = None,
+) -> Tensor:
+    """:func:`light_reference` from query and key, ``[B, C]``, and the value, ``[B, C, H, W]``."""
+    gate = torch.sigmoid(light_logits(query, key, head_channels))
     if value_act == "gelu":
         value = F.gelu(value)
     out = per_channel(gate, head_channels).to(value.dtype) * value

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmengine.config import Config
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
 from mmrla.engine.inspection import build_network
@@ -149,6 +151,47 @@ def test_all_of_the_attention_is_counted(layer_attention):
     plain = MODELS.build(dict(type="mmrla.MRLAResNet", depth=18, layer_attention=None))
     without = complexity(plain, torch.rand(1, 3, 64, 96)).macs
     assert got.macs - without == expected - elementwise + norms
+
+
+COUNTED = [
+    LIGHT,
+    dict(type="MRLALight", head_channels="all", projection="fc", recurrence="output"),
+    BASE,
+    dict(type="MLA"),
+    dict(type="LinearRLA"),
+    dict(type="DLALight"),
+    dict(type="DLABase"),
+    dict(type="DIAUnit"),
+]
+
+
+@pytest.mark.parametrize("kind", COUNTED, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_mmengines_counter_sees_every_part(kind):
+    """Its figure is ours, and query, key and value have rows of their own in its table."""
+    model = MODELS.build(
+        dict(type="mmrla.MRLAResNet", depth=18, base_channels=32, layer_attention=kind)
+    ).eval()
+    x = torch.rand(1, 3, 64, 96)
+    info = get_model_complexity_info(model, inputs=(x,), show_arch=False)
+    # what mmengine has no rule for besides is element-wise
+    assert info["flops"] == complexity(model, x).macs
+    analyzer = FlopAnalyzer(model, (x,))
+    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    rows = analyzer.by_module()
+    name = "layer2.1.mrla"  # the second of its group, 64 channels of 8 x 12
+    fc, channels = kind.get("projection") == "fc", 64
+    product = channels * (channels if fc else eca_kernel_size(channels))
+    times = 2 if kind["type"] == "MLA" else 1  # keys and values of both layers
+    if hasattr(model.layer2[1].mrla, "query"):
+        assert rows[f"{name}.query"] == product
+        assert rows[f"{name}.key"] == product * times
+        assert rows[f"{name}.value"] == channels * 9 * 8 * 12 * times
+        assert f"{name}.query" not in analyzer.uncalled_modules()
+    # torch's counter, of a forward that nobody traces, counts two for a multiply-add
+    with FlopCounterMode(model, display=False) as counter, torch.no_grad():
+        model(x)
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert convolutions == 2 * analyzer.by_operator()["conv"]
 
 
 @pytest.mark.parametrize(

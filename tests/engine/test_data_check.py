@@ -15,7 +15,9 @@ def config(**changes):
     )
     loader = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dataset))
     both = dict(
-        dataset=dict(type="ConcatDataset", datasets=[dict(dataset), dict(dataset, data_root=None)])
+        dataset=dict(
+            type="ConcatDataset", datasets=[dict(dataset), dict(dataset, data_root="data/coco")]
+        )
     )
     evaluator = dict(type="CocoMetric", ann_file="data/coco/annotations/a.json")
     cfg = dict(
@@ -100,3 +102,68 @@ def test_remote_data_is_left_to_its_backend():
     set_data_root(cfg, "s3://bucket/coco")
     assert cfg.val_evaluator.ann_file == "s3://bucket/coco/annotations/a.json"
     check_data(cfg)
+
+
+def wrapped(kind: str, *datasets: dict) -> dict:
+    if kind in ("ConcatDataset", "mmdet.ConcatDataset"):
+        return dict(type=kind, datasets=list(datasets))
+    return dict(type=kind, dataset=dict(type="ConcatDataset", datasets=list(datasets)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["ConcatDataset", "RepeatDataset", "ClassBalancedDataset", "MultiImageMixDataset"]
+)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("other", ["data/mine", None])
+def test_sets_in_two_folders_are_not_sent_to_one(root, kind, split, other):
+    """One would be read twice, the other never."""
+    first = dict(config().train_dataloader.dataset.dataset)
+    both = wrapped(kind, first, dict(first, data_root=other, ann_file="b.json"))
+    cfg = config(**{f"{split}_dataloader": dict(dataset=both)})
+    before = cfg.copy().to_dict()
+    message = rf"different folders \(.*data/coco; .*{other or 'no root'}.*datasets\.1\.data_root="
+    with pytest.raises(ValueError, match=message):
+        set_data_root(cfg, root)
+    assert cfg.to_dict() == before
+    # each set by itself, as the message says, is no matter of one root
+    inner = cfg[f"{split}_dataloader"].dataset
+    inner = inner if kind == "ConcatDataset" else inner.dataset
+    inner.datasets[1].update(data_root="data/coco/")
+    set_data_root(cfg, root)
+
+
+def test_splits_in_two_folders_are_not_sent_to_one(root):
+    mine = dict(config().train_dataloader.dataset.dataset, data_root="data/mine/")
+    cfg = config(test_dataloader=dict(dataset=mine))
+    with pytest.raises(
+        ValueError, match=r"mine\).*train_dataloader.*data_root=... test_dataloader"
+    ):
+        set_data_root(cfg, root)
+
+
+def test_sets_without_a_root(root):
+    """Their relative paths come to lie in the new one; absolute ones stay."""
+    own = dict(config().train_dataloader.dataset.dataset, data_root=None)
+    loader = dict(dataset=own)
+    evaluator = dict(type="CocoMetric", ann_file="annotations/a.json")
+    cfg = config(train_dataloader=loader, val_dataloader=loader, test_dataloader=loader,
+                 val_evaluator=evaluator, test_evaluator=evaluator)  # fmt: skip
+    set_data_root(cfg, root)
+    assert cfg.val_dataloader.dataset.data_root == f"{root}/"
+    assert cfg.val_evaluator.ann_file == f"{root}/annotations/a.json"
+    absolute = dict(own, ann_file=f"{root}/annotations/a.json", data_prefix=dict(img=f"{root}/i"))
+    mixed = wrapped("ConcatDataset", config().train_dataloader.dataset.dataset, absolute)
+    set_data_root(config(train_dataloader=dict(dataset=mixed)), root)
+
+
+def test_metrics_inside_an_evaluator(root):
+    """mmdet's MultiDatasetsEvaluator, whose annotation files move and are looked for too."""
+    metrics = [dict(type="CocoMetric", ann_file="data/coco/annotations/a.json"),
+               dict(type="CocoMetric", ann_file="data/coco/annotations/b.json")]  # fmt: skip
+    cfg = config(val_evaluator=dict(type="MultiDatasetsEvaluator", metrics=metrics))
+    set_data_root(cfg, root)
+    assert [m.ann_file for m in cfg.val_evaluator.metrics] == [
+        f"{root}/annotations/a.json", f"{root}/annotations/b.json"
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"val_evaluator.metrics\[1\].ann_file: no such"):
+        check_data(cfg, ["val"])
