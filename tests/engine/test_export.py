@@ -67,8 +67,8 @@ def test_other_hosts_at_one_size(host, kind, tmp_path):
 def test_a_single_stage_detector_by_the_tool(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
-         "--part", "model", "--size", "128", "160", "--out", tmp_path, "--cfg-options", "model.backbone.depth=18",
-         "model.neck.in_channels=[64,128,256,512]"],
+         "--part", "model", "--size", "128", "160", "--out", tmp_path,
+         "--cfg-options", "model.backbone.depth=18", "model.neck.in_channels=[64,128,256,512]"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
