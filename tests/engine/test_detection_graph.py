@@ -47,17 +47,18 @@ def detector(name: str, photo):
     network = build_network(str(ROOT / f"configs/{name}.py"), options=options(name))
     inputs = fit_image(network, photo, SIZE)["images"]
     graph = DetectorGraph(network)
+    handles: dict = {}
 
     def scale(layer, args, output):
+        handles.pop(layer.name).remove()  # the levels of a pyramid share a layer
         layer.weight.data.mul_(LAST[layer.name] / output.std())
 
     for key, layer in network.model.named_modules():
         if (key_end := key.rpartition(".")[2]) in LAST:
             layer.name = key_end
-            handle = layer.register_forward_hook(scale)
+            handles[key_end] = layer.register_forward_hook(scale)
             with torch.no_grad():
                 graph(inputs, torch.tensor(SIZE))
-            handle.remove()
     return network
 
 
