@@ -1,4 +1,4 @@
-"""Write a backbone, a classifier or a single-stage detector as ONNX, and compare with torch."""
+"""Write a backbone, a classifier or a detector with its boxes as ONNX, and compare with torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.export import PARTS, export_onnx, exportable, onnx_error
-from mmrla.engine.inspection import add_network_arguments, build_network
+from mmrla.engine.inspection import Network, add_network_arguments, build_network, find_images
 
 TOLERANCE = 1e-4
+PIXELS = 0.5
+SCORE = 1e-3
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,14 +22,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_arguments(parser)
     parser.set_defaults(out=Path("work_dirs/onnx"))
     parser.add_argument(
-        "--part", choices=PARTS, default="model", help="default: the model, its scores and boxes"
-    )
+        "--part", choices=PARTS,
+        help="detector: boxes, scores, labels and masks, for one size, the default for detectors; "
+        "model: a classifier's scores, the default for classifiers, or a single-stage detector's "
+        "maps; backbone: feature maps",
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"), help="of an image"
     )
     parser.add_argument(
         "--static", action="store_true", help="one image of --size alone, nothing left open"
     )
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="PATH",
+        help="files, folders or globs in which a detector is compared with mmdet",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -39,10 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--size must be positive, got {args.size[0]} {args.size[1]}")
         network = build_network(
             args.config, args.checkpoint, options=args.cfg_options, seed=args.seed,
-            need_head=args.part == "model",
+            need_head=args.part != "backbone",
         )  # fmt: skip
-        flat = exportable(network, args.part)
-        path = args.out / f"{network.stem}_{args.part}.onnx"
+        scope = network.cfg.get("default_scope")
+        part = args.part or ("detector" if scope == "mmdet" else "model")
+        if part == "detector":
+            if scope != "mmdet":
+                raise ValueError(f"--part detector: {network.name} is no detector of mmdet")
+            problem = _detector(args, network)
+            if problem:
+                sys.exit(f"error: {problem}")
+            return
+        if args.images:
+            raise ValueError(f"--images compares detectors with boxes, not --part {part}")
+        flat = exportable(network, part)
+        path = args.out / f"{network.stem}_{part}.onnx"
         export_onnx(flat, path, tuple(args.size), not args.static)
         height, width = args.size
         sizes = [(height, width)]
@@ -54,3 +74,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{height}x{width}: onnxruntime differs from torch by {error:.1e} of the largest")
     if max(errors) > TOLERANCE:
         sys.exit(f"error: that is more than {TOLERANCE}")
+
+
+def _detector(args: argparse.Namespace, network: Network) -> str:
+    """Write the graph with boxes and compare it with mmdet; says what is wrong with it, if any."""
+    from mmrla.engine.detection_graph import DetectorGraph, detection_errors, export_detector
+
+    images = find_images(args.images)
+    size = tuple(args.size)
+    path = args.out / f"{network.stem}_detector.onnx"
+    export_detector(DetectorGraph(network), path, size)
+    print(f"{path}: {network.title}, one image of {size[0]}x{size[1]}")
+    if not images:
+        print("not compared with mmdet: give --images")
+    problem = ""
+    for image, found in zip(images, detection_errors(path, network, size, images), strict=True):
+        print(
+            f"{image}: {found['count']} boxes of mmdet, {found['unmatched']} without a partner; "
+            f"boxes differ by {found['box']:.1e} pixels, scores by {found['score']:.1e}"
+            + (f", masks in {found['mask']:.1e} of the pixels" if "mask" in found else "")
+        )
+        if found["unmatched"] or found["box"] > PIXELS or found["score"] > SCORE:
+            problem = f"{image}: onnxruntime and mmdet find different boxes"
+    return problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from mmrla.engine.inspection import Network
 from mmrla.ops.dispatch import ENV_VAR
 
 OPSET = 18
-PARTS = ("backbone", "model")
+PARTS = ("backbone", "model", "detector")
 
 
 class Flat(nn.Module):
@@ -51,26 +51,31 @@ def exportable(network: Network, part: str) -> Flat:
     Args:
         network: In evaluation mode.
         part: ``'backbone'``: its feature maps; ``'model'``: a classifier's scores before softmax,
-            or a single-stage detector's maps of scores and boxes, without decoding and NMS.
+            or a single-stage detector's maps of scores and boxes, without decoding and NMS. For
+            ``'detector'``, boxes, see :class:`mmrla.engine.detection_graph.DetectorGraph`.
 
     Raises:
-        ValueError: An unknown part, or the whole of a detector whose course depends on the image.
+        ValueError: An unknown part, or a two-stage detector's ``'model'``.
     """
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {PARTS}, got {part!r}")
+    if part not in PARTS[:2]:
+        raise ValueError(f"part must be one of {PARTS[:2]}, got {part!r}")
     model = network.model
     if part == "backbone":
         return Flat(model.backbone, model.backbone)
     if hasattr(model, "roi_head") or hasattr(model, "rpn_head"):
         raise ValueError(
-            f"{type(model).__name__} of {network.name} goes from proposals on by what is in the "
-            "image, which is no graph of one input; export its backbone"
+            f"{type(model).__name__} of {network.name} has no maps of scores and boxes without its "
+            "proposals; export the detector with boxes (--part detector), or its backbone"
         )
     return Flat(lambda x: model(x, mode="tensor"), model)
 
 
 def export_onnx(
-    network: Flat, path: str | Path, size: tuple[int, int], dynamic: bool = True
+    network: nn.Module,
+    path: str | Path,
+    size: tuple[int, int],
+    dynamic: bool = True,
+    others: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a network as ONNX, by torch's exporter.
 
@@ -78,10 +83,11 @@ def export_onnx(
     knows.
 
     Args:
-        network: In evaluation mode, on the CPU.
+        network: In evaluation mode, on the CPU. Its ``output_names``, if any, name the outputs.
         path: The file, ``.onnx``.
         size: H and W of the images that it is recorded with.
         dynamic: Leave batch, H and W open; else the graph takes one image of ``size``.
+        others: Further inputs, by their names, of shapes that stay; for ``dynamic=False`` alone.
 
     Returns:
         The path.
@@ -94,16 +100,18 @@ def export_onnx(
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f"the file must end in .onnx, got {path.name!r}")
-    _require("onnx", "onnxscript")
+    require("onnx", "onnxscript")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.zeros(2 if dynamic else 1, 3, *size)
+    inputs = dict(others or {})
     open_axis = torch.export.Dim.DYNAMIC
     axes = {0: open_axis, 2: open_axis, 3: open_axis}
     with mock.patch.dict(os.environ, {ENV_VAR: "naive"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                network, (images,), str(path), input_names=["images"], opset_version=OPSET,
+                network, (images, *inputs.values()), str(path), input_names=["images", *inputs],
+                output_names=getattr(network, "output_names", None), opset_version=OPSET,
                 dynamo=True, dynamic_shapes=(axes,) if dynamic else None, verbose=False,
                 external_data=False,
             )  # fmt: skip
@@ -135,7 +143,7 @@ def onnx_error(
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    _require("onnxruntime")
+    require("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -154,7 +162,8 @@ def onnx_error(
     return found
 
 
-def _require(*names: str) -> None:
+def require(*names: str) -> None:
+    """Raise ModuleNotFoundError, with what to install, where a package of these is missing."""
     for name in names:
         try:
             __import__(name)

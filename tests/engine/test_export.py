@@ -67,8 +67,8 @@ def test_other_hosts_at_one_size(host, kind, tmp_path):
 def test_a_single_stage_detector_by_the_tool(tmp_path):
     done = run_command(
         ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
-        "--size", 128, 160, "--out", tmp_path, "--cfg-options", "model.backbone.depth=18",
-        "model.neck.in_channels=[64,128,256,512]",
+        "--part", "model", "--size", 128, 160, "--out", tmp_path,
+        "--cfg-options", "model.backbone.depth=18", "model.neck.in_channels=[64,128,256,512]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6
@@ -79,7 +79,7 @@ def test_a_single_stage_detector_by_the_tool(tmp_path):
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     two_stage = network("configs/mask_rcnn_r50_mrla_1x.py", options={
         **R18, "model.neck.in_channels": [64, 128, 256, 512]})  # fmt: skip
-    with pytest.raises(ValueError, match=r"MaskRCNN of mask_rcnn_r50_mrla_1x .*its backbone"):
+    with pytest.raises(ValueError, match=r"MaskRCNN of mask_rcnn_r50_mrla_1x .*--part detector"):
         exportable(two_stage, "model")
     with pytest.raises(ValueError, match=r"part must be one of .*got 'neck'"):
         exportable(two_stage, "neck")
