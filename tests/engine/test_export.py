@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -74,6 +75,28 @@ def test_a_single_stage_detector_by_the_tool(tmp_path):
     assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6
     for size in ("128x160", "160x160", "128x224"):
         assert f"{size}: onnxruntime differs from torch by" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_classifier_in_int8(coco_mini, tmp_path):
+    options = ["--cfg-options", "model.backbone.depth=18", "model.head.in_channels=512"]
+    command = [ROOT / "tools/export_onnx.py", ROOT / "configs/imagenet/resnet50_mrla_in1k.py",
+               "--static", "--int8", "--size", 64, 64, "--out", tmp_path]  # fmt: skip
+    photos = sorted((coco_mini / "val2017").glob("*.jpg"))[:24]
+    done = run_command(*command, "--images", *photos, *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "calibrated on 12 images" in done.stdout
+    found = re.search(r"on 12 others: .* differ by ([\d.]+)% .*, ([\d.]+) times", done.stdout)
+    assert 0 < float(found[1]) < 20
+    whole, small = (tmp_path / f"resnet50_mrla_in1k_model{end}.onnx" for end in ("", "_int8"))
+    assert small.stat().st_size < whole.stat().st_size / 3
+    for arguments, message in (
+        (["--images", photos[0], *options], "--int8 needs two --images or more"),
+        (["--images", *photos, "--part", "backbone", *options], "--int8 is for classifiers"),
+    ):
+        done = run_command(*command, *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
