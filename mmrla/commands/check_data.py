@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrla.datasets.coco_check import ERRORS
+from mmrla.datasets.findings import ERRORS
 from mmrla.engine.check_sets import DataSet, report, sets_in, sets_of_config, write_json
 from mmrla.engine.config_check import OptionAction, read_config
 from mmrla.engine.data_check import set_data_root

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmrla.checkpoints.files import CheckpointError, safe_loading
-from mmrla.datasets.coco_check import DataError
+from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_test_amp
 from mmrla.engine.dry_run import build_only
 from mmrla.engine.errors import reporting_errors

@@ -2,7 +2,8 @@
 
 from mmrla.datasets.checked_coco import CheckedCocoDataset
 from mmrla.datasets.cifar import FolderCIFAR10, FolderCIFAR100
-from mmrla.datasets.coco_check import DataError, Finding, check_coco
+from mmrla.datasets.coco_check import check_coco
+from mmrla.datasets.findings import DataError, Finding
 from mmrla.datasets.shapes import CLASSES, generate_shapes
 from mmrla.datasets.voc import voc_to_coco
 

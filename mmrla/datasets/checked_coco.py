@@ -12,16 +12,17 @@ import torch
 from mmdet.datasets import CocoDataset
 from mmengine.logging import print_log
 
-from mmrla.datasets.coco_check import (
+from mmrla.datasets.coco_check import check_coco, drop_bad
+from mmrla.datasets.findings import (
     ERRORS,
     FATAL,
+    WARNINGS,
     DataError,
     Finding,
-    check_coco,
-    drop_bad,
-    image_fault,
+    class_names,
     summary,
 )
+from mmrla.datasets.images import image_fault
 from mmrla.datasets.voc import read_set
 from mmrla.registry import DATASETS
 
@@ -29,15 +30,16 @@ ON_BAD = ("skip", "raise")
 _SHOWN = 5
 # Kinds that say that an image cannot be read, or not safely.
 _OF_IMAGES = frozenset(
-    {"path-escape", "missing-image", "unreadable-image", "truncated-image", "size-mismatch"}
-)
+    {"path-escape", "missing-image", "unreadable-image", "truncated-image", "size-mismatch",
+     "exif-stored"}
+)  # fmt: skip
 
 
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
     """mmdet's ``CocoDataset`` with a check of the annotation file and the images.
 
-    When it is built, the annotation file is checked (see :data:`mmrla.datasets.coco_check.ERRORS`)
+    When it is built, the annotation file is checked (see :data:`mmrla.datasets.findings.ERRORS`)
     and each image looked for, by one listing of its folder. Each image file is looked at right
     before it is read in training: format, size and end of the file.
 
@@ -57,7 +59,7 @@ class CheckedCocoDataset(CocoDataset):
 
     Raises:
         ValueError: An unknown ``on_bad``, ``files`` or kind in ``allow``.
-        mmrla.datasets.coco_check.DataError: Bad data, as said above, or nothing is left.
+        mmrla.datasets.findings.DataError: Bad data, as said above, or nothing is left.
     """
 
     def __init__(
@@ -81,7 +83,13 @@ class CheckedCocoDataset(CocoDataset):
         self.files = files
         # In shared memory, so that the processes of a dataloader count together.
         self.skipped_images = torch.zeros(1, dtype=torch.long).share_memory_()
-        self._needs_masks = _loads_masks(kwargs.get("pipeline") or ())
+        pipeline = kwargs.get("pipeline") or ()
+        self._needs_masks = loads_masks(pipeline)
+        self._turns = reads_turned(pipeline)
+        self._warned: set[str] = set()
+        classes = (kwargs.get("metainfo") or {}).get("classes")
+        if classes is not None:
+            class_names(classes, "metainfo.classes")
         super().__init__(*args, **kwargs)
 
     def COCOAPI(self, path: str) -> Any:  # what the ancestor calls to read its file
@@ -96,6 +104,7 @@ class CheckedCocoDataset(CocoDataset):
             classes=self.metainfo.get("classes"),
             need_masks=self._needs_masks,
             files=self.files,
+            turns=self._turns,
         )
         errors = [f for f in findings if f.severity == "error" and f.kind not in self.allow]
         self._refuse(errors)
@@ -130,6 +139,11 @@ class CheckedCocoDataset(CocoDataset):
     def filter_data(self) -> list[dict]:
         """As the ancestor's, and an error where nothing is left, which mmengine cannot hold."""
         kept = super().filter_data()
+        if kept and not self.test_mode and not any(_is_trained_on(info) for info in kept):
+            raise DataError(
+                f"{self.ann_file}: nothing to train on: of {len(kept)} images none has an object "
+                f"of the classes {str(self.metainfo['classes'])[:120]} that is no crowd"
+            )
         if not kept:
             raise DataError(
                 f"{self.ann_file}: none of {len(self.data_list)} images is left after "
@@ -151,7 +165,13 @@ class CheckedCocoDataset(CocoDataset):
         path = info["img_path"]
         fault = None
         if "://" not in path:
-            fault = image_fault(path, (info["width"], info["height"]))
+            fault = image_fault(path, (info["width"], info["height"]), turns=self._turns)
+        if fault is not None and fault[0] in WARNINGS:
+            if fault[0] not in self._warned:
+                self._warned.add(fault[0])
+                text = f"data: {fault[0]}: {path}: {fault[1]} (other such images are not named)"
+                print_log(text, logger="current", level=logging.WARNING)
+            fault = None
         if fault is None or fault[0] in self.allow:
             try:
                 return self.pipeline(info)
@@ -180,8 +200,19 @@ def _decode_fault(path: str, error: Exception) -> tuple[str, str] | None:
     return fault
 
 
-def _loads_masks(pipeline: Sequence[Any]) -> bool:
+def loads_masks(pipeline: Sequence[Any]) -> bool:
+    """Whether a pipeline loads masks."""
     return any(isinstance(step, Mapping) and step.get("with_mask") for step in pipeline)
+
+
+def reads_turned(pipeline: Sequence[Any]) -> bool:
+    """Whether a pipeline reads images turned as their EXIF data ask for: unless told otherwise."""
+    colors = (step.get("color_type") for step in pipeline if isinstance(step, Mapping))
+    return not any(str(color).endswith("_ignore_orientation") for color in colors)
+
+
+def _is_trained_on(info: Mapping[str, Any]) -> bool:
+    return any(not instance["ignore_flag"] for instance in info["instances"])
 
 
 def _message(ann_file: str, errors: Sequence[Finding], why: str) -> str:

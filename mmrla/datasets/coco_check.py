@@ -7,104 +7,26 @@ needs an mm package.
 from __future__ import annotations
 
 import json
-import math
 import os
-import unicodedata
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-ERRORS: dict[str, str] = {
-    "not-json": "the annotation file is not JSON",
-    "not-coco": "the annotation file is not in COCO's format",
-    "no-annotations": "there is no annotation at all",
-    "bad-record": "a record lacks a field or has a wrong type in it",
-    "duplicate-image-id": "several images have one id",
-    "duplicate-annotation-id": "several annotations have one id",
-    "duplicate-category": "several categories have one id or one name",
-    "path-escape": "a file_name leads out of the folder of images",
-    "missing-image": "an image file is not there",
-    "unreadable-image": "an image file is no image, or empty",
-    "truncated-image": "an image file ends too early or is damaged",
-    "size-mismatch": "an image is of another size than its record says",
-    "unknown-image": "an annotation is of an image that has no record",
-    "unknown-category": "an annotation is of a category that has no record",
-    "bad-box": "a box is not four finite numbers",
-    "zero-area": "a box or area is of no size (a side below a pixel)",
-    "outside-box": "a box lies outside its image",
-    "bad-segmentation": "a segmentation is neither polygons nor an RLE of the image's size",
-    "missing-segmentation": "an annotation has no segmentation where others have or it is needed",
-    "class-order": "the classes are in another order than the categories, which shifts labels",
-    "no-class": "no category is one of the classes",
-}
-"""Kinds of findings that are wrong data, with what they mean."""
-
-WARNINGS: dict[str, str] = {
-    "empty-image": "an image has no annotations",
-    "crowd-only": "all annotations of an image are crowds",
-    "tiny-image": "an image has a side below 32 pixels, which filter_cfg leaves out",
-    "extreme-image": "an image is more than 50 times as long as it is wide, or very large",
-    "beyond-image": "a box reaches out of its image by more than a pixel",
-    "mixed-segmentation": "single objects are RLEs beside polygons; poly2mask=False ignores those",
-    "marked-ignore": "an annotation is marked ignore, and mmdet leaves it out",
-    "duplicate-file": "several images have one file",
-    "missing-class": "a class has no category",
-    "unnamed-category": "a category is none of the classes; its annotations are left out",
-    "empty-folder": "a folder of a class has no images",
-}
-"""Kinds of findings that training copes with."""
-
-KINDS: dict[str, str] = {**ERRORS, **WARNINGS}
-
-FATAL = ("not-json", "not-coco", "no-annotations", "duplicate-category", "class-order", "no-class")
-"""Kinds that concern the whole file, so that leaving something out does not help."""
+from mmrla.datasets.findings import DataError, Finding
+from mmrla.datasets.images import look_at, names_in, other_spelling
+from mmrla.datasets.segmentations import (
+    are_numbers,
+    is_id,
+    is_number,
+    is_size,
+    segmentation_fault,
+    shorten,
+)
 
 TINY = 32
 EXTREME_RATIO = 50
 EXTREME_PIXELS = 2**27
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on as it is; the message lists the first findings."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong."""
-
-    kind: str
-    """One of :data:`KINDS`."""
-    text: str
-    """One line for people."""
-    path: str
-    """The file it is about."""
-    image_id: Any = None
-    annotation_id: Any = None
-
-    @property
-    def severity(self) -> str:
-        """``'error'`` or ``'warning'``."""
-        return "error" if self.kind in ERRORS else "warning"
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.kind}: {self.text}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"severity": self.severity, **asdict(self)}
-
-
-def count_kinds(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many findings there are of each kind, in the order of :data:`KINDS`."""
-    counts = Counter(finding.kind for finding in findings)
-    return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
 def read_annotations(path: str | Path) -> Any:
@@ -132,6 +54,7 @@ def check_coco(
     need_masks: bool | None = None,
     files: str = "headers",
     workers: int = 1,
+    turns: bool = True,
 ) -> list[Finding]:
     """Find what is wrong with a set.
 
@@ -147,6 +70,7 @@ def check_coco(
             ``'headers'``: also format, size and the end of the file, which shows most truncated
             JPEGs and PNGs; ``'decode'``: also every pixel.
         workers: Processes that look at image files.
+        turns: Whether images are read turned as their EXIF data ask for.
 
     Returns:
         The findings, those about the whole file first.
@@ -159,30 +83,8 @@ def check_coco(
     check = _Check(str(ann_file), classes, need_masks)
     check.run(content)
     if images is not None and check.by_id:
-        check.look_at_files(str(images), files, workers)
+        check.look_at_files(str(images), files, workers, turns)
     return check.findings
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    """Whether all are finite numbers; of hundreds of thousands of lists, so the quick way."""
-    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def climbs_out(file_name: str) -> bool:
@@ -235,10 +137,10 @@ class _Check:
         for record in records:
             if (
                 not isinstance(record, Mapping)
-                or not _is_id(record.get("id"))
+                or not is_id(record.get("id"))
                 or not isinstance(record.get("name"), str)
             ):
-                self.add("not-coco", f"a category without id and name: {_shorten(record)}")
+                self.add("not-coco", f"a category without id and name: {shorten(record)}")
                 continue
             if record["id"] in ids or record["name"] in names:
                 self.add("duplicate-category", f"category {record['id']} {record['name']!r}")
@@ -253,7 +155,7 @@ class _Check:
         labelled = [name for name in names if name in classes]
         missing = [name for name in classes if name not in names]
         if not labelled:
-            shown = f"classes {_shorten(classes)}, categories {_shorten(names)}"
+            shown = f"classes {shorten(classes)}, categories {shorten(names)}"
             self.add("no-class", f"no class is a category of {self.ann_file}: {shown}")
             return
         wrong = [i for i, name in enumerate(labelled) if i >= len(classes) or name != classes[i]]
@@ -264,7 +166,7 @@ class _Check:
                 "class-order",
                 f"label {i} would be category {labelled[i]!r} and is called {wanted!r}: labels go "
                 "by the order of the categories; give the classes in the order "
-                f"{_shorten(labelled)}"
+                f"{shorten(labelled)}"
                 + (f" (no category is called {', '.join(map(repr, missing))})" if missing else ""),
             )
         for name in missing:
@@ -277,20 +179,20 @@ class _Check:
         files: set[str] = set()
         for record in records:
             bad = None
-            if not isinstance(record, Mapping) or not _is_id(record.get("id")):
-                self.add("bad-record", f"an image without an id: {_shorten(record)}")
+            if not isinstance(record, Mapping) or not is_id(record.get("id")):
+                self.add("bad-record", f"an image without an id: {shorten(record)}")
                 continue
             image = record["id"]
             if image in self.seen:
-                text = f"image id {image!r}: {_shorten(record.get('file_name'))}"
+                text = f"image id {image!r}: {shorten(record.get('file_name'))}"
                 self.add("duplicate-image-id", text, image)
             self.seen.add(image)
             if not isinstance(record.get("file_name"), str) or not record["file_name"]:
                 bad = "file_name"
-            elif not _is_size(record.get("width")) or not _is_size(record.get("height")):
+            elif not is_size(record.get("width")) or not is_size(record.get("height")):
                 bad = "width and height in whole pixels"
             if bad:
-                self.add("bad-record", f"image {image!r} has no {bad}: {_shorten(record)}", image)
+                self.add("bad-record", f"image {image!r} has no {bad}: {shorten(record)}", image)
                 continue
             name = record["file_name"]
             if climbs_out(name) or "\0" in name:
@@ -317,23 +219,23 @@ class _Check:
         without: list[tuple[Any, Any]] = []
         forms: Counter[str] = Counter()
         for record in records:
-            if not isinstance(record, Mapping) or not _is_id(record.get("id")):
-                self.add("bad-record", f"an annotation without an id: {_shorten(record)}")
+            if not isinstance(record, Mapping) or not is_id(record.get("id")):
+                self.add("bad-record", f"an annotation without an id: {shorten(record)}")
                 continue
             number, image = record["id"], record.get("image_id")
             what = f"annotation {number!r}"
             if number in seen:
                 self.add("duplicate-annotation-id", f"{what} of image {image!r}", image, number)
             seen.add(number)
-            known = _is_id(image) and image in self.seen
+            known = is_id(image) and image in self.seen
             if not known:
-                self.add("unknown-image", f"{what}: image_id {_shorten(image)}", None, number)
+                self.add("unknown-image", f"{what}: image_id {shorten(image)}", None, number)
             category = record.get("category_id")
-            if not _is_id(category) or category not in categories:
-                text = f"{what} of image {image!r}: category_id {_shorten(category)}"
+            if not is_id(category) or category not in categories:
+                text = f"{what} of image {image!r}: category_id {shorten(category)}"
                 self.add("unknown-category", text, image, number)
             crowd = record.get("iscrowd", 0)
-            if crowd not in (0, 1) or not _is_number(record.get("area")):
+            if crowd not in (0, 1) or not is_number(record.get("area")):
                 bad = "iscrowd of 0 or 1" if crowd not in (0, 1) else "finite area"
                 self.add("bad-record", f"{what} of image {image!r} has no {bad}", image, number)
             if record.get("ignore"):
@@ -354,6 +256,12 @@ class _Check:
                 self.add("bad-segmentation", text, image, number)
             elif crowd != 1:
                 forms["rle" if isinstance(segmentation, Mapping) else "polygons"] += 1
+        if not any(
+            isinstance(r, Mapping) and r.get("iscrowd", 0) != 1 and not r.get("ignore")
+            for r in records
+        ):
+            text = f"all {len(records)} annotations of {self.ann_file} are crowds or marked ignore"
+            self.add("only-crowds", f"{text}: there is nothing to train on")
         # A set of boxes alone has none at all, which is fine unless masks are to be learned.
         if without and (self.need_masks or len(without) < len(records)):
             for number, image in without:
@@ -371,13 +279,13 @@ class _Check:
     def _box(self, record: Mapping[str, Any], what: str, image: Mapping[str, Any] | None) -> None:
         box, number, of = record.get("bbox"), record["id"], record.get("image_id")
         where = f"{what} of image {of!r}"
-        if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
-            self.add("bad-box", f"{where}: bbox {_shorten(box)}", of, number)
+        if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+            self.add("bad-box", f"{where}: bbox {shorten(box)}", of, number)
             return
         x, y, width, height = box
         area: Any = record.get("area")
         # What mmdet takes for no object.
-        if width < 1 or height < 1 or (_is_number(area) and area <= 0):
+        if width < 1 or height < 1 or (is_number(area) and area <= 0):
             self.add("zero-area", f"{where}: bbox {box}, area {area}", of, number)
             return
         if image is None:
@@ -388,192 +296,27 @@ class _Check:
         elif x < -1 or y < -1 or x + width > across + 1 or y + height > down + 1:
             self.add("beyond-image", f"{where}: bbox {box}, image {across} x {down}", of, number)
 
-    def look_at_files(self, folder: str, files: str, workers: int) -> None:
-        there = _names_in(folder, {record["file_name"] for record in self.by_id.values()})
+    def look_at_files(self, folder: str, files: str, workers: int, turns: bool) -> None:
+        there = names_in(folder, {record["file_name"] for record in self.by_id.values()})
         jobs = []
         for image, record in self.by_id.items():
             name = record["file_name"]
             path = os.path.join(folder, name)
             if name not in there:
-                text = f"image {image!r}: no such file: {path}{_other_spelling(path)}"
+                text = f"image {image!r}: no such file: {path}{other_spelling(path)}"
                 self.findings.append(Finding("missing-image", text, path, image))
             elif files != "names":
                 jobs.append((image, path, (record["width"], record["height"])))
         found = look_at(
-            [(path, size) for _, path, size in jobs], decode=files == "decode", workers=workers
+            [(path, size) for _, path, size in jobs],
+            decode=files == "decode",
+            workers=workers,
+            turns=turns,
         )
         for (image, path, _), fault in zip(jobs, found, strict=True):
             if fault is not None:
                 kind, text = fault
                 self.findings.append(Finding(kind, f"image {image!r}: {path}: {text}", path, image))
-
-
-def _names_in(folder: str, names: Collection[str]) -> set[str]:
-    """Which of the names are files there, by listing each folder once."""
-    by_parent: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        by_parent[os.path.dirname(name)].add(name)
-    there: set[str] = set()
-    for parent, members in by_parent.items():
-        path = os.path.join(folder, parent)
-        if not os.path.isdir(path):
-            continue
-        with os.scandir(path) as entries:
-            listed = {entry.name for entry in entries if entry.is_file()}
-        there.update(name for name in members if os.path.basename(name) in listed)
-    return there
-
-
-def _other_spelling(path: str) -> str:
-    """A hint where the file is there under the same letters in other code points, or in case."""
-    folder, name = os.path.split(path)
-    wanted = unicodedata.normalize("NFC", name).casefold()
-    if not os.path.isdir(folder):
-        return ""
-    for other in os.listdir(folder) if len(name) != len(name.encode()) else ():
-        if unicodedata.normalize("NFC", other).casefold() == wanted:
-            return f" (there is {other!r}, the same letters in another Unicode form or case)"
-    return ""
-
-
-# --- image files ---
-
-Fault = tuple[str, str]
-"""Kind and text."""
-
-
-def image_fault(
-    path: str, size: tuple[int, int] | None = None, *, decode: bool = False
-) -> Fault | None:
-    """What is wrong with an image file, None if nothing.
-
-    Args:
-        path: A local file.
-        size: Width and height that it should have, after the turn that its EXIF data ask for,
-            which OpenCV carries out on reading.
-        decode: Whether to decode all pixels. Without, a JPEG or PNG is decoded only if it does not
-            end as such a file does; other formats are trusted once their header is right.
-    """
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            # Pillow warns of large images; how large one may be is not this function's business.
-            warnings.simplefilter("ignore")
-            end = file.seek(0, os.SEEK_END)
-            if end == 0:
-                return "unreadable-image", "the file is empty"
-            file.seek(-min(end, 12), os.SEEK_END)
-            tail = file.read()
-            file.seek(0)
-            with Image.open(file) as image:
-                found, kind = image.size, image.format
-                if size is not None and found != size and image.getexif().get(0x0112, 1) >= 5:
-                    found = found[::-1]
-                if decode or _ends_well(kind, tail) is False:
-                    try:
-                        image.load()
-                    except Exception as error:
-                        return "truncated-image", f"cannot be decoded ({str(error)[:120]})"
-    except FileNotFoundError:
-        return "missing-image", "no such file"
-    except Image.DecompressionBombError:
-        # Larger than Pillow will touch, which OpenCV may well read.
-        return None
-    except Exception as error:  # Pillow's plugins raise whatever they meet
-        return "unreadable-image", f"no image ({type(error).__name__}: {str(error)[:120]})"
-    if size is not None and found != tuple(size):
-        return "size-mismatch", f"is {found[0]} x {found[1]}, its record says {size[0]} x {size[1]}"
-    return None
-
-
-def _ends_well(kind: str | None, tail: bytes) -> bool | None:
-    """Whether a file ends as one of its format does; None where that says nothing."""
-    if kind in ("JPEG", "MPO"):
-        return tail.endswith(b"\xff\xd9")
-    if kind == "PNG":
-        return tail.endswith(b"IEND\xaeB`\x82")
-    return None
-
-
-def _faults_of(
-    chunk: Sequence[tuple[str, tuple[int, int] | None]], decode: bool
-) -> list[Fault | None]:
-    return [image_fault(path, size, decode=decode) for path, size in chunk]
-
-
-def look_at(
-    jobs: Sequence[tuple[str, tuple[int, int] | None]], *, decode: bool, workers: int = 1
-) -> list[Fault | None]:
-    """:func:`image_fault` of many files with their sizes, in order, in ``workers`` processes."""
-    if workers <= 1 or len(jobs) < 64:
-        return _faults_of(jobs, decode)
-    step = max(1, min(512, len(jobs) // (4 * workers)))
-    chunks = [jobs[i : i + step] for i in range(0, len(jobs), step)]
-    with ProcessPoolExecutor(workers) as pool:
-        parts = pool.map(partial(_faults_of, decode=decode), chunks)
-        return [fault for part in parts for fault in part]
-
-
-# --- segmentations ---
-
-
-def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with a segmentation that is not empty, None if nothing.
-
-    Args:
-        segmentation: Polygons ``[[x1, y1, x2, y2, ...], ...]`` or an RLE
-            ``{'size': [height, width], 'counts': ...}``, with counts as a list or in COCO's
-            compressed form.
-        image: The image's record, None if there is none.
-    """
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                return f"no polygon of three points or more: {_shorten(polygon)}"
-            if not _are_numbers(polygon):
-                return f"not all coordinates are finite numbers: {_shorten(polygon)}"
-        return None
-    if not isinstance(segmentation, Mapping):
-        return f"neither polygons nor an RLE: {_shorten(segmentation)}"
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(map(_is_size, size)):
-        return f"an RLE without size [height, width], got {_shorten(size)}"
-    if image is not None and size != [image["height"], image["width"]]:
-        return f"an RLE of {size}, the image has [{image['height']}, {image['width']}]"
-    if isinstance(counts, str):
-        counts = _uncompressed(counts)
-    if (
-        not isinstance(counts, list)
-        or any(type(count) is not int or count < 0 for count in counts)
-        or sum(counts) != size[0] * size[1]
-    ):
-        return f"an RLE whose counts do not add up to {size[0]} x {size[1]}"
-    return None
-
-
-def _uncompressed(text: str) -> list[int] | None:
-    """Counts of a compressed RLE, None if it is none.
-
-    Each number is cut in groups of 5 bits, the lowest first, one character of value 48 + group,
-    plus 32 if another follows; from the third on it is the difference to the count two before.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        group = ord(character) - 48
-        if not 0 <= group < 64:
-            return None
-        value |= (group & 31) << shift
-        shift += 5
-        if group & 32:
-            continue
-        if group & 16:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = shift = 0
-    return None if shift else counts
-
-
-# --- leaving out ---
 
 
 def drop_bad(content: Mapping[str, Any], findings: Iterable[Finding]) -> dict[str, Any]:
@@ -600,7 +343,7 @@ def drop_bad(content: Mapping[str, Any], findings: Iterable[Finding]) -> dict[st
         record
         for record in _once(content["annotations"])
         if record["id"] not in bad_annotations
-        and _is_id(record.get("image_id"))
+        and is_id(record.get("image_id"))
         and record["image_id"] in kept
     ]
     return {**content, "images": images, "annotations": annotations}
@@ -609,42 +352,8 @@ def drop_bad(content: Mapping[str, Any], findings: Iterable[Finding]) -> dict[st
 def _once(records: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
     by_id: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
-        if isinstance(record, Mapping) and _is_id(record.get("id")):
+        if isinstance(record, Mapping) and is_id(record.get("id")):
             by_id[record["id"]].append(record)
     for same in by_id.values():
         if all(other == same[0] for other in same[1:]):
             yield same[0]
-
-
-def summary(findings: Iterable[Finding]) -> str:
-    """Counts of kinds in one line: ``3 missing-image, 1 zero-area``."""
-    return ", ".join(f"{count} {kind}" for kind, count in count_kinds(findings).items())
-
-
-def check_class_folders(
-    folder: str | Path, *, decode: bool = False, workers: int = 1
-) -> list[Finding]:
-    """Find what is wrong with a folder of class folders of images, as ImageNet has them.
-
-    Args:
-        folder: Holds one folder for each class.
-        decode: As in :func:`image_fault`.
-        workers: Processes that look at files.
-    """
-    findings: list[Finding] = []
-    paths: list[str] = []
-    for klass in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
-        own = sorted(
-            str(path) for path in klass.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
-        if not own:
-            findings.append(Finding("empty-folder", f"{klass} has no images", str(klass)))
-        paths += own
-    faults = look_at([(path, None) for path in paths], decode=decode, workers=workers)
-    for path, fault in zip(paths, faults, strict=True):
-        if fault is not None:
-            findings.append(Finding(fault[0], f"{path}: {fault[1]}", path))
-    return findings
-
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"})

@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from mmrla.datasets.coco_check import IMAGE_SUFFIXES, DataError, read_annotations
+from mmrla.datasets.coco_check import read_annotations
+from mmrla.datasets.findings import DataError
+from mmrla.datasets.images import IMAGE_SUFFIXES
 
 ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
@@ -22,7 +24,7 @@ def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
         classes: As in :func:`voc_to_coco`, which reads a list; a COCO file has its own order.
 
     Raises:
-        mmrla.datasets.coco_check.DataError: It, or an annotation, cannot be read.
+        mmrla.datasets.findings.DataError: It, or an annotation, cannot be read.
         FileNotFoundError: It is not there.
     """
     path = Path(path)
@@ -62,7 +64,7 @@ def voc_to_coco(
 
     Raises:
         FileNotFoundError: The folder has no ``Annotations/``, or there is no such list.
-        mmrla.datasets.coco_check.DataError: An annotation is missing, no XML, or lacks what is
+        mmrla.datasets.findings.DataError: An annotation is missing, no XML, or lacks what is
             needed; the message names the file.
     """
     folder = Path(folder)

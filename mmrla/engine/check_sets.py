@@ -11,15 +11,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmrla.datasets.coco_check import (
-    IMAGE_SUFFIXES,
-    DataError,
-    Finding,
-    check_class_folders,
-    check_coco,
-    count_kinds,
-)
+from mmrla.datasets.coco_check import check_coco
+from mmrla.datasets.findings import DataError, Finding, count_kinds
+from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
 from mmrla.datasets.voc import read_set
+from mmrla.engine.class_check import classes_of
 from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
 
 
@@ -33,6 +29,8 @@ class DataSet:
     """In COCO's format; None: class folders."""
     classes: Sequence[str] | None = None
     need_masks: bool | None = None
+    turns: bool = True
+    """Whether images are read turned as their EXIF data ask for."""
     used_as: list[str] = field(default_factory=list)
     """Places in the config."""
 
@@ -58,6 +56,7 @@ class DataSet:
             need_masks=self.need_masks,
             files="decode" if decode else "headers",
             workers=workers,
+            turns=self.turns,
         )
 
 
@@ -128,20 +127,21 @@ def sets_of_config(cfg: Config) -> list[DataSet]:
         ValueError: The config names no local set of these kinds.
     """
     found: dict[Any, DataSet] = {}
+    scope = cfg.get("default_scope") or "mmdet"
     for split in SPLITS:
         loader = f"{split}_dataloader"
         for where, dataset in inner_datasets(cfg.get(loader), loader):
-            one = _set_of(dataset)
+            one = _set_of(dataset, where, scope)
             if one is None:
                 continue
-            key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks)
+            key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks, one.turns)
             found.setdefault(key, one).used_as.append(where)
     if not found:
         raise ValueError("the config names no local set in COCO's format or of class folders")
     return list(found.values())
 
 
-def _set_of(dataset: Any) -> DataSet | None:
+def _set_of(dataset: Any, where: str, scope: str) -> DataSet | None:
     root, kind = dataset.get("data_root") or "", str(dataset.get("type")).rpartition(".")[2]
     prefix = dataset.get("data_prefix") or {}
     if kind in ("ImageNet", "CustomDataset") and not dataset.get("ann_file"):
@@ -154,14 +154,14 @@ def _set_of(dataset: Any) -> DataSet | None:
     ann_file = path_under(root, dataset["ann_file"])
     if "://" in images or "://" in ann_file:
         return None
-    classes = (dataset.get("metainfo") or {}).get("classes")
-    if classes is None:
-        from mmdet.datasets import CocoDataset
+    from mmrla.datasets.checked_coco import loads_masks, reads_turned
 
-        classes = CocoDataset.METAINFO["classes"]
+    classes = classes_of(dataset, where, scope)
     pipeline = dataset.get("pipeline") or ()
-    masks = any(step.get("with_mask") for step in pipeline)
-    return DataSet(Path(images or root or "."), Path(ann_file), classes, masks)
+    return DataSet(
+        Path(images or root or "."), Path(ann_file), classes, loads_masks(pipeline),
+        reads_turned(pipeline),
+    )  # fmt: skip
 
 
 def report(

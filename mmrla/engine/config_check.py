@@ -12,6 +12,8 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
+from mmrla.engine.class_check import check_classes
+
 # What mmengine's runner takes from a config, and what tools read beside it.
 _TOP = frozenset(
     {"model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg",
@@ -89,7 +91,8 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
 
     Raises:
         TypeError: A part of it is of the wrong type.
-        ValueError: A key is misspelt, or a type is not registered.
+        ValueError: A key is misspelt, a type is not registered, or a head has another number of
+            classes than a dataset.
     """
     splits = tuple(splits)
     for key in cfg:
@@ -117,6 +120,7 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
         for index, part in enumerate(() if isinstance(parts, (Mapping, str)) else parts):
             if isinstance(part, str):
                 raise TypeError(f"{key}[{index}] must be a dict, got the string {part!r}")
+    check_classes(cfg, splits)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 CLASSES = ("ant", "bee", "cat")
@@ -160,6 +161,25 @@ def _without_key(key: str) -> Callable[[Coco], Any]:
     return lambda coco: coco.annotations[2].pop(key)
 
 
+def _turned(orientation: int, height: int, width: int) -> Callable[[Coco], Any]:
+    """Image 2 is stored as 64 x 48 with an EXIF orientation; its record says height and width."""
+
+    def change(coco: Coco) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(coco.image(2)) as image:
+            image.save(coco.image(2), exif=exif)
+        coco.images[1].update(height=height, width=width)
+
+    return change
+
+
+def _sixteen_bits(coco: Coco) -> None:
+    coco.rename(2, "2.png")
+    pixels = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+    cv2.imwrite(str(coco.folder / "2.png"), pixels)
+
+
 CASES: dict[str, Case] = {
     "clean": Case(lambda coco: None, {}),
     "missing image": Case(lambda coco: coco.image(2).unlink(), {"missing-image": 1}, WITHOUT_2, 2),
@@ -174,6 +194,15 @@ CASES: dict[str, Case] = {
     "sides exchanged": Case(
         _record(height=WIDTH, width=HEIGHT), {"size-mismatch": 1}, WITHOUT_2, 2
     ),
+    "turned by EXIF, annotated as stored": Case(
+        _turned(6, HEIGHT, WIDTH), {"exif-stored": 1}, WITHOUT_2, 2
+    ),
+    "turned by EXIF, annotated as shown": Case(_turned(6, WIDTH, HEIGHT), {}),
+    "turned by EXIF, annotated as neither": Case(
+        _turned(6, HEIGHT, HEIGHT), {"size-mismatch": 1}, WITHOUT_2, 2
+    ),
+    "upside down by EXIF": Case(_turned(3, HEIGHT, WIDTH), {"exif-unclear": 1}),
+    "16 bits a channel": Case(_sixteen_bits, {"deep-image": 1}),
     "zero-area box": Case(_first(bbox=[4, 6, 0, 20]), {"zero-area": 1}, gone=1),
     "area of zero": Case(_first(area=0), {"zero-area": 1}, gone=1),
     "negative box": Case(_first(bbox=[34, 26, -30, -20]), {"zero-area": 1}, gone=1),
@@ -238,6 +267,11 @@ def _rename_category(coco: Coco) -> None:
     coco.categories[1]["name"] = "wasp"
 
 
+def _all_crowds(coco: Coco) -> None:
+    for record in coco.annotations:
+        record.update(iscrowd=1, segmentation=rle(compressed=False))
+
+
 def _no_known_category(coco: Coco) -> None:
     for record in coco.categories:
         record["name"] = f"not {record['name']}"
@@ -251,6 +285,10 @@ BROKEN: dict[str, tuple[Callable[[Coco], Any], str | None, str]] = {
     "a list": (lambda coco: None, "[1, 2]", "not-coco"),
     "no images": (lambda coco: coco.images.clear(), None, "not-coco"),
     "no annotations at all": (lambda coco: coco.annotations.clear(), None, "no-annotations"),
+    "crowds alone": (_all_crowds, None, "only-crowds"),
+    "all marked ignore": (
+        lambda coco: [r.update(ignore=1) for r in coco.annotations], None, "only-crowds",
+    ),
     "two categories of one name": (
         lambda coco: coco.categories[2].update(name="bee"), None, "duplicate-category",
     ),

@@ -13,18 +13,11 @@ from mmengine.registry import DATASETS, DefaultScope
 from pycocotools import mask as mask_utils
 
 from mmrla.cli import main
-from mmrla.datasets.coco_check import (
-    ERRORS,
-    FATAL,
-    DataError,
-    check_coco,
-    count_kinds,
-    drop_bad,
-    look_at,
-    read_annotations,
-    segmentation_fault,
-)
-from tests.datasets.bad_sets import BROKEN, CASES, CLASSES, HEIGHT, WIDTH, Coco, write_image
+from mmrla.datasets.coco_check import check_coco, drop_bad, read_annotations
+from mmrla.datasets.findings import ERRORS, FATAL, DataError, count_kinds
+from mmrla.datasets.images import look_at
+from mmrla.datasets.segmentations import segmentation_fault
+from tests.datasets.bad_sets import BROKEN, CASES, CLASSES, HEIGHT, WIDTH, Coco, rle, write_image
 
 PIPELINE = [
     dict(type="LoadImageFromFile"),
@@ -122,6 +115,44 @@ def test_a_broken_file_always_stops(name, on_bad, tmp_path):
         build(coco, on_bad=on_bad)
     if kind != "not-json":
         assert kind in count_kinds(check(coco)[1])
+
+
+def test_images_read_as_stored(tmp_path):
+    """Where the pipeline leaves EXIF orientations alone, boxes as stored are right."""
+    coco = Coco(tmp_path)
+    CASES["turned by EXIF, annotated as stored"].change(coco)
+    coco.write()
+    assert held(build(coco, "CocoDataset"))[2][0]  # in silence, and wrong
+    with pytest.raises(DataError, match="color_ignore_orientation.*exiftool"):
+        build(coco, on_bad="raise", files="headers")
+    as_stored = [dict(PIPELINE[0], color_type="color_ignore_orientation"), *PIPELINE[1:]]
+    dataset = build(coco, on_bad="raise", files="headers", pipeline=as_stored)
+    assert dataset.prepare_data(1)["inputs"].shape[1:] == (HEIGHT, WIDTH)
+    assert count_kinds(check(coco, turns=False)[1]) == {}
+
+
+def test_nothing_to_train_on_behind_the_filters(tmp_path):
+    """Crowds are left where all other objects are bad, or of no class."""
+    for number, change in enumerate((dict(bbox=[0, 0, 0, 0]), dict(category_id=3))):
+        coco = Coco(tmp_path / str(number))
+        coco.annotations = coco.annotations[:4]
+        for record in coco.annotations[:2]:
+            record.update(iscrowd=1, category_id=1, segmentation=rle(compressed=False))
+        for record in coco.annotations[2:]:
+            record.update(change)
+        coco.write()
+        with pytest.raises(DataError, match="nothing to train on.*classes.*no crowd"):
+            build(coco, metainfo=dict(classes=("ant", "bee")))
+        build(coco, "CocoDataset", metainfo=dict(classes=("ant", "bee")))
+
+
+def test_one_class_without_its_comma(tmp_path):
+    coco = Coco(tmp_path).write()
+    with pytest.raises(ValueError, match=r"metainfo.classes='ant' is a string: write \('ant',\)"):
+        build(coco, metainfo=dict(classes="ant"))
+    names = tmp_path / "names.txt"  # which mmengine reads
+    names.write_text("ant\nbee\ncat\n")
+    assert len(build(coco, metainfo=dict(classes=str(names)))) == 6
 
 
 def test_what_mmdet_would_train_on_in_silence(tmp_path):

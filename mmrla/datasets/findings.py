@@ -1,0 +1,125 @@
+"""What can be wrong with a set: kinds of findings, and one finding."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ERRORS: dict[str, str] = {
+    "not-json": "the annotation file is not JSON",
+    "not-coco": "the annotation file is not in COCO's format",
+    "no-annotations": "there is no annotation at all",
+    "only-crowds": "all annotations are crowds or marked ignore, so there is nothing to train on",
+    "bad-record": "a record lacks a field or has a wrong type in it",
+    "duplicate-image-id": "several images have one id",
+    "duplicate-annotation-id": "several annotations have one id",
+    "duplicate-category": "several categories have one id or one name",
+    "path-escape": "a file_name leads out of the folder of images",
+    "missing-image": "an image file is not there",
+    "unreadable-image": "an image file is no image, or empty",
+    "truncated-image": "an image file ends too early or is damaged",
+    "size-mismatch": "an image is of another size than its record says",
+    "exif-stored": "a record has the stored size of an image that is read turned by its EXIF data",
+    "unknown-image": "an annotation is of an image that has no record",
+    "unknown-category": "an annotation is of a category that has no record",
+    "bad-box": "a box is not four finite numbers",
+    "zero-area": "a box or area is of no size (a side below a pixel)",
+    "outside-box": "a box lies outside its image",
+    "bad-segmentation": "a segmentation is neither polygons nor an RLE of the image's size",
+    "missing-segmentation": "an annotation has no segmentation where others have or it is needed",
+    "class-order": "the classes are in another order than the categories, which shifts labels",
+    "no-class": "no category is one of the classes",
+}
+"""Kinds of findings that are wrong data, with what they mean."""
+
+WARNINGS: dict[str, str] = {
+    "empty-image": "an image has no annotations",
+    "crowd-only": "all annotations of an image are crowds",
+    "tiny-image": "an image has a side below 32 pixels, which filter_cfg leaves out",
+    "extreme-image": "an image is more than 50 times as long as it is wide, or very large",
+    "exif-unclear": "an image is turned by its EXIF data; its size does not show whether boxes are",
+    "deep-image": "an image has more than 8 bits a channel; they are cut to 8 when it is read",
+    "beyond-image": "a box reaches out of its image by more than a pixel",
+    "mixed-segmentation": "single objects are RLEs beside polygons; poly2mask=False ignores those",
+    "marked-ignore": "an annotation is marked ignore, and mmdet leaves it out",
+    "duplicate-file": "several images have one file",
+    "missing-class": "a class has no category",
+    "unnamed-category": "a category is none of the classes; its annotations are left out",
+    "empty-folder": "a folder of a class has no images",
+}
+"""Kinds of findings that training copes with."""
+
+KINDS: dict[str, str] = {**ERRORS, **WARNINGS}
+
+FATAL = (
+    "not-json", "not-coco", "no-annotations", "only-crowds", "duplicate-category", "class-order",
+    "no-class",
+)  # fmt: skip
+"""Kinds that concern the whole file, so that leaving something out does not help."""
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on as it is; the message lists the first findings."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    kind: str
+    """One of :data:`KINDS`."""
+    text: str
+    """One line for people."""
+    path: str
+    """The file it is about."""
+    image_id: Any = None
+    annotation_id: Any = None
+
+    @property
+    def severity(self) -> str:
+        """``'error'`` or ``'warning'``."""
+        return "error" if self.kind in ERRORS else "warning"
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.kind}: {self.text}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"severity": self.severity, **asdict(self)}
+
+
+def count_kinds(findings: Iterable[Finding]) -> dict[str, int]:
+    """How many findings there are of each kind, in the order of :data:`KINDS`."""
+    counts = Counter(finding.kind for finding in findings)
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """Counts of kinds in one line: ``3 missing-image, 1 zero-area``."""
+    return ", ".join(f"{count} {kind}" for kind, count in count_kinds(findings).items())
+
+
+def class_names(value: Any, where: str = "classes") -> tuple[str, ...]:
+    """The names of classes as mmengine reads them: a sequence, or the path of a file of lines.
+
+    Args:
+        value: As in a dataset's ``metainfo``.
+        where: Its place, for messages.
+
+    Raises:
+        ValueError: It is a string that is no file: most likely one class without its comma.
+        TypeError: It is neither.
+    """
+    if isinstance(value, str):
+        if not os.path.isfile(value):
+            raise ValueError(
+                f"{where}={value!r} is a string: write ({value!r},), with the comma, for one class"
+            )
+        with open(value, encoding="utf-8") as file:
+            return tuple(line.rstrip("\n\r") for line in file)
+    if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{where} must be names of classes, as ('bolt', 'nut'), got {value!r}")
+    return tuple(value)
