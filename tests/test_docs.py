@@ -44,6 +44,7 @@ REASONS = {
     "installs git hooks",
     "run by tests/projects",
     "run by tests/test_names.py",
+    "needs several processes with a GPU each",
 }
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
 SMALL = (
@@ -211,7 +212,7 @@ def checkout(data, tmp_path, monkeypatch) -> Path:
     (own,) = [b for b in RUN if b.page.name == "own_data.md" and b.language == "python"]
     (tmp_path / "configs/bolts.py").write_text(own.text)
     generate_shapes(tmp_path / "work_dirs/first/data", num_train=2, num_val=2)
-    for name in ("image.jpg", "cat.jpg", "dog.jpg"):
+    for name in ("image.jpg", "cat.jpg", "dog.jpg", "photos/1.jpg", "photos/2.jpg"):
         image(tmp_path / name, 64)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -76,7 +76,7 @@ def _stored(image: Image.Image) -> tuple[tuple[int, int], int]:
         # Asking a PNG without EXIF data for them would decode it.
         return image.size, image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
+        tags = image.tag_v2
         return (tags[256], tags[257]), tags.get(_ORIENTATION, 1)
     return image.size, 1
 
@@ -86,7 +86,7 @@ def _bits(image: Image.Image, head: bytes) -> int:
     if image.format == "PNG":
         return head[24]
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,)))  # type: ignore[attr-defined]
+        return max(image.tag_v2.get(258, (8,)))
     return 16 if image.mode.startswith(("I", "F")) else 8
 
 

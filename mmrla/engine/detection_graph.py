@@ -42,7 +42,7 @@ class DetectorGraph(nn.Module):
         _check_kind(network)
         self.model = network.model
         self.dense_head = getattr(self.model, "rpn_head", None) or self.model.bbox_head
-        self.roi_head = getattr(self.model, "roi_head", None)
+        self.roi_head: Any = getattr(self.model, "roi_head", None)
         self.output_names = OUTPUTS[: 4 if self.roi_head and self.roi_head.with_mask else 3]
 
     def forward(self, images: Tensor, image_shape: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ def _check_kind(network: Network) -> None:
 
     model = network.model
     roi_head = getattr(model, "roi_head", None)
-    dense = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
+    dense: Any = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
         ("rpn_head" if roi_head else "bbox_head", dense, (RPNHead if roi_head else RetinaHead,)),
         ("prior_generator", getattr(dense, "prior_generator", None), (AnchorGenerator,)),

@@ -225,7 +225,7 @@ def int8_agreement(
         wrong += float(((wanted - got) ** 2).mean())
         whole += float((wanted**2).mean())
     times: list[list[float]] = [[], []]
-    for image in images[:1] * (2 * rounds):
+    for image in [images[0]] * (2 * rounds):
         for session, spent in zip(sessions, times, strict=True):
             start = perf_counter()
             session.run(None, {"images": image.numpy()})
