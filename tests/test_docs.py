@@ -44,6 +44,7 @@ REASONS = {
     "installs git hooks",
     "run by tests/projects",
     "run by tests/test_names.py",
+    "run by tests/commands/test_run.py on data of its own",
     "needs several processes with a GPU each",
 }
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
