@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "test": "evaluate a checkpoint",
     "predict": "detect or classify what is in images",
     "check-data": "find bad data before a run",
+    "convert-data": "data in another format as COCO's",
     "convert": "released or plain checkpoints to mmrla's key names",
     "publish": "make a checkpoint to hand out",
     "export-onnx": "write a network as ONNX and compare it with torch",

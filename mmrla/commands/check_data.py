@@ -26,8 +26,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "dir",
         nargs="?",
         metavar="DIR",
-        help="annotations/*.json beside folders of images (COCO), or class folders of images; with "
-        "--config, its data root",
+        help="annotations/*.json beside folders of images (COCO), Annotations/ and JPEGImages/ "
+        "(Pascal VOC), or class folders of images; with --config, its data root",
     )
     parser.add_argument("--ann", type=Path, metavar="FILE", help="an annotation file")
     parser.add_argument("--images", type=Path, metavar="DIR", help="its folder of images")

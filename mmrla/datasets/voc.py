@@ -17,10 +17,10 @@ ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
 
 def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
-    """Read a COCO annotation file, or a list of images below ``ImageSets/`` of a VOC folder.
+    """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder.
 
     Args:
-        path: The ``.json`` or the ``.txt``.
+        path: The ``.json``, the ``.txt``, or the folder ``Annotations/``.
         classes: As in :func:`voc_to_coco`, which reads a list; a COCO file has its own order.
 
     Raises:
@@ -28,6 +28,8 @@ def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
         FileNotFoundError: It is not there.
     """
     path = Path(path)
+    if path.name == ANNOTATIONS and path.is_dir():
+        return voc_to_coco(path.parent, None, classes)
     if path.suffix == ".txt":
         for parent in path.parents:
             if parent.name == LISTS and (parent.parent / ANNOTATIONS).is_dir():
@@ -39,6 +41,9 @@ def voc_to_coco(
     folder: str | Path,
     split: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    *,
+    annotations: str = ANNOTATIONS,
+    images: str = IMAGES,
 ) -> dict[str, Any]:
     """Read the boxes of a Pascal VOC folder: ``Annotations/``, ``JPEGImages/`` and ``ImageSets/``.
 
@@ -57,6 +62,8 @@ def voc_to_coco(
             ``ImageSets/Main/``. Default: all that have an annotation, in the order of their names.
         classes: Categories in their order, where any of them occurs; other names come behind.
             Default: the names that occur, sorted.
+        annotations: The name of the folder of annotations, below ``folder``.
+        images: The name of the folder of images.
 
     Returns:
         What a COCO annotation file holds: ``images`` with ``file_name`` relative to
@@ -68,28 +75,28 @@ def voc_to_coco(
             needed; the message names the file.
     """
     folder = Path(folder)
-    if not (folder / ANNOTATIONS).is_dir():
+    if not (folder / annotations).is_dir():
         raise FileNotFoundError(
-            f"no Pascal VOC folder, it has no {ANNOTATIONS}/: {folder.absolute()}"
+            f"no Pascal VOC folder, it has no {annotations}/: {folder.absolute()}"
         )
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     names: list[str] = []
-    beside = {path.stem: path.name for path in _files(folder / IMAGES, IMAGE_SUFFIXES)}
-    for number, stem in enumerate(_stems(folder, split), 1):
-        path = folder / ANNOTATIONS / f"{stem}.xml"
+    beside = {path.stem: path.name for path in _files(folder / images, IMAGE_SUFFIXES)}
+    for number, stem in enumerate(_stems(folder, split, annotations), 1):
+        path = folder / annotations / f"{stem}.xml"
         root = _parse(path)
         # The name in the file is often that of another machine or of before a renaming.
         file_name = beside.get(stem, f"{stem}.jpg")
-        width, height = _size(root, path, folder / IMAGES / file_name)
-        images.append(dict(id=number, file_name=file_name, width=width, height=height))
+        width, height = _size(root, path, folder / images / file_name)
+        records.append(dict(id=number, file_name=file_name, width=width, height=height))
         for element in root.iter("object"):
             name, box, difficult = _object(element, path)
             if name not in names:
                 names.append(name)
-            annotations.append(
+            objects.append(
                 dict(
-                    id=len(annotations) + 1,
+                    id=len(objects) + 1,
                     image_id=number,
                     category_id=name,
                     bbox=box,
@@ -101,10 +108,10 @@ def voc_to_coco(
     if classes is not None and not set(names).isdisjoint(classes):
         names = [*classes, *(name for name in names if name not in classes)]
     ids = {name: index for index, name in enumerate(names, 1)}
-    for annotation in annotations:
+    for annotation in objects:
         annotation["category_id"] = ids[annotation["category_id"]]
     categories = [dict(id=index, name=name) for name, index in ids.items()]
-    return dict(images=images, annotations=annotations, categories=categories)
+    return dict(images=records, annotations=objects, categories=categories)
 
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -112,9 +119,9 @@ def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
-def _stems(folder: Path, split: str | Path | None) -> list[str]:
+def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str]:
     if split is None:
-        return [path.stem for path in _files(folder / ANNOTATIONS, (".xml",))]
+        return [path.stem for path in _files(folder / annotations, (".xml",))]
     listed = Path(split)
     if not listed.is_file():
         listed = folder / LISTS / "Main" / f"{split}.txt"

@@ -13,8 +13,9 @@ from mmengine.config import Config
 
 from mmrla.datasets.coco_check import check_coco
 from mmrla.datasets.findings import DataError, Finding, count_kinds
+from mmrla.datasets.formats import NAMES, recognise, voc_lists
 from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
-from mmrla.datasets.voc import read_set
+from mmrla.datasets.voc import ANNOTATIONS, IMAGES, read_set
 from mmrla.engine.class_check import classes_of
 from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
 
@@ -26,7 +27,8 @@ class DataSet:
     images: Path
     """Folder of images, or of class folders."""
     ann_file: Path | None = None
-    """In COCO's format; None: class folders."""
+    """In COCO's format, or of Pascal VOC a list of images or the folder ``Annotations/``; None:
+    class folders."""
     classes: Sequence[str] | None = None
     need_masks: bool | None = None
     turns: bool = True
@@ -64,12 +66,14 @@ def sets_in(root: str | Path) -> list[DataSet]:
     """The sets of a folder.
 
     ``annotations/instances_NAME.json`` beside ``NAME/`` or ``images/NAME/``, as COCO has them, any
-    other JSON in ``annotations/`` whose name ends with that of a folder, or class folders of
-    images, directly or in ``train/``, ``val/`` and ``test/``.
+    other JSON in ``annotations/`` whose name ends with that of a folder; ``Annotations/`` and
+    ``JPEGImages/`` as Pascal VOC has them, by the lists of train, val and test if there are any; or
+    class folders of images, directly or in ``train/``, ``val/`` and ``test/``.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: No set is found in it, or nobody can tell where an annotation file's images are.
+        ValueError: No set is found in it, it is in a format that has to be converted, or nobody can
+            tell where an annotation file's images are.
     """
     root = Path(root)
     if not root.is_dir():
@@ -87,12 +91,21 @@ def sets_in(root: str | Path) -> list[DataSet]:
         found.append(DataSet(images, path))
     if found:
         return found
+    if (root / ANNOTATIONS).is_dir() and (root / IMAGES).is_dir():
+        return [DataSet(root / IMAGES, path) for path in voc_lists(root) or [root / ANNOTATIONS]]
+    kind = recognise(root)
+    if kind is not None:
+        raise ValueError(
+            f"{root.absolute()} is in {NAMES[kind]}'s format and folders, which is not trained on; "
+            f"convert it: mmrla convert-data {root} OUT"
+        )
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
     folders = [folder for folder in splits or [root] if _has_class_folders(folder)]
     if not folders:
         raise ValueError(
-            f"no set in {root.absolute()}: neither annotations/*.json nor folders of images for "
-            "each class; name what is elsewhere with --ann FILE --images DIR"
+            f"no set in {root.absolute()}: neither annotations/*.json, nor Pascal VOC's "
+            "Annotations/ and JPEGImages/, nor folders of images for each class; name what is "
+            "elsewhere with --ann FILE --images DIR"
         )
     return [DataSet(folder) for folder in folders]
 

@@ -1,0 +1,59 @@
+"""Pascal VOC, YOLO, labelme, CVAT or Roboflow's COCO as a folder in COCO's layout, then checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mmrla.datasets.convert import convert_data
+from mmrla.engine.check_sets import report, sets_in
+from mmrla.engine.errors import reporting_errors
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        "mmrla convert-data",
+        description=__doc__,
+        epilog="Exit status 0: no errors in what was written. 1: errors. 2: nothing was written "
+        "whole.",
+    )
+    parser.add_argument("source", metavar="IN", help="a folder, CVAT's XML, or a zip of a folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    parser.add_argument(
+        "--val", type=float, default=0.0, metavar="FRACTION",
+        help="of the training images that become the validation set, if there is none",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="which images that are")
+    parser.add_argument("--link", action="store_true", help="link to the images, copy nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert and check; 1 if the check finds errors, else 0."""
+    args = parse_args(argv)
+    with reporting_errors():
+        done = convert_data(args.source, args.out, args.val, args.seed, args.link)
+        print(f"{args.source}: {done.format}, {len(done.classes)} classes: {done.classes}")
+        for name, (images, objects) in done.counts.items():
+            print(f"{name}: {images} images, {objects} objects")
+        for kind, count in done.left_out.items():
+            print(f"left out: {count} of kind {kind!r}, which COCO's format cannot hold")
+        if "val" not in done.counts:
+            print("no validation set: --val 0.2 splits one off the training images")
+        sets = sets_in(args.out)
+        if 0 < done.boxes < done.objects:
+            print(
+                f"{done.boxes} of {done.objects} objects have a box and no polygon: enough for a "
+                "Faster R-CNN or RetinaNet, not for a Mask R-CNN"
+            )
+            sets = [replace(one, need_masks=False) for one in sets]
+        errors = 0
+        for line in report(sets, limit=5):
+            if isinstance(line, int):
+                errors = line
+            else:
+                print(line)
+    return 1 if errors else 0

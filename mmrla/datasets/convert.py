@@ -1,0 +1,136 @@
+"""Sets in other formats, written in COCO's layout."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmrla.datasets.findings import DataError
+from mmrla.datasets.formats import NAMES, read, recognise
+from mmrla.datasets.reading import Reading
+
+
+class Converted(NamedTuple):
+    """What :func:`convert_data` wrote."""
+
+    format: str
+    """For people, as ``'YOLO'``."""
+    classes: list[str]
+    counts: dict[str, tuple[int, int]]
+    """Images and objects of each split."""
+    objects: int
+    """Of all splits."""
+    boxes: int
+    """Objects without a polygon or mask."""
+    left_out: Counter[str]
+    """Shapes that COCO's format cannot hold, by kind."""
+
+
+def convert_data(
+    source: str | Path, out: str | Path, val: float = 0.0, seed: int = 0, link: bool = False
+) -> Converted:
+    """Write a set in COCO's layout, so that the detectors' configs read it with ``--data-root``.
+
+    Annotations become ``annotations/instances_SPLIT2017.json``, images ``SPLIT2017/``, under the
+    names that they have. Image files are copied as they are; boxes and sizes are of images as
+    shown, turned by their EXIF data.
+
+    Args:
+        source: A folder, CVAT's XML, or a zip of a folder. See
+            :func:`mmrla.datasets.formats.read`.
+        out: The new folder, which must be absent or empty.
+        val: If the set has no ``val`` split: the fraction of ``train`` that becomes one.
+        seed: Which images that are.
+        link: Write symbolic links to the images in place of copies.
+
+    Raises:
+        FileNotFoundError: There is no ``source``.
+        FileExistsError: ``out`` holds something.
+        ValueError: The format is unknown, ``val`` is not from 0 to below 1, or a zip is to be
+            linked.
+        mmrla.datasets.findings.DataError: Something cannot be read, or two images have one name.
+    """
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        raise FileNotFoundError(f"not there: {source.absolute()}")
+    if not 0 <= val < 1:
+        raise ValueError(f"val must be a fraction from 0 to below 1, got {val}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"already there and not empty: {out.absolute()}")
+    with _unpacked(source, link) as root:
+        reading = read(root)
+        if val and "val" not in reading.splits:
+            _split_off(reading, val, seed)
+        if not any(split["images"] for split in reading.splits.values()):
+            raise DataError(f"{source}: no image is in it")
+        for name, files in reading.sources.items():
+            _place(files, reading.splits[name]["images"], out / f"{name}2017", link)
+        (out / "annotations").mkdir()
+        counts, boxes = {}, 0
+        for name, content in reading.contents().items():
+            path = out / f"annotations/instances_{name}2017.json"
+            path.write_text(json.dumps(content))
+            counts[name] = len(content["images"]), len(content["annotations"])
+            boxes += sum(not record.get("segmentation") for record in content["annotations"])
+        return Converted(
+            NAMES[recognise(root) or ""], reading.classes, counts,
+            sum(objects for _, objects in counts.values()), boxes, reading.left_out,
+        )  # fmt: skip
+
+
+@contextmanager
+def _unpacked(source: Path, link: bool) -> Iterator[Path]:
+    if not zipfile.is_zipfile(source):
+        yield source
+        return
+    if link:
+        raise ValueError(f"the images of a zip cannot be linked to: {source}")
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(source) as packed:
+            packed.extractall(folder)  # names that lead out of the folder are kept in it
+        root = Path(folder)
+        inside = [path for path in root.iterdir() if path.name != "__MACOSX"]
+        if len(inside) == 1 and inside[0].is_dir() and recognise(root) is None:
+            root = inside[0]
+        yield root
+
+
+def _split_off(reading: Reading, fraction: float, seed: int) -> None:
+    """Move images of ``train`` to ``val``, at least one."""
+    whole, sources = reading.splits["train"], reading.sources["train"]
+    chosen = list(range(len(sources)))
+    random.Random(seed).shuffle(chosen)
+    moved = set(chosen[: max(1, round(fraction * len(chosen)))])
+    for name in ("train", "val"):
+        kept = [i for i in range(len(sources)) if (i in moved) == (name == "val")]
+        ids = {whole["images"][i]["id"] for i in kept}
+        objects = [a for a in whole["annotations"] if a["image_id"] in ids]
+        reading.splits[name] = dict(images=[whole["images"][i] for i in kept], annotations=objects)
+        reading.sources[name] = [sources[i] for i in kept]
+
+
+def _place(files: list[Path], records: list[dict[str, Any]], folder: Path, link: bool) -> None:
+    taken: dict[Path, Path] = {}
+    for file, record in zip(files, records, strict=True):
+        if not file.is_file():
+            raise DataError(f"no such image: {file.absolute()}")
+        target = folder / record["file_name"]
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"an image's name leads out of its folder: {record['file_name']!r}")
+        if taken.setdefault(target, file) != file:
+            raise DataError(f"two images have the name {target.name}: {taken[target]} and {file}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            continue  # one file with two records
+        if link:
+            target.symlink_to(file.absolute())
+        else:
+            shutil.copyfile(file, target)

@@ -1,0 +1,96 @@
+"""A set in another format, read as COCO's.
+
+Readers keep everything that COCO's format can hold, polygons with their fractions, and count what
+it cannot. Sizes are of images as shown, turned by their EXIF data: YOLO's and labelme's tools
+annotate those.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmrla.datasets.findings import DataError
+from mmrla.datasets.images import IMAGE_SUFFIXES
+
+SPLITS = ("train", "val", "test")
+ALIASES = {"valid": "val", "validation": "val"}
+
+
+class Reading:
+    """A set in COCO's format that is being filled, split by split."""
+
+    def __init__(self, classes: Iterable[str] = ()) -> None:
+        self.classes = list(classes)
+        """Names in the order of their ids, from 1."""
+        self.splits: dict[str, dict[str, Any]] = {}
+        self.sources: dict[str, list[Path]] = {}
+        """The file of each image of a split."""
+        self.left_out: Counter[str] = Counter()
+        """Shapes that COCO's format cannot hold, by kind."""
+
+    def image(self, split: str, source: Path, file_name: str, size: Sequence[int]) -> int:
+        """Add an image, which will be ``file_name`` in its split's folder; returns its id."""
+        images = self.splits.setdefault(split, dict(images=[], annotations=[]))["images"]
+        number = len(images) + 1
+        images.append(dict(id=number, file_name=file_name, width=size[0], height=size[1]))
+        self.sources.setdefault(split, []).append(source)
+        return number
+
+    def add(self, name: str, image: int, label: str, box: Sequence[float], **more: Any) -> None:
+        """Add an object, its box as x, y, width and height."""
+        if label not in self.classes:
+            self.classes.append(label)
+        box = [round(value, 3) for value in box]
+        record = dict(area=box[2] * box[3], iscrowd=0) | more
+        annotations = self.splits[name]["annotations"]
+        annotations.append(
+            dict(id=len(annotations) + 1, image_id=image,
+                 category_id=self.classes.index(label) + 1, bbox=box) | record
+        )  # fmt: skip
+
+    def add_polygons(
+        self, name: str, image: int, label: str, polygons: Sequence[Sequence[float]]
+    ) -> None:
+        """Add an object of polygons ``[x1, y1, x2, y2, ...]``, with the box around them."""
+        xs = [x for polygon in polygons for x in polygon[::2]]
+        ys = [y for polygon in polygons for y in polygon[1::2]]
+        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        rounded = [[round(value, 3) for value in polygon] for polygon in polygons]
+        area = round(sum(map(area_of, polygons)), 3)
+        self.add(name, image, label, box, segmentation=rounded, area=area)
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What COCO's annotation files of the splits hold."""
+        categories = [dict(id=i, name=label) for i, label in enumerate(self.classes, 1)]
+        return {name: dict(**split, categories=categories) for name, split in self.splits.items()}
+
+
+def area_of(polygon: Sequence[float]) -> float:
+    """The area in a polygon ``[x1, y1, x2, y2, ...]``."""
+    points = list(zip(polygon[::2], polygon[1::2], strict=True))
+    turned = zip(points, points[1:] + points[:1], strict=True)
+    return abs(sum(a * d - b * c for (a, b), (c, d) in turned)) / 2
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image, turned by its EXIF data.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8) and image.format != "TIFF"
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # Pillow's plugins raise whatever they meet
+        raise DataError(f"{path}: no image ({str(error)[:120]})") from error
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,0 +1,123 @@
+"""Folders as YOLO's tools and Roboflow write them: ``images/``, ``labels/``, ``data.yaml``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmrla.datasets.findings import DataError
+from mmrla.datasets.reading import ALIASES, SPLITS, Reading, images_in, shown_size
+
+
+def _data(root: Path) -> Mapping[str, Any] | None:
+    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+        try:
+            data = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            text = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: not YAML ({text})") from error
+        if isinstance(data, Mapping) and "names" in data:
+            return data
+    return None
+
+
+def yolo_names(root: Path) -> list[str] | None:
+    """The names of classes of a YOLO folder, None where nothing says them."""
+    data = _data(root)
+    if data is None:
+        for path in (root / "classes.txt", root / "labels/classes.txt"):
+            if path.is_file():
+                return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return None
+    names = data["names"]
+    if isinstance(names, Mapping):
+        names = [names.get(index) for index in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, (str, int)) for name in names):
+        raise DataError(f"{root}: names in its YAML file must be 0, 1, ... or a list, got {names}")
+    return [str(name) for name in names]
+
+
+def _splits(root: Path) -> Iterator[tuple[str, Path]]:
+    data = _data(root) or {}
+    base = root / str(data.get("path") or ".")
+    base = base if base.is_dir() else root  # often a path of another machine
+    for key in (*SPLITS, *ALIASES):
+        name = ALIASES.get(key, key)
+        given = data.get(key) or ()
+        for text in [given] if isinstance(given, str) else given:
+            # Roboflow writes ../train/images for train/images.
+            for folder in (base / text, root / text.removeprefix("../")):
+                if folder.exists():
+                    yield name, folder
+                    break
+            else:
+                raise DataError(f"{root}: its YAML file says {key}: {text}, which is not there")
+        if not given:
+            for folder in (root / "images" / key, root / key / "images"):
+                if folder.is_dir():
+                    yield name, folder
+
+
+def _labels_of(image: Path) -> Path:
+    parts = list(image.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def read_yolo(root: Path) -> Reading:
+    """Read a YOLO folder: boxes, polygons (four corners too), images without labels.
+
+    Raises:
+        mmrla.datasets.findings.DataError: What cannot be read, with its file and line.
+    """
+    names = yolo_names(root)
+    if names is None:
+        raise DataError(f"{root}: no names of classes: neither data.yaml nor classes.txt is there")
+    reading = Reading(names)
+    splits = list(_splits(root)) or [
+        ("train", root / "images" if (root / "images").is_dir() else root)
+    ]
+    for name, folder in splits:
+        if folder.is_file():
+            lines = folder.read_text().splitlines()
+            folder, paths = root, [root / line.strip() for line in lines if line.strip()]
+        else:
+            paths = images_in(folder)
+        for path in paths:
+            width, height = shown_size(path)
+            file_name = path.relative_to(folder).as_posix()
+            image = reading.image(name, path, file_name, (width, height))
+            labels = _labels_of(path)
+            lines_of = labels.read_text().splitlines() if labels.is_file() else []
+            for number, line in enumerate(lines_of, 1):
+                if line.strip():
+                    _add_line(reading, name, image, line, f"{labels}:{number}", (width, height))
+    return reading
+
+
+def _add_line(
+    reading: Reading, split: str, image: int, line: str, where: str, size: tuple[int, int]
+) -> None:
+    try:
+        label, *values = (float(word) for word in line.split())
+        name = reading.classes[int(label)] if label >= 0 else ""
+        if not name or not all(map(math.isfinite, values)):
+            raise ValueError
+        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+            raise ValueError
+    except (ValueError, IndexError):
+        raise DataError(
+            f"{where}: needs a class from 0 to {len(reading.classes) - 1} and x, y, width, height "
+            f"or a polygon, as fractions of the image, got {line[:80]!r}"
+        ) from None
+    values = [value * size[index % 2] for index, value in enumerate(values)]
+    if len(values) == 4:
+        x, y, width, height = values
+        reading.add(split, image, name, [x - width / 2, y - height / 2, width, height])
+    else:
+        reading.add_polygons(split, image, name, [values])

@@ -1,0 +1,205 @@
+"""Sets in other formats become COCO's: boxes, polygons, EXIF turns, empty images, counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmrla.cli import main
+from mmrla.datasets import DataError
+from mmrla.datasets.convert import convert_data
+from mmrla.datasets.formats import recognise
+from tests.conftest import SHARED
+
+# One set in every format: shown 64 x 48, but "turned", which is stored so and shown 48 x 64.
+BOLT, NUT = [10.0, 10.0, 30.0, 40.0], [5.0, 5.0, 30.0, 6.0, 20.0, 40.0]
+
+
+def photo(path: Path, turned: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+def photos(folder: Path) -> None:
+    for name in ("turned", "plain", "empty"):
+        photo(folder / f"{name}.jpg", turned=name == "turned")
+
+
+def yolo(root: Path) -> None:
+    photos(root / "images/train")
+    labels = root / "labels/train"
+    labels.mkdir(parents=True)
+    x, y, w, h = BOLT
+    (labels / "turned.txt").write_text(
+        f"0 {(x + w / 2) / 48} {(y + h / 2) / 64} {w / 48} {h / 64}\n"
+    )
+    points = " ".join(str(v / (64, 48)[i % 2]) for i, v in enumerate(NUT))
+    (labels / "plain.txt").write_text(f"1 {points}\n")
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [bolt, nut]\n")
+
+
+def roboflow_yolo(root: Path) -> None:
+    yolo(root)
+    (root / "train").mkdir()
+    (root / "images/train").rename(root / "train/images")
+    (root / "labels/train").rename(root / "train/labels")
+    (root / "data.yaml").write_text("train: ../train/images\nnc: 2\nnames: {0: bolt, 1: nut}\n")
+
+
+def labelme(root: Path) -> None:
+    photos(root)
+    pairs = [NUT[i : i + 2] for i in (0, 2, 4)]
+    x, y, w, h = BOLT
+    for name, size, shapes in (
+        ("turned", (48, 64), [("bolt", [[x + w, y + h], [x, y]], "rectangle")]),
+        ("plain", (64, 48), [("nut", pairs, "polygon"), ("nut", [[3, 3]], "point")]),
+        ("empty", (64, 48), []),
+    ):
+        listed = [dict(label=a, points=b, shape_type=c, group_id=None) for a, b, c in shapes]
+        content = dict(shapes=listed, imagePath=f"{name}.jpg", imageWidth=size[0],
+                       imageHeight=size[1], imageData=None)  # fmt: skip
+        (root / f"{name}.json").write_text(json.dumps(content))
+
+
+def cvat(root: Path) -> None:
+    photos(root / "images")
+    (root / "annotations.xml").write_text(
+        """<?xml version="1.0"?><annotations><meta><task><labels><label><name>bolt</name></label>
+        <label><name>nut</name></label></labels></task></meta>
+        <image id="0" name="turned.jpg" width="48" height="64">
+        <box label="bolt" xtl="10" ytl="10" xbr="40" ybr="50"/></image>
+        <image id="1" name="plain.jpg" width="64" height="48">
+        <polygon label="nut" points="5,5;30,6;20,40"/><points label="nut" points="3,3"/></image>
+        <image id="2" name="empty.jpg" width="64" height="48"/></annotations>"""
+    )
+
+
+def roboflow_coco(root: Path) -> None:
+    photos(root / "train")
+    categories = [dict(id=0, name="parts", supercategory="none"),
+                  dict(id=1, name="bolt", supercategory="parts"),
+                  dict(id=2, name="nut", supercategory="parts")]  # fmt: skip
+    images = [dict(id=i, file_name=f"{name}.jpg", width=w, height=h)
+              for i, (name, w, h) in enumerate([("turned", 48, 64), ("plain", 64, 48),
+                                                ("empty", 64, 48)])]  # fmt: skip
+    annotations = [
+        dict(id=0, image_id=0, category_id=1, bbox=BOLT, area=1200, iscrowd=0, segmentation=[]),
+        dict(id=1, image_id=1, category_id=2, bbox=[5, 5, 25, 35], area=430, iscrowd=0,
+             segmentation=[NUT]),
+    ]  # fmt: skip
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (root / "train/_annotations.coco.json").write_text(json.dumps(content))
+
+
+SETS = [yolo, roboflow_yolo, labelme, cvat, roboflow_coco]
+
+
+def written(out: Path, split: str = "train") -> dict:
+    return json.loads((out / f"annotations/instances_{split}2017.json").read_text())
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("make", SETS, ids=lambda make: make.__name__)
+def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
+    source = tmp_path / "in/mine"
+    source.mkdir(parents=True)
+    make(source)
+    if zipped:
+        source = shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "in")
+    assert main(["convert-data", str(source), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 classes: ['bolt', 'nut']" in said or "2 classes: ['nut', 'bolt']" in said
+    assert "train: 3 images, 2 objects" in said
+    assert "1 of 2 objects have a box and no polygon" in said
+    assert ": 0 errors, 1 warnings" in said  # the empty image
+    assert ("left out: 1" in said) == (make in (labelme, cvat))
+    content = written(tmp_path / "out")
+    images = {image["id"]: image for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    found = {names[a["category_id"]]: a for a in content["annotations"]}
+    turned = images[found["bolt"]["image_id"]]
+    assert (turned["file_name"], turned["width"], turned["height"]) == ("turned.jpg", 48, 64)
+    assert found["bolt"]["bbox"] == pytest.approx(BOLT, abs=2e-3)
+    assert found["nut"]["bbox"] == pytest.approx([5, 5, 25, 35], abs=2e-3)
+    assert found["nut"]["segmentation"][0] == pytest.approx(NUT, abs=2e-3)
+    assert found["nut"]["area"] == pytest.approx(430, abs=0.2)  # half of 25 * 35 - 15 * 1
+    for image in images.values():
+        assert (tmp_path / "out/train2017" / image["file_name"]).stat().st_size > 100
+
+
+def test_real_voc_keeps_every_box(tmp_path, capsys):
+    """Against the XML files, by another reader; BCCD is recognised by the check as well."""
+    source = SHARED / "data/bccd"
+    if not source.is_dir():
+        pytest.skip(f"no real VOC folder: {source} is absent")
+    done = convert_data(source, tmp_path / "out", link=True)
+    assert done.format == "Pascal VOC"
+    for split in ("train", "val", "test"):
+        content = written(tmp_path / "out", split)
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        got = Counter(names[a["category_id"]] for a in content["annotations"])
+        stems = (source / f"ImageSets/Main/{split}.txt").read_text().split()
+        expected = Counter(
+            element.findtext("name")
+            for stem in stems
+            for element in ElementTree.parse(source / f"Annotations/{stem}.xml").iter("object")
+        )
+        assert got == expected
+        assert done.counts[split] == (len(stems), expected.total())
+    assert (tmp_path / "out/train2017").is_dir()
+    main(["check-data", str(source), "--limit", "1"])
+    said = capsys.readouterr().out
+    assert said.count("ImageSets/Main/") >= 3
+    assert "no set in" not in said
+
+
+def test_validation_images_are_split_off(tmp_path):
+    yolo(tmp_path / "in")
+    for name in ("a", "b"):
+        convert_data(tmp_path / "in", tmp_path / name, val=0.34, seed=1)
+    train, val = (written(tmp_path / "a", split) for split in ("train", "val"))
+    assert len(train["images"]) == 2
+    assert len(val["images"]) == 1
+    assert len(train["annotations"]) + len(val["annotations"]) == 2
+    assert val == written(tmp_path / "b", "val")
+    for content in (train, val):
+        ids = {image["id"] for image in content["images"]}
+        assert {a["image_id"] for a in content["annotations"]} <= ids
+    kept = {path.name for path in (tmp_path / "a/val2017").iterdir()}
+    assert kept == {image["file_name"] for image in val["images"]}
+
+
+def test_what_is_wrong_is_said(tmp_path, capsys):
+    yolo(tmp_path / "in")
+    assert recognise(tmp_path / "in") == "yolo"
+    label = tmp_path / "in/labels/train/plain.txt"
+    label.write_text("7 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(DataError, match=r"plain.txt:1: needs a class from 0 to 1"):
+        convert_data(tmp_path / "in", tmp_path / "out")
+    label.unlink()
+    convert_data(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert_data(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "nothing").mkdir()
+    for argv, message in (
+        (["convert-data", tmp_path / "nothing", tmp_path / "new"], "in no format that is known"),
+        (["convert-data", tmp_path / "gone", tmp_path / "new"], "not there"),
+        (["convert-data", tmp_path / "in", tmp_path / "new", "--val", "1"], "val must be"),
+        (["check-data", tmp_path / "in"], "in YOLO's format"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in argv])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
