@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "predict": "detect or classify what is in images",
     "check-data": "find bad data before a run",
     "convert-data": "data in another format as COCO's",
+    "new-config": "a config for such data, filled in from it",
     "convert": "released or plain checkpoints to mmrla's key names",
     "publish": "make a checkpoint to hand out",
     "export-onnx": "write a network as ONNX and compare it with torch",
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         prog="mmrla",
         description="Multi-head recurrent layer attention for OpenMMLab.",
         epilog="\n".join(
-            ["commands:", *(f"  {name:<12} {text}" for name, text in commands.items())]
+            ["commands:", *(f"  {name:<13} {text}" for name, text in commands.items())]
             + ["", "mmrla COMMAND --help shows a command's options."]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -54,8 +54,8 @@ def convert_data(
     Raises:
         FileNotFoundError: There is no ``source``.
         FileExistsError: ``out`` holds something.
-        ValueError: The format is unknown, ``val`` is not from 0 to below 1, or a zip is to be
-            linked.
+        ValueError: The format is unknown, ``val`` is not from 0 to below 1 or cannot be split off,
+            or a zip is to be linked.
         mmrla.datasets.findings.DataError: Something cannot be read, or two images have one name.
     """
     source, out = Path(source), Path(out)
@@ -105,7 +105,9 @@ def _unpacked(source: Path, link: bool) -> Iterator[Path]:
 
 def _split_off(reading: Reading, fraction: float, seed: int) -> None:
     """Move images of ``train`` to ``val``, at least one."""
-    whole, sources = reading.splits["train"], reading.sources["train"]
+    whole, sources = reading.splits.get("train", {}), reading.sources.get("train", [])
+    if len(sources) < 2:
+        raise ValueError(f"no validation images can be split off {len(sources)} training image(s)")
     chosen = list(range(len(sources)))
     random.Random(seed).shuffle(chosen)
     moved = set(chosen[: max(1, round(fraction * len(chosen)))])

@@ -180,5 +180,6 @@ def _require(path: str, where: str, *, folder: bool) -> None:
         kind = "folder" if folder else "annotation file"
         raise FileNotFoundError(
             f"{where}: no such {kind}: {local.absolute()} (point every dataset and evaluator at "
-            "your copy with --data-root DIR)"
+            "your copy with --data-root DIR; mmrla convert-data brings other formats into this "
+            "layout)"
         )
