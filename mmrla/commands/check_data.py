@@ -6,10 +6,14 @@ Exit status 0: no errors, warnings at most. 1: errors. 2: nothing could be check
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmrla.datasets.findings import ERRORS
+from mmrla.datasets.repair import repair
+from mmrla.datasets.voc import read_set
 from mmrla.engine.check_sets import DataSet, report, sets_in, sets_of_config, write_json
 from mmrla.engine.config_check import OptionAction, read_config
 from mmrla.engine.data_check import set_data_root
@@ -51,6 +55,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--limit", type=int, default=20, help="findings of a kind to list, 0 for all (default 20)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all findings to OUT")
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT.json",
+        help="write the annotation file with what can be mended without a guess, and check that",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -81,6 +89,28 @@ def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
     return sets
 
 
+def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
+    """Write the mended annotation file of the one set there is, and say what was mended."""
+    files = [one for one in sets if one.ann_file is not None and one.ann_file.suffix == ".json"]
+    if len(files) != 1 or len(sets) != 1:
+        raise ValueError(
+            f"--fix mends one annotation file in COCO's format, got {len(sets)} set(s); name it "
+            "with --ann FILE --images DIR"
+        )
+    (one,) = files
+    if out.exists():
+        raise FileExistsError(f"--fix: already there: {out.absolute()}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--fix: no such folder: {out.absolute().parent}")
+    assert one.ann_file is not None
+    content, repairs = repair(read_set(one.ann_file), one.images)
+    for what, count in repairs.items():
+        print(f"{count:>8} {what}")
+    out.write_text(json.dumps(content))
+    print(f"{out}: " + ("written" if repairs else "nothing to mend; a copy was written"))
+    return replace(one, ann_file=out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found; 1 if there are errors, else 0."""
     args = parse_args(argv)
@@ -90,9 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
+        sets = sets_to_check(args)
+        if args.fix is not None:
+            sets = [fix(sets, args.fix)]
         details: list[dict] = []
         lines = report(
-            sets_to_check(args), decode=args.decode, workers=args.workers, allow=args.allow,
+            sets, decode=args.decode, workers=args.workers, allow=args.allow,
             limit=args.limit, details=details,
         )  # fmt: skip
         errors = 0

@@ -15,6 +15,7 @@ from mmrla.datasets.coco_check import check_coco
 from mmrla.datasets.findings import DataError, Finding, count_kinds
 from mmrla.datasets.formats import NAMES, recognise, voc_lists
 from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
+from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import ANNOTATIONS, IMAGES, read_set
 from mmrla.engine.class_check import classes_of
 from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
@@ -41,6 +42,15 @@ class DataSet:
         """For people."""
         of = f"{self.ann_file}, images in {self.images}" if self.ann_file else str(self.images)
         return f"{of} ({', '.join(self.used_as)})" if self.used_as else of
+
+    def mendable(self) -> bool:
+        """Whether :func:`mmrla.datasets.repair.repair` would change its annotation file."""
+        if self.ann_file is None or self.ann_file.suffix != ".json":
+            return False
+        try:
+            return bool(repair(read_set(self.ann_file), self.images)[1])
+        except DataError:
+            return False
 
     def check(self, decode: bool, workers: int) -> list[Finding]:
         """What is wrong with it."""
@@ -214,6 +224,11 @@ def report(
                 yield f"  {finding}"
             if limit and count > limit:
                 yield f"  ... and {count - limit} more {kind} (--limit 0 or --json shows all)"
+        if own and one.mendable():
+            yield (
+                f"  some of this can be mended: mmrla check-data --ann {one.ann_file} --images "
+                f"{one.images} --fix OUT.json"
+            )
         if details is not None:
             details.append(
                 dict(

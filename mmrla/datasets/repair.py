@@ -1,0 +1,109 @@
+"""What of a COCO annotation file can be mended without a guess."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmrla.datasets.findings import DataError
+from mmrla.datasets.reading import area_of, shown_size
+
+
+def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
+    """Mend a copy of an annotation file's content.
+
+    Ids of annotations that are missing or occur twice are numbered anew; boxes and areas that are
+    strings become numbers; a polygon that is a flat list is nested; missing areas, ``iscrowd`` and
+    sizes of images are filled in; backslashes of file names become slashes, and the name of the
+    folder of images is taken off where the file lies without it.
+
+    Args:
+        content: What the JSON file holds.
+        images: The folder of images.
+
+    Returns:
+        The mended content, and how many records each repair has changed.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It does not hold lists of images and annotations.
+    """
+    lists = [content.get(key) for key in ("images", "annotations")] if _is_dict(content) else []
+    if not lists or not all(isinstance(one, list) and all(map(_is_dict, one)) for one in lists):
+        raise DataError("not COCO's format: no lists of records as images and annotations")
+    content, folder, done = copy.deepcopy(content), Path(images), Counter[str]()
+    for record in content["images"]:
+        _repair_image(record, folder, done)
+    for record in content["annotations"]:
+        _repair_annotation(record, done)
+    ids = [record.get("id") for record in content["annotations"]]
+    if None in ids or len(set(map(str, ids))) < len(ids):
+        done["annotations numbered anew: an id was missing or occurred twice"] = len(ids)
+        for number, record in enumerate(content["annotations"], 1):
+            record["id"] = number
+    return content, done
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _repair_image(record: dict[str, Any], folder: Path, done: Counter[str]) -> None:
+    name = record.get("file_name")
+    if not isinstance(name, str):
+        return
+    if "\\" in name and not (folder / name).is_file():
+        name = name.replace("\\", "/")
+        done["file_name: backslashes turned"] += 1
+    first, _, rest = name.partition("/")
+    if (
+        rest
+        and first == folder.name
+        and not (folder / name).is_file()
+        and (folder / rest).is_file()
+    ):
+        name = rest
+        done[f"file_name: {first}/ taken off, the folder's own name"] += 1
+    record["file_name"] = name
+    if (record.get("width") is None or record.get("height") is None) and (folder / name).is_file():
+        record["width"], record["height"] = shown_size(folder / name)
+        done["width and height read from the image"] += 1
+
+
+def _repair_annotation(record: dict[str, Any], done: Counter[str]) -> None:
+    box, area = record.get("bbox"), record.get("area")
+    if isinstance(box, list) and any(isinstance(value, str) for value in box):
+        try:
+            record["bbox"] = [float(value) for value in box]
+            done["bbox: strings turned into numbers"] += 1
+        except (TypeError, ValueError):
+            pass  # words are for a person
+    if isinstance(area, str):
+        try:
+            record["area"] = float(area)
+            done["area: a string turned into a number"] += 1
+        except ValueError:
+            pass
+    shape = record.get("segmentation")
+    if isinstance(shape, list) and len(shape) >= 6 and len(shape) % 2 == 0 and _are_numbers(shape):
+        record["segmentation"] = shape = [shape]
+        done["segmentation: a flat polygon nested"] += 1
+    if record.get("iscrowd") is None:
+        record["iscrowd"] = 0
+        done["iscrowd: 0 filled in"] += 1
+    box = record.get("bbox")
+    if record.get("area") is None and isinstance(box, list) and len(box) == 4 and _are_numbers(box):
+        polygons: list[Any] = shape if isinstance(shape, list) else []
+        even = all(_are_numbers(one) and len(one) % 2 == 0 for one in polygons)
+        record["area"] = (
+            sum(area_of(one) for one in polygons) if polygons and even else box[2] * box[3]
+        )
+        done["area computed"] += 1
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
+    )

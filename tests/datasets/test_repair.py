@@ -1,0 +1,98 @@
+"""``check-data --fix``: what takes no guess is mended, the rest and the input stay."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from mmrla.cli import main
+from mmrla.datasets import DataError, generate_shapes
+from mmrla.datasets.repair import repair
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A clean set: its annotation file, its folder of images, its content."""
+    generate_shapes(tmp_path / "set", num_train=3, num_val=1)
+    path = tmp_path / "set/annotations/instances_train2017.json"
+    return path, tmp_path / "set/train2017", json.loads(path.read_text())
+
+
+def each(content, key, change):
+    for record in content[key]:
+        change(record)
+
+
+FAULTS = {
+    "no ids": lambda c: each(c, "annotations", lambda a: a.pop("id")),
+    "ids all 1": lambda c: each(c, "annotations", lambda a: a.update(id=1)),
+    "no area": lambda c: each(c, "annotations", lambda a: a.pop("area")),
+    "no iscrowd": lambda c: each(c, "annotations", lambda a: a.pop("iscrowd")),
+    "no size": lambda c: each(c, "images", lambda i: (i.pop("width"), i.pop("height"))),
+    "strings": lambda c: each(
+        c, "annotations", lambda a: a.update(bbox=[str(v) for v in a["bbox"]], area=str(a["area"]))
+    ),
+    "flat": lambda c: each(
+        c,
+        "annotations",
+        lambda a: len(a["segmentation"]) > 1 or a.update(segmentation=a["segmentation"][0]),
+    ),
+    "backslashes": lambda c: each(
+        c, "images", lambda i: i.update(file_name="train2017\\" + i["file_name"])
+    ),
+    "folder twice": lambda c: each(
+        c, "images", lambda i: i.update(file_name="train2017/" + i["file_name"])
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_without_a_guess(fault, whole, tmp_path, capsys):
+    path, images, content = whole
+    bad = copy.deepcopy(content)
+    FAULTS[fault](bad)
+    assert bad != content
+    text = json.dumps(bad)
+    path.write_text(text)
+    arguments = ["check-data", "--ann", str(path), "--images", str(images)]
+    before = main(arguments)
+    said = capsys.readouterr().out
+    assert ("--fix OUT.json" in said) == bool(before)
+    assert main([*arguments, "--fix", str(tmp_path / "out.json")]) == 0
+    assert "nothing to mend" not in capsys.readouterr().out
+    assert path.read_text() == text
+    mended = json.loads((tmp_path / "out.json").read_text())
+    assert mended["images"] == content["images"]
+    for got, expected in zip(mended["annotations"], content["annotations"], strict=True):
+        assert got["area"] == pytest.approx(expected["area"], rel=0.15)  # pixels or polygon
+        assert got | dict(area=0, id=0) == expected | dict(area=0, id=0)
+    ids = [a["id"] for a in mended["annotations"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_is_right_or_a_guess_stays(whole):
+    _, images, content = whole
+    assert repair(content, images) == (content, {})
+    for change in (dict(bbox=["left", 1, 2, 3]), dict(bbox=[1, 2, 3]), dict(segmentation=[1, 2])):
+        bad = copy.deepcopy(content)
+        bad["annotations"][0].update(change)
+        assert repair(bad, images) == (bad, {})
+    with pytest.raises(DataError, match="no lists of records"):
+        repair([content], images)
+
+
+def test_what_fix_refuses(whole, tmp_path, capsys):
+    path, images, _ = whole
+    one = ["--ann", str(path), "--images", str(images)]
+    for argv, message in (
+        ([*one, "--fix", str(path)], "already there"),
+        ([*one, "--fix", str(tmp_path / "gone/out.json")], "no such folder"),
+        ([str(tmp_path / "set"), "--fix", str(tmp_path / "out.json")], "got 2 set(s)"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["check-data", *argv])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
