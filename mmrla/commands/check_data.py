@@ -14,7 +14,7 @@ from pathlib import Path
 from mmrla.datasets.findings import ERRORS
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import read_set
-from mmrla.engine.check_sets import DataSet, report, sets_in, sets_of_config, write_json
+from mmrla.engine.check_sets import DataSet, print_report, sets_in, sets_of_config, write_json
 from mmrla.engine.config_check import OptionAction, read_config
 from mmrla.engine.data_check import set_data_root
 from mmrla.engine.errors import reporting_errors
@@ -91,13 +91,12 @@ def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
 
 def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
     """Write the mended annotation file of the one set there is, and say what was mended."""
-    files = [one for one in sets if one.ann_file is not None and one.ann_file.suffix == ".json"]
-    if len(files) != 1 or len(sets) != 1:
+    if len(sets) != 1 or not sets[0].is_json:
         raise ValueError(
             f"--fix mends one annotation file in COCO's format, got {len(sets)} set(s); name it "
             "with --ann FILE --images DIR"
         )
-    (one,) = files
+    (one,) = sets
     if out.exists():
         raise FileExistsError(f"--fix: already there: {out.absolute()}")
     if not out.absolute().parent.is_dir():
@@ -124,16 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.fix is not None:
             sets = [fix(sets, args.fix)]
         details: list[dict] = []
-        lines = report(
+        errors = print_report(
             sets, decode=args.decode, workers=args.workers, allow=args.allow,
             limit=args.limit, details=details,
         )  # fmt: skip
-        errors = 0
-        for line in lines:
-            if isinstance(line, int):
-                errors = line
-            else:
-                print(line, flush=True)
         if args.json is not None:
             write_json(details, args.json)
     return 1 if errors else 0

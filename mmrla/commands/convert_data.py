@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrla.datasets.convert import convert_data
-from mmrla.engine.check_sets import report, sets_in
+from mmrla.engine.check_sets import print_report, sets_in
 from mmrla.engine.errors import reporting_errors
 
 
@@ -50,10 +50,5 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Faster R-CNN or RetinaNet, not for a Mask R-CNN"
             )
             sets = [replace(one, need_masks=False) for one in sets]
-        errors = 0
-        for line in report(sets, limit=5):
-            if isinstance(line, int):
-                errors = line
-            else:
-                print(line)
+        errors = print_report(sets, limit=5)
     return 1 if errors else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from mmrla.datasets.findings import DataError
+from mmrla.datasets.voc import read_set
 from mmrla.engine.check_sets import DataSet, sets_in
 from mmrla.engine.errors import reporting_errors
 
@@ -185,9 +185,9 @@ def _split_of(one: DataSet) -> str:
 
 def _load(one: DataSet) -> dict[str, Any]:
     assert one.ann_file is not None
-    if one.ann_file.suffix != ".json":
+    if not one.is_json:
         raise ValueError(f"{one.ann_file} is not COCO's format; mmrla convert-data first")
-    content = json.loads(one.ann_file.read_text())
+    content = read_set(one.ann_file)
     if not content.get("images") or not content.get("annotations"):
         raise DataError(f"{one.ann_file}: no images or no annotations")
     return content

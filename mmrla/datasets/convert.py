@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmrla.datasets.findings import DataError
-from mmrla.datasets.formats import NAMES, read, recognise
+from mmrla.datasets.formats import read, recognise
 from mmrla.datasets.reading import Reading
 
 
@@ -81,7 +81,7 @@ def convert_data(
             counts[name] = len(content["images"]), len(content["annotations"])
             boxes += sum(not record.get("segmentation") for record in content["annotations"])
         return Converted(
-            NAMES[recognise(root) or ""], reading.classes, counts,
+            reading.format, reading.classes, counts,
             sum(objects for _, objects in counts.values()), boxes, reading.left_out,
         )  # fmt: skip
 

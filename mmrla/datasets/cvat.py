@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from mmrla.datasets.findings import DataError
-from mmrla.datasets.reading import ALIASES, SPLITS, Reading
+from mmrla.datasets.reading import Reading, split_of
 
 
 def read_cvat(root: Path) -> Reading:
@@ -39,8 +39,7 @@ def read_cvat(root: Path) -> Reading:
 
 
 def _cvat_image(reading: Reading, element: ElementTree.Element, root: Path) -> None:
-    given = (element.get("subset") or "train").lower()
-    split = ALIASES.get(given, given if given in SPLITS else "train")
+    split = split_of((element.get("subset") or "").lower()) or "train"
     name = element.attrib["name"]
     places = [root / "images" / (element.get("subset") or ""), root / "images", root]
     folder = next((place for place in places if (place / name).is_file()), root)

@@ -10,7 +10,7 @@ from pathlib import Path
 from mmrla.datasets.cvat import read_cvat
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.labelme import read_labelme
-from mmrla.datasets.reading import ALIASES, SPLITS, Reading
+from mmrla.datasets.reading import FOLDERS, SPLITS, Reading, split_of
 from mmrla.datasets.voc import ANNOTATIONS, IMAGES, LISTS, voc_to_coco
 from mmrla.datasets.yolo import read_yolo, yolo_names
 
@@ -36,7 +36,7 @@ def recognise(root: str | Path) -> str | None:
         return "coco"
     if yolo_names(root) is not None or next((root / "labels").rglob("*.txt"), None):
         return "yolo"
-    for folder in (root, *(root / name for name in (*SPLITS, *ALIASES))):
+    for folder in (root, *(root / name for name in FOLDERS)):
         first = next(folder.glob("*.json"), None)
         if first is not None and '"shapes"' in first.read_text(errors="replace"):
             return "labelme"
@@ -67,7 +67,9 @@ def read(root: str | Path) -> Reading:
             "or XML beside images), YOLO (labels/*.txt, data.yaml), labelme (*.json), CVAT (*.xml) "
             "or COCO (annotations/*.json, _annotations.coco.json)"
         )
-    return readers[kind](root)
+    reading = readers[kind](root)
+    reading.format = NAMES[kind]
+    return reading
 
 
 def _root_tag(path: Path) -> str | None:
@@ -90,7 +92,7 @@ def _read_coco(root: Path) -> Reading:
         name = path.parent.name if beside else path.stem.removeprefix("instances_")
         folder = path.parent if beside else _images_of(root, name)
         split = re.sub(r"\d{4}$", "", name)
-        split = ALIASES.get(split, split if split in SPLITS else "train")
+        split = split_of(split) or "train"
         try:
             content = json.loads(path.read_text())
             _add_coco(reading, split, content, folder)
@@ -132,11 +134,11 @@ def _voc_folders(root: Path) -> list[tuple[str, Path, str, str]]:
         if (root / marks).is_dir() and next((root / marks).glob("*.xml"), None):
             return [("", root, marks, images if (root / images).is_dir() else ".")]
     found = []
-    for folder in (root, *(root / name for name in (*SPLITS, *ALIASES))):
+    for folder in (root, *(root / name for name in FOLDERS)):
         first = next(folder.glob("*.xml"), None) if folder.is_dir() else None
         if first is not None and _root_tag(first) == "annotation":
-            name = "" if folder == root else ALIASES.get(folder.name, folder.name)
-            found.append((name, folder, ".", "."))
+            name = None if folder == root else split_of(folder.name)
+            found.append((name or "", folder, ".", "."))
     return found
 
 

@@ -49,7 +49,7 @@ def image_fault(
             head = file.read(26)
             file.seek(0)
             with Image.open(file) as image:
-                stored, orientation, kind = *_stored(image), image.format
+                stored, orientation, kind = *stored_size(image), image.format
                 deep = _bits(image, head) > 8
                 if decode or _ends_well(kind, tail) is False:
                     try:
@@ -70,7 +70,7 @@ def image_fault(
     return None
 
 
-def _stored(image: Image.Image) -> tuple[tuple[int, int], int]:
+def stored_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     """Size as stored, and EXIF orientation 1 to 8 where OpenCV heeds it."""
     if image.format in ("JPEG", "MPO", "PNG"):
         # Asking a PNG without EXIF data for them would decode it.
@@ -79,6 +79,16 @@ def _stored(image: Image.Image) -> tuple[tuple[int, int], int]:
         tags = image.tag_v2
         return (tags[256], tags[257]), tags.get(_ORIENTATION, 1)
     return image.size, 1
+
+
+def turned(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """The size that an image has as it is shown."""
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _bits(image: Image.Image, head: bytes) -> int:
@@ -93,7 +103,7 @@ def _bits(image: Image.Image, head: bytes) -> int:
 def _size_fault(
     stored: tuple[int, int], orientation: int, size: tuple[int, ...], turns: bool
 ) -> Fault | None:
-    shown = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    shown = turned(stored, orientation)
     if size == stored != shown and turns:
         return "exif-stored", (
             f"is stored as {stored[0]} x {stored[1]}, which is what its record says, but its EXIF "
@@ -158,9 +168,7 @@ def check_class_folders(
     findings: list[Finding] = []
     paths: list[str] = []
     for klass in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
-        own = sorted(
-            str(path) for path in klass.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+        own = [str(path) for path in images_in(klass)]
         if not own:
             findings.append(Finding("empty-folder", f"{klass} has no images", str(klass)))
         paths += own

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrla.datasets.findings import DataError
-from mmrla.datasets.reading import ALIASES, SPLITS, Reading, shown_size
+from mmrla.datasets.reading import Reading, shown_size, split_of
 
 
 def read_labelme(root: Path) -> Reading:
@@ -30,9 +30,10 @@ def read_labelme(root: Path) -> Reading:
         given = content.get("imageWidth"), content.get("imageHeight")
         size = given if all(given) else shown_size(file)
         top = path.relative_to(root).parts[0]
-        split = ALIASES.get(top, top) if top in (*SPLITS, *ALIASES) else "train"
-        folder = root if split == "train" and top != "train" else root / top
+        split = split_of(top)
+        folder = root if split is None else root / top
         file_name = Path(file).relative_to(folder).as_posix()
+        split = split or "train"
         image = reading.image(split, file, file_name, size)
         groups: dict[Any, list[list[float]]] = {}
         for index, shape in enumerate(shapes):

@@ -15,16 +15,25 @@ from typing import Any
 from PIL import Image
 
 from mmrla.datasets.findings import DataError
-from mmrla.datasets.images import IMAGE_SUFFIXES
+from mmrla.datasets.images import stored_size, turned
 
 SPLITS = ("train", "val", "test")
-ALIASES = {"valid": "val", "validation": "val"}
+_ALIASES = {"valid": "val", "validation": "val"}
+FOLDERS = (*SPLITS, *_ALIASES)
+"""Names of a split's folder."""
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name holds, None if the name says none."""
+    return _ALIASES.get(name, name) if name in FOLDERS else None
 
 
 class Reading:
     """A set in COCO's format that is being filled, split by split."""
 
     def __init__(self, classes: Iterable[str] = ()) -> None:
+        self.format = ""
+        """For people, as ``'YOLO'``."""
         self.classes = list(classes)
         """Names in the order of their ids, from 1."""
         self.splits: dict[str, dict[str, Any]] = {}
@@ -85,12 +94,6 @@ def shown_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8) and image.format != "TIFF"
-            return image.size[::-1] if turned else image.size
+            return turned(*stored_size(image))
     except Exception as error:  # Pillow's plugins raise whatever they meet
         raise DataError(f"{path}: no image ({str(error)[:120]})") from error
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)

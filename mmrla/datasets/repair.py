@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.reading import area_of, shown_size
+from mmrla.datasets.segmentations import are_numbers
 
 
 def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
@@ -33,7 +33,10 @@ def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
     lists = [content.get(key) for key in ("images", "annotations")] if _is_dict(content) else []
     if not lists or not all(isinstance(one, list) and all(map(_is_dict, one)) for one in lists):
         raise DataError("not COCO's format: no lists of records as images and annotations")
-    content, folder, done = copy.deepcopy(content), Path(images), Counter[str]()
+    folder, done = Path(images), Counter[str]()
+    # Records are copied, what is in them is replaced, never changed: files can be large.
+    copies = {key: [dict(one) for one in content[key]] for key in ("images", "annotations")}
+    content = {**content, **copies}
     for record in content["images"]:
         _repair_image(record, folder, done)
     for record in content["annotations"]:
@@ -87,14 +90,14 @@ def _repair_annotation(record: dict[str, Any], done: Counter[str]) -> None:
         except ValueError:
             pass
     shape = record.get("segmentation")
-    if isinstance(shape, list) and len(shape) >= 6 and len(shape) % 2 == 0 and _are_numbers(shape):
+    if _are_numbers(shape) and len(shape) >= 6 and len(shape) % 2 == 0:
         record["segmentation"] = shape = [shape]
         done["segmentation: a flat polygon nested"] += 1
     if record.get("iscrowd") is None:
         record["iscrowd"] = 0
         done["iscrowd: 0 filled in"] += 1
     box = record.get("bbox")
-    if record.get("area") is None and isinstance(box, list) and len(box) == 4 and _are_numbers(box):
+    if record.get("area") is None and _are_numbers(box) and len(box) == 4:
         polygons: list[Any] = shape if isinstance(shape, list) else []
         even = all(_are_numbers(one) and len(one) % 2 == 0 for one in polygons)
         record["area"] = (
@@ -103,7 +106,5 @@ def _repair_annotation(record: dict[str, Any], done: Counter[str]) -> None:
         done["area computed"] += 1
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
-    )
+def _are_numbers(values: Any) -> TypeGuard[list[Any]]:
+    return isinstance(values, list) and are_numbers(values)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from mmrla.datasets.findings import DataError
-from mmrla.datasets.reading import ALIASES, SPLITS, Reading, images_in, shown_size
+from mmrla.datasets.images import images_in
+from mmrla.datasets.reading import FOLDERS, Reading, shown_size, split_of
 
 
 def _data(root: Path) -> Mapping[str, Any] | None:
@@ -45,8 +46,8 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
     data = _data(root) or {}
     base = root / str(data.get("path") or ".")
     base = base if base.is_dir() else root  # often a path of another machine
-    for key in (*SPLITS, *ALIASES):
-        name = ALIASES.get(key, key)
+    for key in FOLDERS:
+        name = split_of(key) or key
         given = data.get(key) or ()
         for text in [given] if isinstance(given, str) else given:
             # Roboflow writes ../train/images for train/images.

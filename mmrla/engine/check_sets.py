@@ -18,7 +18,7 @@ from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import ANNOTATIONS, IMAGES, read_set
 from mmrla.engine.class_check import classes_of
-from mmrla.engine.data_check import SPLITS, inner_datasets, path_under
+from mmrla.engine.data_check import SPLITS, datasets_of, path_under, type_name
 
 
 @dataclass
@@ -43,24 +43,20 @@ class DataSet:
         of = f"{self.ann_file}, images in {self.images}" if self.ann_file else str(self.images)
         return f"{of} ({', '.join(self.used_as)})" if self.used_as else of
 
-    def mendable(self) -> bool:
-        """Whether :func:`mmrla.datasets.repair.repair` would change its annotation file."""
-        if self.ann_file is None or self.ann_file.suffix != ".json":
-            return False
-        try:
-            return bool(repair(read_set(self.ann_file), self.images)[1])
-        except DataError:
-            return False
+    @property
+    def is_json(self) -> bool:
+        """Whether it has an annotation file in COCO's format."""
+        return self.ann_file is not None and self.ann_file.suffix == ".json"
 
-    def check(self, decode: bool, workers: int) -> list[Finding]:
-        """What is wrong with it."""
+    def check(self, decode: bool, workers: int) -> tuple[list[Finding], bool]:
+        """What is wrong with it, and whether :func:`repair` can mend some of that."""
         if self.ann_file is None:
-            return check_class_folders(self.images, decode=decode, workers=workers)
+            return check_class_folders(self.images, decode=decode, workers=workers), False
         try:
             content = read_set(self.ann_file, self.classes)
         except DataError as error:
-            return [Finding("not-json", str(error), str(self.ann_file))]
-        return check_coco(
+            return [Finding("not-json", str(error), str(self.ann_file))], False
+        findings = check_coco(
             content,
             self.ann_file,
             self.images,
@@ -70,6 +66,15 @@ class DataSet:
             workers=workers,
             turns=self.turns,
         )
+        errors = any(finding.severity == "error" for finding in findings)
+        return findings, errors and self.is_json and _can_mend(content, self.images)
+
+
+def _can_mend(content: Any, images: Path) -> bool:
+    try:
+        return bool(repair(content, images)[1])
+    except DataError:
+        return False
 
 
 def sets_in(root: str | Path) -> list[DataSet]:
@@ -151,21 +156,19 @@ def sets_of_config(cfg: Config) -> list[DataSet]:
     """
     found: dict[Any, DataSet] = {}
     scope = cfg.get("default_scope") or "mmdet"
-    for split in SPLITS:
-        loader = f"{split}_dataloader"
-        for where, dataset in inner_datasets(cfg.get(loader), loader):
-            one = _set_of(dataset, where, scope)
-            if one is None:
-                continue
-            key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks, one.turns)
-            found.setdefault(key, one).used_as.append(where)
+    for where, dataset in datasets_of(cfg, SPLITS):
+        one = _set_of(dataset, where, scope)
+        if one is None:
+            continue
+        key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks, one.turns)
+        found.setdefault(key, one).used_as.append(where)
     if not found:
         raise ValueError("the config names no local set in COCO's format or of class folders")
     return list(found.values())
 
 
 def _set_of(dataset: Any, where: str, scope: str) -> DataSet | None:
-    root, kind = dataset.get("data_root") or "", str(dataset.get("type")).rpartition(".")[2]
+    root, kind = dataset.get("data_root") or "", type_name(dataset)
     prefix = dataset.get("data_prefix") or {}
     if kind in ("ImageNet", "CustomDataset") and not dataset.get("ann_file"):
         folder = prefix if isinstance(prefix, str) else prefix.get("img_path", "")
@@ -211,7 +214,7 @@ def report(
     """
     errors = 0
     for one in sets:
-        findings = one.check(decode, workers)
+        findings, mendable = one.check(decode, workers)
         own = sum(f.severity == "error" and f.kind not in allow for f in findings)
         errors += own
         yield f"{one.title}: {own} errors, {len(findings) - own} warnings"
@@ -224,7 +227,7 @@ def report(
                 yield f"  {finding}"
             if limit and count > limit:
                 yield f"  ... and {count - limit} more {kind} (--limit 0 or --json shows all)"
-        if own and one.mendable():
+        if own and mendable:
             yield (
                 f"  some of this can be mended: mmrla check-data --ann {one.ann_file} --images "
                 f"{one.images} --fix OUT.json"
@@ -241,6 +244,17 @@ def report(
                 )
             )
     yield errors
+
+
+def print_report(sets: Iterable[DataSet], **options: Any) -> int:
+    """Print :func:`report` as it comes, with its options; returns the number of errors."""
+    errors = 0
+    for line in report(sets, **options):
+        if isinstance(line, int):
+            errors = line
+        else:
+            print(line, flush=True)
+    return errors
 
 
 def write_json(details: Sequence[dict[str, Any]], path: str | Path) -> None:

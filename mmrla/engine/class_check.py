@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 
 from mmrla.datasets.findings import class_names
-from mmrla.engine.data_check import inner_datasets, path_under
+from mmrla.engine.data_check import datasets_of, path_under, type_name
 
 # Parts whose numbers of classes are of something else: objects or not, stuff, ImageNet.
 _OTHERS = frozenset({"rpn_head", "backbone", "neck", "semantic_head", "data_preprocessor",
@@ -37,25 +37,23 @@ def check_classes(cfg: Config, splits: Iterable[str]) -> None:
     """
     scope = cfg.get("default_scope") or "mmengine"
     model = cfg.get("model") or {}
-    if str(model.get("type")).rpartition(".")[2] in _OF_WORDS:
+    if type_name(model) in _OF_WORDS:
         return
     heads = list(_heads(model, "model", scope))
-    for split in splits:
-        loader = f"{split}_dataloader"
-        for where, dataset in inner_datasets(cfg.get(loader), loader):
-            classes = classes_of(dataset, where, scope)
-            if classes is None:
-                continue
-            things = getattr(_class_of(DATASETS, dataset, scope), "METAINFO", {})
-            things = len(things.get("thing_classes") or classes)
-            wrong = {
-                place: (given, things if key == "num_classes" else len(classes))
-                for place, key, given in heads
-                if given != (things if key == "num_classes" else len(classes))
-            }
-            if wrong:
-                named = "classes" in (dataset.get("metainfo") or {}) or "classes" in dataset
-                raise ValueError(_message(wrong, where, classes, named))
+    for where, dataset in datasets_of(cfg, splits):
+        classes = classes_of(dataset, where, scope)
+        if classes is None:
+            continue
+        things = getattr(_class_of(DATASETS, dataset, scope), "METAINFO", {})
+        things = len(things.get("thing_classes") or classes)
+        wrong = {
+            place: (given, things if key == "num_classes" else len(classes))
+            for place, key, given in heads
+            if given != (things if key == "num_classes" else len(classes))
+        }
+        if wrong:
+            named = "classes" in (dataset.get("metainfo") or {}) or "classes" in dataset
+            raise ValueError(_message(wrong, where, classes, named))
 
 
 def _message(

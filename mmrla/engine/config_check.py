@@ -201,11 +201,10 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
 
-    from mmrla.engine.data_check import evaluators, inner_datasets
+    from mmrla.engine.data_check import datasets_of, evaluators
 
     for split in splits:
-        where = f"{split}_dataloader"
-        for place, dataset in inner_datasets(cfg.get(where), where):
+        for place, dataset in datasets_of(cfg, [split]):
             with _naming(place):
                 DATASETS.build({**dataset, "lazy_init": True})
         for place, evaluator in evaluators(cfg, split):

@@ -28,6 +28,19 @@ def inner_datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
             yield where, cfg
 
 
+def datasets_of(cfg: Config, splits: Iterable[str]) -> Iterator[tuple[str, ConfigDict]]:
+    """The innermost datasets of the splits' dataloaders with their places in the config."""
+    for split in splits:
+        loader = f"{split}_dataloader"
+        yield from inner_datasets(cfg.get(loader), loader)
+
+
+def type_name(part: Any) -> str:
+    """The bare name of what a part of a config builds, however its ``type`` is given."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+
+
 def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, ConfigDict]]:
     """The evaluators of a split with their places in the config."""
     key = f"{split}_evaluator"
@@ -78,7 +91,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
     changed: set[int] = set()
     for split in SPLITS:
         old_roots = set()
-        for _, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+        for _, dataset in datasets_of(cfg, [split]):
             old_roots.add(roots.setdefault(id(dataset), dataset.get("data_root") or ""))
             dataset["data_root"] = new
         for where, evaluator in evaluators(cfg, split):
@@ -106,11 +119,10 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 def _check_one_root(cfg: Config) -> None:
     """Raise ValueError if the datasets of a config lie in different folders."""
     places: dict[str, str] = {}
-    for split in SPLITS:
-        for where, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
-            root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
-            if root or not Path(ann_file).is_absolute():  # which no root would change
-                places.setdefault(os.path.normpath(root) if root else "", where)
+    for where, dataset in datasets_of(cfg, SPLITS):
+        root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
+        if root or not Path(ann_file).is_absolute():  # which no root would change
+            places.setdefault(os.path.normpath(root) if root else "", where)
     if len(places) > 1:
         keys = [re.sub(r"\[(\d+)\]", r".\1", where) for where in places.values()]
         raise ValueError(
@@ -133,7 +145,7 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
         ValueError: A path that is relative to a data root leads out of it.
     """
     for split in splits:
-        for where, dataset in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader"):
+        for where, dataset in datasets_of(cfg, [split]):
             root = dataset.get("data_root") or ""
             if root:
                 _require(root, f"{where}.data_root", folder=True)

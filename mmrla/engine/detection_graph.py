@@ -13,7 +13,7 @@ import torchvision
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmrla.engine.export import export_onnx, require
+from mmrla.engine.export import export_onnx, session_of
 from mmrla.engine.inspection import Network, preprocess, read_image
 
 CANDIDATES = 4096
@@ -271,11 +271,9 @@ def detection_errors(
         and in scores; ``mask``, of Mask R-CNN, the largest share of an image's pixels that
         differ.
     """
-    require("onnxruntime")
-    import onnxruntime
     from mmdet.structures import DetDataSample
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = session_of(path)
     found = []
     for file in images:
         one = fit_image(network, file, size)

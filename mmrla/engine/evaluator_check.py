@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmrla.engine.data_check import evaluators, inner_datasets, path_under
+from mmrla.engine.data_check import datasets_of, evaluators, path_under, type_name
 
 
 def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
@@ -32,12 +32,12 @@ def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
         metrics = [
             (where, Path(one["ann_file"]))
             for where, one in evaluators(cfg, split)
-            if _kind(one).endswith("CocoMetric") and _is_coco(one.get("ann_file"))
+            if type_name(one).endswith("CocoMetric") and _is_coco(one.get("ann_file"))
         ]
         sets = [
             (where, Path(path_under(one.get("data_root") or "", one["ann_file"])))
-            for where, one in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader")
-            if _kind(one).endswith("CocoDataset") and _is_coco(one.get("ann_file"))
+            for where, one in datasets_of(cfg, [split])
+            if type_name(one).endswith("CocoDataset") and _is_coco(one.get("ann_file"))
         ]
         # Of several metrics, each may be of one of several sets.
         if len(sets) != 1:
@@ -52,9 +52,9 @@ def warn_of_unchecked(cfg: Config, splits: Iterable[str]) -> None:
     """Log which sets in COCO's format are read by a dataset that does not check them."""
     places = [
         where
-        for split in splits
-        for where, one in inner_datasets(cfg.get(f"{split}_dataloader"), f"{split}_dataloader")
-        if _kind(one).endswith("CocoDataset") and not _kind(one).endswith("CheckedCocoDataset")
+        for where, one in datasets_of(cfg, splits)
+        if type_name(one).endswith("CocoDataset")
+        and not type_name(one).endswith("CheckedCocoDataset")
     ]
     if places:
         print_log(
@@ -96,8 +96,3 @@ def _read(path: Path) -> tuple[dict[Any, Any], dict[Any, Any]] | None:
 
 def _is_coco(path: Any) -> bool:
     return isinstance(path, str) and path.endswith(".json") and "://" not in path
-
-
-def _kind(cfg: Any) -> str:
-    kind = cfg.get("type")
-    return str(getattr(kind, "__name__", kind))

@@ -146,7 +146,7 @@ def onnx_error(
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    session = _session(path)
+    session = session_of(path)
     generator = torch.Generator().manual_seed(0)
     found = []
     for size in sizes:
@@ -217,7 +217,7 @@ def int8_agreement(
     path: str | Path, quantized: str | Path, images: Sequence[Tensor], rounds: int = 5
 ) -> Int8Agreement:
     """Compare what :func:`quantize_int8` wrote with its source on inputs ``[1, 3, H, W]`` each."""
-    sessions = [_session(file) for file in (path, quantized)]
+    sessions = [session_of(file) for file in (path, quantized)]
     same, wrong, whole = 0, 0.0, 0.0
     for image in images:
         wanted, got = (s.run(None, {"images": image.numpy()})[0] for s in sessions)
@@ -233,7 +233,8 @@ def int8_agreement(
     return Int8Agreement(same, (wrong / whole) ** 0.5, median(times[0]) / median(times[1]))
 
 
-def _session(path: str | Path) -> Any:
+def session_of(path: str | Path) -> Any:
+    """Onnxruntime's session of a graph, on the CPU."""
     require("onnxruntime")
     import onnxruntime
 

@@ -27,7 +27,7 @@ from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
 from mmrla.engine.config_check import OptionAction
-from mmrla.engine.data_check import inner_datasets
+from mmrla.engine.data_check import datasets_of, type_name
 from mmrla.engine.launch import find_config, fit_classes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -371,7 +371,7 @@ def build_network(
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """What the class of the test set and its config say; no file is read."""
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
-        for _, dataset in inner_datasets(cfg.get("test_dataloader"), "test_dataloader"):
+        for _, dataset in datasets_of(cfg, ["test"]):
             kind = dataset["type"]
             cls = DATASETS.get(kind) if isinstance(kind, str) else kind
             return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
@@ -409,11 +409,6 @@ def _drop_pretrained(node: Any) -> None:
             _drop_pretrained(value)
 
 
-def _kind(step: Mapping[str, Any]) -> str:
-    kind = step["type"]
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-
-
 def _steps(cfg: Config, split: str) -> list[dict]:
     dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
     while "pipeline" not in dataset and isinstance(dataset.get("dataset"), Mapping):
@@ -428,8 +423,8 @@ def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
     if not steps:
         raise ValueError(f"{cfg.filename}: no test_dataloader with a pipeline for images")
     # Where no step reads a file, as with CIFAR, the dataset gives arrays, and those are RGB.
-    rgb = not any(_kind(step).startswith("LoadImage") for step in steps)
-    steps = [copy.deepcopy(step) for step in steps if not _kind(step).startswith("Load")]
+    rgb = not any(type_name(step).startswith("LoadImage") for step in steps)
+    steps = [copy.deepcopy(step) for step in steps if not type_name(step).startswith("Load")]
     if size is None and rgb and not any("scale" in s or "crop_size" in s for s in steps):
         crops = [step["crop_size"] for step in _steps(cfg, "train") if "crop_size" in step]
         if not crops or not isinstance(crops[-1], int):
@@ -444,7 +439,7 @@ def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
             steps = [resize, dict(type="CenterCrop", crop_size=size), pack]
         else:
             steps = [dict(type="Resize", scale=(8 * size, size), keep_ratio=True), pack]
-    if _kind(steps[-1]) == "PackDetInputs":
+    if type_name(steps[-1]) == "PackDetInputs":
         steps[-1]["meta_keys"] = ("img_path", "ori_shape", "img_shape")
     with DefaultScope.overwrite_default_scope(scope):
         return Compose(steps), rgb

@@ -19,7 +19,13 @@ from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.atomic import latest_intact
 from mmrla.configs import config_path, list_configs
 from mmrla.engine.config_check import OptionAction, check_config, read_config
-from mmrla.engine.data_check import check_data, evaluators, inner_datasets, set_data_root
+from mmrla.engine.data_check import (
+    check_data,
+    datasets_of,
+    evaluators,
+    set_data_root,
+    type_name,
+)
 from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
 
 
@@ -279,16 +285,11 @@ def set_layout(cfg: Config, channels_last: bool | None) -> None:
         channels_last: What the hook is told; None: as the config says, else by the hook's default.
     """
     hooks = list(cfg.get("custom_hooks") or ())
-    others = [hook for hook in hooks if _name_of(hook) != "ChannelsLastHook"]
+    others = [hook for hook in hooks if type_name(hook) != "ChannelsLastHook"]
     if channels_last is None and len(others) < len(hooks):
         return
     cfg.custom_hooks = others
     _add_hook(cfg, type="mmrla.ChannelsLastHook", enabled=channels_last)
-
-
-def _name_of(part: object) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def check_weights(cfg: Config) -> None:
@@ -347,7 +348,7 @@ def use_tta(cfg: Config) -> None:
             mmdet merges boxes alone. Or the test set has no pipeline.
     """
     classifies = cfg.get("default_scope") == "mmpretrain"
-    datasets = [dataset for _, dataset in inner_datasets(cfg.get("test_dataloader"), "")]
+    datasets = [dataset for _, dataset in datasets_of(cfg, ["test"])]
     if not datasets or not all("pipeline" in dataset for dataset in datasets):
         raise ValueError("--tta: test_dataloader.dataset has no pipeline")
     if "tta_model" not in cfg:

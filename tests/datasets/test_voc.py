@@ -152,7 +152,7 @@ def test_detectors_of_blood_cells_train(kind, tmp_path):
     check_data(cfg)
     assert [one.ann_file.name for one in sets_of_config(cfg)] == ["train.txt", "test.txt"]
     for one in sets_of_config(cfg):
-        assert not one.check(decode=False, workers=1)
+        assert one.check(decode=False, workers=1) == ([], False)
     cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / "lite0.pth")
     cfg.model.test_cfg.score_thr = 0.0  # so that there are detections after two steps
     cfg.work_dir = str(tmp_path / "run")
