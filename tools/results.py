@@ -69,8 +69,8 @@ EXPERIMENTS = {
     "cifar": Experiment(
         "CIFAR-10, short schedule",
         "ResNet-20 of basic blocks, 10,000 training images (one draw), 12 epochs from scratch, "
-        "steps of the learning rate in proportion, batch 128, float32; top-1 of the last epoch on "
-        "all 10,000 test images.",
+        "steps of the learning rate in proportion, batch 128, bfloat16 autocast; top-1 of the last "
+        "epoch on all 10,000 test images.",
         {"top1": "top-1"},
         (
             Row("plain", "cifar/resnet20_plain_cifar10.py"),
@@ -143,7 +143,7 @@ def train_cifar(row: Row, seed: int, experiment: Experiment, folder: Path, data:
     set_data_root(cfg, str(data))
     run(
         cfg, folder / "log.jsonl", seed, torch.device("cpu"), row.epochs or experiment.epochs,
-        images=IMAGES, name=row.name, eval_interval=3,
+        amp=True, images=IMAGES, name=row.name, eval_interval=3,
     )  # fmt: skip
 
 
