@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from mmrla.analysis.modules import layer_attentions
+from mmrla.datasets.images import IMAGE_SUFFIXES, images_in
 from mmrla.engine.config_check import OptionAction
 from mmrla.engine.network import Network, build_network, share_weights
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +112,7 @@ def find_images(
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+            files = images_in(path)
             if not files:
                 raise FileNotFoundError(
                     f"{option}: no image ({', '.join(IMAGE_SUFFIXES)}) below {path.absolute()}"
