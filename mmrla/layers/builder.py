@@ -55,21 +55,33 @@ def layer_attention_class(
 
 
 def check_placement(
-    cls: type[LayerAttention], host: str, placements: Collection[str], shares: bool
+    cls: type[LayerAttention],
+    cfg: Mapping[str, Any],
+    host: str,
+    placements: Collection[str] = ("after",),
+    shares: bool = False,
+    spans: bool = False,
 ) -> None:
     """Raise ValueError where a host cannot take a layer attention.
 
     Args:
         cls: The layer attention.
+        cfg: Its config.
         host: What the message calls the host.
         placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
         shares: Whether it lets the layers of a group share parts.
+        spans: Whether it hands the state of a stage on to the next one.
     """
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:
         why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
     elif shared and not shares:
         why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
+    elif cfg.get("spans_stages", getattr(cls, "spans_stages", False)) and not spans:
+        why = (
+            f"hands its state on from stage to stage; {host} does not do that, and takes it with "
+            "spans_stages=False"
+        )
     else:
         return
     raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
