@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmrla.layers import (
+    KCLA,
     MLA,
     DIAUnit,
     DLABase,
@@ -32,6 +33,7 @@ for _layer_attention in (
     RecurrentLayerAggregation,
     DLALight,
     DLABase,
+    KCLA,
 ):
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
