@@ -79,8 +79,8 @@ def check_placement(
         why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
     elif cfg.get("spans_stages", getattr(cls, "spans_stages", False)) and not spans:
         why = (
-            f"hands its state on from stage to stage; {host} does not do that, and takes it with "
-            "spans_stages=False"
+            f"spans stages: its state goes on from each to the next, which {host} does not do; "
+            "spans_stages=False makes each stage a group"
         )
     else:
         return
