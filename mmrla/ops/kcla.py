@@ -67,7 +67,7 @@ class KCLAState(NamedTuple):
 
 def layer_weight(key: Tensor, key_norms: Tensor) -> Tensor:
     """``exp(min(||k_h|| / n_h, 10))``, ``[B, heads]``, from a key ``[B, C]``."""
-    lengths = key.unflatten(1, (key_norms.numel(), -1)).norm(dim=2)
+    lengths = key.unflatten(1, (key_norms.shape[0], -1)).norm(dim=2)
     return (lengths / key_norms.to(key.dtype)).clamp(max=MOST).exp()
 
 
