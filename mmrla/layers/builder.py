@@ -10,10 +10,8 @@ from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention
 
 # d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
 TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MRLALight": dict(head_channels=16, value_act="gelu"),
-    "MRLABase": dict(head_channels=16),
-    "MLA": dict(head_channels=16),
-    "LinearRLA": dict(head_channels=16),
+    "QueryKeyValue": dict(head_channels=16),
+    "MRLALight": dict(value_act="gelu"),
 }
 """What hosts made of tokens prefer where a config is silent."""
 
@@ -100,7 +98,8 @@ def build(
         cls: Its class, see :func:`layer_attention_class`.
         cfg: ``type``, which is not looked at, and arguments of the constructor except ``channels``.
         channels: C of the layer.
-        defaults: Arguments by name of the class, where ``cfg`` is silent.
+        defaults: Arguments by name of the class or of one that it inherits from, where ``cfg`` is
+            silent.
         fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
 
     Raises:
@@ -108,7 +107,8 @@ def build(
         ValueError: An argument that it refuses.
     """
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
-    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
+    for base in cls.__mro__:
+        kwargs = {**(defaults or {}).get(base.__name__, {}), **kwargs}
     heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
     if heads is not None:
         wanted = kwargs.get("head_channels", heads.default)
