@@ -20,6 +20,7 @@ from mmrla.layers.checks import check_bool, is_count
 from mmrla.layers.layer_attention import Carried
 from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
+from mmrla.models.builder import check_host_takes
 from mmrla.models.host import (
     LayerAttentionHost,
     _simple,
@@ -214,6 +215,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         self.keep_mrla_trainable = keeps_mrla_trainable(cfg.get("init_cfg"))
         if layer_attention is None:
             return
+        check_host_takes(layer_attention, "LayerAttentionWrapper")
         image_shape = (1, cfg.get("in_channels", _image_channels(self)), *size)
         if norm_cfg is not None:
             check_config("norm_cfg", norm_cfg)

@@ -66,10 +66,14 @@ def _norm_backward(
 
 def _y_again(z: Tensor, s: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
     """``relu(norm(z) + s)`` with the statistics that forward used."""
+    return _normed_again(z, norm, mean, inverse).add_(s).relu_()
+
+
+def _normed_again(x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
+    """``norm(x)`` with the statistics that forward used."""
     weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
     variance = inverse.pow(-2) - norm.eps
-    normed = F.batch_norm(z, mean, variance, weight, bias, False, 0.0, norm.eps)
-    return normed.add_(s).relu_()
+    return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
 
 
 def value_again(

@@ -49,7 +49,7 @@ def build_attention(
         name for name, known in _KNOWN.items()
         if known.placement == "after" and (shares or not known.shared)
     ])  # fmt: skip
-    check_placement(cls, host, ("after",), shares)
+    check_placement(cls, config, host, shares=shares)
     return build(cls, config, channels, defaults)
 
 

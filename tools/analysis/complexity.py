@@ -73,6 +73,7 @@ ATTENTIONS = {
     "RecurrentLayerAggregation": " + RLA_g",
     "DLALight": " + DLA-light",
     "DLABase": " + DLA-base",
+    "KCLA": " + KCLA",
 }
 # Plugins: what the literature calls them; other classes go by their own name.
 PLUGINS = {

@@ -51,6 +51,7 @@ NAMES = {
     "rla-g": "+ RLA_g",
     "dla": "+ DLA-light",
     "dla-base": "+ DLA-base",
+    "kcla": "+ KCLA",
     "mrla": "+ MRLA-light",
     "mrla-base": "+ MRLA-base",
     "mrla_se": "+ MRLA-light + SE",
