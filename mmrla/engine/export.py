@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mmrla.engine.inspection import Network
+from mmrla.engine.network import Network
 from mmrla.ops.dispatch import ENV_VAR
 
 OPSET = 18

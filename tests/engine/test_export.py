@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmrla.engine.export import export_onnx, exportable, onnx_error
-from mmrla.engine.inspection import build_network
+from mmrla.engine.network import build_network
 from tests.conftest import ROOT
 from tests.zygote import run_command
 
