@@ -1,5 +1,7 @@
 """Layer attentions as modules. This floor imports torch and :mod:`mmrla.ops`."""
 
+from mmrla.layers.attn_res import AttnRes
+from mmrla.layers.denseformer import DenseFormer
 from mmrla.layers.depthwise import DWConv
 from mmrla.layers.dianet import DIAUnit
 from mmrla.layers.dla import DLABase, DLALight
@@ -14,10 +16,12 @@ __all__ = [
     "KCLA",
     "MLA",
     "PLACEMENTS",
+    "AttnRes",
     "DIAUnit",
     "DLABase",
     "DLALight",
     "DWConv",
+    "DenseFormer",
     "LayerAttention",
     "LinearRLA",
     "MRLABase",

@@ -91,6 +91,7 @@ def build(
     channels: int,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     fit_heads: bool = False,
+    index: int | None = None,
 ) -> LayerAttention:
     """Build a layer attention; arguments and errors as of ``build_layer_attention`` of the hosts.
 
@@ -101,6 +102,7 @@ def build(
         defaults: Arguments by name of the class or of one that it inherits from, where ``cfg`` is
             silent.
         fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
+        index: Its number along the group, for classes that take it.
 
     Raises:
         TypeError: An argument that the class does not take.
@@ -109,13 +111,15 @@ def build(
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
     for base in cls.__mro__:
         kwargs = {**(defaults or {}).get(base.__name__, {}), **kwargs}
-    heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
+    parameters = inspect.signature(cls).parameters
+    heads = parameters.get("head_channels") if fit_heads else None
     if heads is not None:
         wanted = kwargs.get("head_channels", heads.default)
         fits = isinstance(wanted, int) and not isinstance(wanted, bool)
         kwargs["head_channels"] = min(wanted, channels) if fits else wanted
+    place = {} if index is None or "index" not in parameters else {"index": index}
     try:
-        return cls(channels=channels, **kwargs)
+        return cls(channels=channels, **place, **kwargs)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"layer_attention {cls.__name__}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,12 +14,18 @@ PLACEMENTS: dict[str, str] = {
     "after": "behind a layer",
     "branch": "on the residual branch, before the addition",
     "input": "at the input of a layer's first convolution and on its residual branch",
+    "output": "at a layer's output, which it replaces",
+    "sublayer": "behind each sub-layer of a transformer, in place of the residual stream",
 }
 """What a layer attention's ``placement`` may be.
 
 ``after``: ``x`` is the layer's output, and the host adds ``drop_path(norm(o))`` to it. ``branch``:
 ``x`` is the residual branch behind its last norm, and ``o`` takes its place. ``input``: as
-``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution.
+``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution. ``output``:
+as ``after``, but ``o`` takes the place of ``x``. ``sublayer``: ``x`` is what an attention or an MLP
+gives, without the addition, ``shortcut`` what it read in front of its norm, and ``o`` what the next
+one reads; all are tokens ``[B, N, C]``. A type with one of the last two places may take ``index``,
+its number along the group from 0, as an argument.
 """
 
 
@@ -32,6 +38,9 @@ class Retrieval(NamedTuple):
     """``[B, heads, t]``: the weight of layer s = 1 ... t in what layer t retrieves."""
     memory: Any = None
     """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
+    sources: Sequence[int] | None = None
+    """What the scores are of, where not of layers 1 to t: the last layer that each source holds,
+    which begins behind the source before; 0 for what entered the group."""
 
 
 class Carried(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any
 from mmrla.layers import (
     KCLA,
     MLA,
+    AttnRes,
+    DenseFormer,
     DIAUnit,
     DLABase,
     DLALight,
@@ -34,6 +36,8 @@ for _layer_attention in (
     DLALight,
     DLABase,
     KCLA,
+    AttnRes,
+    DenseFormer,
 ):
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
@@ -73,6 +77,7 @@ def build_layer_attention(
     channels: int,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     fit_heads: bool = False,
+    index: int | None = None,
 ) -> LayerAttention:
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
@@ -83,6 +88,8 @@ def build_layer_attention(
         defaults: What a host prefers where ``cfg`` is silent: arguments by name of the class.
         fit_heads: Take ``head_channels = C`` where C is smaller than what ``cfg`` (or the type's
             default) says, as narrow networks need.
+        index: Its number along the group, which types that sit elsewhere than behind a layer may
+            take.
 
     Returns:
         The layer attention, whose maps are ``[B, channels, H, W]``.
@@ -91,4 +98,4 @@ def build_layer_attention(
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
         ValueError: The type is unknown, or refuses its arguments.
     """
-    return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads)
+    return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads, index)

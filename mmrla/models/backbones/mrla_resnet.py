@@ -17,7 +17,6 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
-from mmrla.layers import PLACEMENTS
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import OpenReLU
 from mmrla.layers.norm import is_plain
@@ -304,7 +303,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         152: (MRLABottleneck, (3, 8, 36, 3)),
     }
     fit_heads = False
-    placements = tuple(PLACEMENTS)
+    placements = ("after", "branch", "input")
     shares_in_groups = True
     spans_stages = True
 
