@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from pycocotools import mask as mask_utils
 
@@ -17,6 +18,7 @@ from mmrla.datasets.coco_check import check_coco, drop_bad, read_annotations
 from mmrla.datasets.findings import ERRORS, FATAL, DataError, count_kinds
 from mmrla.datasets.images import look_at
 from mmrla.datasets.segmentations import segmentation_fault
+from mmrla.engine.config_check import check_config
 from tests.datasets.bad_sets import BROKEN, CASES, CLASSES, HEIGHT, WIDTH, Coco, rle, write_image
 
 PIPELINE = [
@@ -217,6 +219,44 @@ def test_counts_are_logged_and_a_bad_image_is_skipped_while_training(tmp_path, m
     stopping = build(coco, on_bad="raise", allow=["zero-area", "missing-image", "unknown-category"])
     with pytest.raises(DataError, match=rf"truncated-image: {coco.image(5)}"):
         [stopping[index] for index in range(3, len(stopping))]
+
+
+MOSAIC = dict(type="Mosaic", img_scale=(HEIGHT, WIDTH))
+
+
+def test_mosaics_of_a_set_with_a_truncated_image(tmp_path):
+    """Another image takes its place among the four."""
+    coco = Coco(tmp_path).write()
+    whole = coco.image(5).read_bytes()
+    boxes = [PIPELINE[0], dict(type="LoadAnnotations", with_bbox=True)]
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        mixed = DATASETS.build(
+            dict(type="MultiImageMixDataset", dataset=build(coco, pipeline=boxes),
+                 pipeline=[MOSAIC, dict(type="MixUp", img_scale=(HEIGHT, WIDTH)), PIPELINE[-1]])
+        )  # fmt: skip
+    coco.image(5).write_bytes(whole[: len(whole) // 2])
+    for index in range(len(mixed)):
+        sample = mixed[index]["data_samples"]
+        assert len(sample.gt_instances.labels) == len(sample.gt_instances.bboxes) > 0
+    assert mixed.dataset.skipped_images.item() >= 1
+
+
+def test_mosaics_that_leave_masks_behind_are_refused():
+    """mmdet's Mosaic moves no masks: IndexError, or masks of other objects."""
+    inner = dict(type="CocoDataset", pipeline=PIPELINE[:2])
+    outer = dict(type="MultiImageMixDataset", dataset=inner, pipeline=[MOSAIC, PIPELINE[-1]])
+    cfg = Config(
+        dict(model={}, train_dataloader=dict(dataset=outer), train_cfg={},
+             optim_wrapper=dict(optimizer={}))
+    )  # fmt: skip
+    message = r"train_dataloader.dataset.pipeline\[0\]: Mosaic moves boxes .* CachedMosaic"
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg, ["train"])
+    cfg.train_dataloader.dataset.pipeline[0].type = "CachedMosaic"
+    check_config(cfg, ["train"])
+    cfg.train_dataloader.dataset.pipeline[0].type = "Mosaic"
+    cfg.train_dataloader.dataset.dataset.pipeline[1].with_mask = False
+    check_config(cfg, ["train"])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
