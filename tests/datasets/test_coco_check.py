@@ -438,6 +438,54 @@ def test_command_with_a_config(tmp_path, run):
     assert "(val_dataloader.dataset): 0 errors, 0 warnings" in done.stdout
 
 
+def test_a_config_of_many_kinds_of_sets(tmp_path, run, capsys):
+    """What is not checked is named, with its type and why; what reads COCO or VOC is checked."""
+    coco = Coco(tmp_path / "set").write()
+    voc = tmp_path / "voc"
+    write_image(voc / "JPEGImages/a.jpg", HEIGHT, WIDTH)
+    (voc / "Annotations").mkdir()
+    (voc / "Annotations/a.xml").write_text(
+        f"<a><size><width>{WIDTH + 1}</width><height>{HEIGHT}</height></size>"
+        "<object><name>a</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax>"
+        "</bndbox></object></a>"
+    )
+    for name in ("ImageSets/Main/train.txt", "mine.txt"):
+        (voc / name).parent.mkdir(parents=True, exist_ok=True)
+        (voc / name).write_text("a\n")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"coco = dict(data_root={str(coco.root)!r}, data_prefix=dict(img='train/'),\n"
+        f"    ann_file={str(coco.ann_file)!r}, metainfo=dict(classes={CLASSES}))\n"
+        f"voc = dict(type='XMLDataset', data_root={str(voc)!r}, metainfo=dict(classes=('a',)),\n"
+        "    data_prefix=dict(sub_data_root=''))\n"
+        "sets = [dict(coco, type='CityscapesDataset'), dict(coco, type='LVISV1Dataset'),\n"
+        "    dict(voc, ann_file='ImageSets/Main/train.txt'), dict(voc, ann_file='mine.txt'),\n"
+        "    dict(coco, type='CocoDataset', data_prefix=dict(img='s3://a/'))]\n"
+        "train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=sets))\n"
+    )
+    done = run("--config", config, "--json", tmp_path / "out.json")
+    assert done.returncode == 1
+    assert "datasets[0]): 0 errors" in done.stdout
+    assert "datasets[2]): 1 errors" in done.stdout
+    assert "size-mismatch" in done.stdout
+    place = "train_dataloader.dataset.datasets"
+    wanted = {
+        f"{place}[1] (LVISV1Dataset)": "annotations of this type are not known to the check",
+        f"{place}[3] (XMLDataset)": "its list is not below ImageSets/ beside Annotations/ and "
+        "JPEGImages/",
+        f"{place}[4] (CocoDataset)": "it is not in a local folder",
+    }
+    assert json.loads((tmp_path / "out.json").read_text())["not_checked"] == wanted
+    for where, reason in wanted.items():
+        assert f"not checked: {where}: {reason}\n" in done.stdout
+    lvis = "train_dataloader.dataset={'type': 'LVISV1Dataset', '_delete_': True}"
+    with pytest.raises(SystemExit) as caught:
+        main(["check-data", "--config", str(config), "--cfg-options", lvis])
+    assert caught.value.code == 2
+    message = "dataset (LVISV1Dataset): annotations of this type are not known"
+    assert message in capsys.readouterr().err
+
+
 def test_command_on_class_folders(tmp_path, run):
     for split in ("train", "val"):
         for name in CLASSES:
