@@ -1,7 +1,7 @@
 # Two commands do everything, environment included:
 #   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
 #   make test    the test suite
-# and: make bench (what MRLA costs beside the plain network), make config-table,
+# and: make bench (what MRLA costs beside the plain network), make config-table, make model-index,
 #      make results (train what docs/results.md compares, and write it; resumable),
 #      make docs (the site of docs/, into build/docs; default stack)
 #
@@ -38,7 +38,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help env demo test test-essential test-slow lint format config-table bench results docs clean
+.PHONY: help env demo test test-essential test-slow lint format config-table model-index bench results docs clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -80,6 +80,9 @@ results: $(STAMP)
 
 config-table: $(STAMP)
 	$(PY) tools/analysis/complexity.py --write
+
+model-index: $(STAMP)
+	$(PY) tools/analysis/model_index.py
 
 $(DOCS_STAMP): requirements/docs.txt | $(STAMP)
 ifneq ($(STACK),onedl)

@@ -1,14 +1,4 @@
 # Faster R-CNN, ResNet-50 + GC blocks, COCO, 1x schedule.
-_base_ = "./faster_rcnn_r50_1x.py"
+_base_ = ["./faster_rcnn_r50_1x.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        plugins=[
-            dict(
-                cfg=dict(type="ContextBlock", ratio=1 / 16),
-                stages=(False, True, True, True),
-                position="after_conv3",
-            )
-        ],
-    )
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").gc))

@@ -1,14 +1,11 @@
 # Faster R-CNN, ResNet-50 + recurrent layer aggregation (RLA_g), COCO, 1x schedule.
 _base_ = "./faster_rcnn_r50_mrla_1x.py"
 
+# As in its released detectors, the neck sees the plain network's maps alone.
 model = dict(
     backbone=dict(
         layer_attention=dict(
-            _delete_=True,
-            type="RecurrentLayerAggregation",
-            hidden_channels=32,
-            # As in its released detectors, the neck sees the plain network's maps alone.
-            concat_output=False,
+            _delete_=True, type="RecurrentLayerAggregation", hidden_channels=32, concat_output=False
         )
     )
 )

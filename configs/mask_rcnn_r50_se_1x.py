@@ -1,8 +1,4 @@
 # Mask R-CNN, ResNet-50 + SE, COCO, 1x schedule.
-_base_ = "./mask_rcnn_r50_1x.py"
+_base_ = ["./mask_rcnn_r50_1x.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        plugins=[dict(cfg=dict(type="mmrla.SE"), position="after_conv3")],
-    )
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").se))

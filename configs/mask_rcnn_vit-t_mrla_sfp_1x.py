@@ -1,8 +1,5 @@
 # Mask R-CNN, DeiT-T + MRLA-light with a simple feature pyramid, COCO, 1x schedule.
-_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
-
-# Makes mmcv's operations available where mmcv was installed without its compiled extension.
-custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
+_base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "./_base_/coco.py"]
 
 model = dict(
     backbone=dict(
@@ -33,11 +30,7 @@ optim_wrapper = dict(
     ),
 )
 
-# Bad images and annotations are left out with a count in the log; on_bad="raise" stops instead.
-train_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset", on_bad="skip"))
-val_dataloader = dict(dataset=dict(type="mmrla.CheckedCocoDataset"))
-test_dataloader = val_dataloader
-
-# A run that was killed goes on with --resume as if nothing had happened.
-train_cfg = dict(type="mmrla.ResumableTrainLoop")
-default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
+train_dataloader = _base_.pop("checked_train")
+val_dataloader = test_dataloader = _base_.pop("checked_test")
+train_cfg = _base_.pop("resumable_loop")
+default_hooks = _base_.pop("resumable_hooks")

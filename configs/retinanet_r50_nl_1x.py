@@ -1,16 +1,4 @@
 # RetinaNet, ResNet-50 + 1 non-local block, COCO, 1x schedule.
-_base_ = "./retinanet_r50_1x.py"
+_base_ = ["./retinanet_r50_1x.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        plugins=[
-            dict(
-                cfg=dict(type="NonLocal2d", use_scale=False),
-                # Before the last residual block of the third stage.
-                stages=(False, False, True, False),
-                blocks=(-2,),
-                position="after_block",
-            )
-        ],
-    )
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").nl))

@@ -18,8 +18,8 @@ from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.cli import main
 from mmrla.engine.data_check import check_data
-from mmrla.engine.inspection import build_network
 from mmrla.engine.launch import check_weights
+from mmrla.engine.network import build_network
 from mmrla.models import LayerAttentionWrapper, MRLAPyramidVisionTransformerV2, MRLAResNet
 from tests.conftest import ROOT
 

@@ -1,24 +1,4 @@
 # ResNet-56 of basic blocks + double attention (A2), CIFAR-10, 180 epochs.
-_base_ = "./_base_/cifar10.py"
+_base_ = ["./resnet56_plain_cifar10.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        depth=56,
-        layer_attention=None,
-        plugins=[
-            # Two blocks in the second stage, three in the third.
-            dict(
-                cfg=dict(type="mmrla.DoubleAttention"),
-                stages=(False, True, False),
-                blocks=(-3, -2),
-                position="after_block",
-            ),
-            dict(
-                cfg=dict(type="mmrla.DoubleAttention"),
-                stages=(False, False, True),
-                blocks=(-4, -3, -2),
-                position="after_block",
-            ),
-        ],
-    ),
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").a2))

@@ -1,10 +1,4 @@
 # ResNet-56 of basic blocks + bridge attention (BA), CIFAR-10, 180 epochs.
-_base_ = "./_base_/cifar10.py"
+_base_ = ["./resnet56_plain_cifar10.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        depth=56,
-        layer_attention=None,
-        plugins=[dict(cfg=dict(type="mmrla.BridgeAttention"), position="after_conv2")],
-    ),
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").ba))

@@ -1,11 +1,4 @@
 # ResNet-56 of basic blocks + GC blocks, CIFAR-10, 180 epochs.
-_base_ = "./_base_/cifar10.py"
+_base_ = ["./resnet56_plain_cifar10.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        depth=56,
-        layer_attention=None,
-        # 1/16 would leave one channel, which a layer norm makes zero.
-        plugins=[dict(cfg=dict(type="ContextBlock", ratio=1 / 4), position="after_conv2")],
-    ),
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").gc))

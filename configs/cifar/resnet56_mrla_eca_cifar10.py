@@ -1,8 +1,4 @@
 # ResNet-56 of basic blocks + MRLA-light + ECA, CIFAR-10, 180 epochs.
-_base_ = "./resnet56_mrla_cifar10.py"
+_base_ = ["./resnet56_mrla_cifar10.py", "./_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        plugins=[dict(cfg=dict(type="mmrla.ECA"), position="after_conv2")],
-    )
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").eca))

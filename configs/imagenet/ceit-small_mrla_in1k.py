@@ -1,12 +1,4 @@
 # CeiT-S + MRLA-light, ImageNet-1k, the paper's recipe.
-_base_ = "./_base_/deit.py"
+_base_ = "./ceit-tiny_mrla_in1k.py"
 
-model = dict(
-    backbone=dict(
-        type="mmrla.MRLACeiT",
-        arch="small",
-        layer_attention=dict(type="MRLALight", head_channels=16),
-        mrla_drop_path_rate=None,  # the block's own
-    ),
-    head=dict(in_channels=384),
-)
+model = dict(backbone=dict(arch="small"), head=dict(in_channels=384))

@@ -1,11 +1,4 @@
 # DeiT-B + MRLA-light, ImageNet-1k, the paper's recipe.
-_base_ = "./_base_/deit.py"
+_base_ = "./deit-tiny_mrla_in1k.py"
 
-model = dict(
-    backbone=dict(
-        type="mmrla.MRLAVisionTransformer",
-        arch="deit-base",
-        layer_attention=dict(type="MRLALight", head_channels=16),
-    ),
-    head=dict(in_channels=768),
-)
+model = dict(backbone=dict(arch="deit-base"), head=dict(in_channels=768))

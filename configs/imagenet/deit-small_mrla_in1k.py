@@ -1,11 +1,4 @@
 # DeiT-S + MRLA-light, ImageNet-1k, the paper's recipe.
-_base_ = "./_base_/deit.py"
+_base_ = "./deit-tiny_mrla_in1k.py"
 
-model = dict(
-    backbone=dict(
-        type="mmrla.MRLAVisionTransformer",
-        arch="deit-small",
-        layer_attention=dict(type="MRLALight", head_channels=16),
-    ),
-    head=dict(in_channels=384),
-)
+model = dict(backbone=dict(arch="deit-small"), head=dict(in_channels=384))

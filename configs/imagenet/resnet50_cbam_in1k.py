@@ -1,11 +1,4 @@
 # ResNet-50 + CBAM, ImageNet-1k, the paper's recipe.
-_base_ = "./_base_/resnet.py"
+_base_ = ["./resnet50_plain_in1k.py", "../_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        depth=50,
-        mrla_drop_path_rate=None,
-        layer_attention=None,
-        plugins=[dict(cfg=dict(type="mmrla.CBAM"), position="after_conv3")],
-    ),
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").cbam))

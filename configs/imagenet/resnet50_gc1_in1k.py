@@ -1,19 +1,4 @@
 # ResNet-50 + 1 GC block, ImageNet-1k, the paper's recipe.
-_base_ = "./_base_/resnet.py"
+_base_ = ["./resnet50_plain_in1k.py", "../_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        depth=50,
-        mrla_drop_path_rate=None,
-        layer_attention=None,
-        plugins=[
-            dict(
-                cfg=dict(type="ContextBlock", ratio=1 / 16),
-                # Before the last residual block of the third stage.
-                stages=(False, False, True, False),
-                blocks=(-2,),
-                position="after_block",
-            )
-        ],
-    ),
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").gc1))

@@ -1,8 +1,4 @@
 # ResNet-50 + MRLA-light + SE, which the released code allows, ImageNet-1k, the paper's recipe.
-_base_ = "./resnet50_mrla_in1k.py"
+_base_ = ["./resnet50_mrla_in1k.py", "../_base_/within_layer.py"]
 
-model = dict(
-    backbone=dict(
-        plugins=[dict(cfg=dict(type="mmrla.SE"), position="after_conv3")],
-    )
-)
+model = dict(backbone=dict(plugins=_base_.pop("within_layer").se))

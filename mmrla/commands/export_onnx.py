@@ -16,7 +16,8 @@ from mmrla.engine.export import (
     onnx_error,
     quantize_int8,
 )
-from mmrla.engine.inspection import Network, add_network_arguments, build_network, find_images
+from mmrla.engine.inspection import add_network_arguments, find_images
+from mmrla.engine.network import Network, build_network
 
 TOLERANCE = 1e-4
 PIXELS = 0.5

@@ -18,13 +18,8 @@ from tqdm import tqdm
 
 from mmrla.engine.config_check import OptionAction
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.inspection import (
-    Network,
-    build_network,
-    choose_device,
-    find_images,
-    read_image,
-)
+from mmrla.engine.inspection import choose_device, find_images
+from mmrla.engine.network import Network, build_network, read_image
 from mmrla.engine.report import draw_sample
 
 TOP = 5

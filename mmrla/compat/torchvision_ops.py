@@ -16,22 +16,29 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from mmrla.compat.deformable_ops import (
+    deform_conv_backward_input,
+    deform_conv_backward_parameters,
+    deform_conv_forward,
+    modulated_deform_conv_backward,
+    modulated_deform_conv_forward,
+    ms_deform_attn_backward,
+    ms_deform_attn_forward,
+    wide,
+)
+
 HOW_TO_COMPILE = (
     "install mmcv with compiled ops: a prebuilt mmcv wheel that matches your torch and CUDA (see "
     "mmcv's installation guide), or build it with MMCV_WITH_OPS=1 pip install --no-binary mmcv mmcv"
 )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Indices of kept boxes ``[K]``, by falling score; ``offset`` 1 counts x2 - x1 + 1 pixels."""
-    boxes = _wide(boxes)
+    boxes = wide(boxes)
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    return torchvision.ops.nms(boxes, _wide(scores), iou_threshold)
+    return torchvision.ops.nms(boxes, wide(scores), iou_threshold)
 
 
 def softnms(
@@ -48,7 +55,7 @@ def softnms(
 
     ``method``: 0 drops, 1 decays linearly, 2 decays with a Gaussian of the overlap.
     """
-    boxes, scores = _wide(boxes), _wide(scores).clone()
+    boxes, scores = wide(boxes), wide(scores).clone()
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(dim=1)
     remaining = torch.arange(len(scores))
     kept: list[int] = []
@@ -90,8 +97,8 @@ def roi_align_forward(
     if pool_mode != 1:
         raise _not_implemented("roi_align with pool_mode='max'")
     pooled = torch.ops.torchvision.roi_align(
-        _wide(input),
-        _wide(rois).to(_wide(input).dtype),
+        wide(input),
+        wide(rois).to(wide(input).dtype),
         spatial_scale,
         aligned_height,
         aligned_width,
@@ -116,8 +123,8 @@ def roi_align_backward(
 ) -> None:
     """Gradient of RoIAlign added into ``grad_input`` [B, C, H, W]."""
     grad = torch.ops.torchvision._roi_align_backward(
-        _wide(grad_output),
-        _wide(rois).to(_wide(grad_output).dtype),
+        wide(grad_output),
+        wide(rois).to(wide(grad_output).dtype),
         spatial_scale,
         aligned_height,
         aligned_width,
@@ -139,8 +146,8 @@ def roi_pool_forward(
 ) -> None:
     """RoIPool into ``output`` and ``argmax``, each [R, C, h, w]."""
     pooled, indices = torch.ops.torchvision.roi_pool(
-        _wide(input),
-        _wide(rois).to(_wide(input).dtype),
+        wide(input),
+        wide(rois).to(wide(input).dtype),
         spatial_scale,
         pooled_height,
         pooled_width,
@@ -160,8 +167,8 @@ def roi_pool_backward(
 ) -> None:
     """Gradient of RoIPool added into ``grad_input`` [B, C, H, W]."""
     grad = torch.ops.torchvision._roi_pool_backward(
-        _wide(grad_output),
-        _wide(rois).to(_wide(grad_output).dtype),
+        wide(grad_output),
+        wide(rois).to(wide(grad_output).dtype),
         argmax,
         spatial_scale,
         pooled_height,
@@ -192,8 +199,8 @@ def sigmoid_focal_loss_forward(
 
     C stands for background.
     """
-    logits = _wide(input)
-    one_hot, scale = _sigmoid_focal_terms(logits, target, _wide(weight), alpha)
+    logits = wide(input)
+    one_hot, scale = _sigmoid_focal_terms(logits, target, wide(weight), alpha)
     signed = torch.where(one_hot.bool(), logits, -logits)
     loss = -scale * torch.sigmoid(-signed).pow(gamma) * F.logsigmoid(signed)
     output.copy_(loss)
@@ -203,215 +210,12 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Derivative of the loss by each logit into ``grad_input`` [N, C]."""
-    logits = _wide(input)
-    one_hot, scale = _sigmoid_focal_terms(logits, target, _wide(weight), alpha)
+    logits = wide(input)
+    one_hot, scale = _sigmoid_focal_terms(logits, target, wide(weight), alpha)
     signed = torch.where(one_hot.bool(), logits, -logits)
     p, miss = torch.sigmoid(signed), torch.sigmoid(-signed)
     slope = miss.pow(gamma) * (gamma * p * F.logsigmoid(signed) - miss)
     grad_input.copy_(scale * slope * torch.where(one_hot.bool(), 1.0, -1.0))
-
-
-def _deform_conv(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    # torchvision reads groups and offset groups off the shapes.
-    return torchvision.ops.deform_conv2d(
-        _wide(input),
-        _wide(offset),
-        _wide(weight),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        mask=None if mask is None else _wide(mask),
-    )
-
-
-def _geometry(kwargs: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Stride, padding and dilation from the names mmcv gives them in DCNv1."""
-    return {
-        "stride": (kwargs["dH"], kwargs["dW"]),
-        "padding": (kwargs["padH"], kwargs["padW"]),
-        "dilation": (kwargs["dilationH"], kwargs["dilationW"]),
-    }
-
-
-def _modulated_geometry(kwargs: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """The same from the names mmcv gives them in DCNv2."""
-    return {
-        name: (kwargs[f"{short}_h"], kwargs[f"{short}_w"])
-        for name, short in (("stride", "stride"), ("padding", "pad"), ("dilation", "dilation"))
-    }
-
-
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    **kwargs: Any,
-) -> None:
-    """Deformable convolution (ICCV 2017) into ``output``."""
-    output.copy_(_deform_conv(input, weight, offset, None, **_geometry(kwargs)))
-
-
-def _grads(grad_output: Tensor, run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of ``run`` by ``inputs`` through torchvision's own autograd."""
-    leaves = [_wide(x).detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        out = run(*leaves)
-    return torch.autograd.grad(out, leaves, grad_output.to(out.dtype))
-
-
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    **kwargs: Any,
-) -> None:
-    """Gradients by input and offset."""
-    geometry = _geometry(kwargs)
-    by_input, by_offset = _grads(
-        grad_output, lambda x, o: _deform_conv(x, weight, o, None, **geometry), input, offset
-    )
-    grad_input.copy_(by_input)
-    grad_offset.copy_(by_offset)
-
-
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_weight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    scale: float = 1,
-    **kwargs: Any,
-) -> None:
-    """Gradient by the weight, scaled and added into ``grad_weight``."""
-    geometry = _geometry(kwargs)
-    # grad_weight has the shape of the weight, and the gradient does not depend on its values.
-    (by_weight,) = _grads(
-        grad_output, lambda w: _deform_conv(input, w, offset, None, **geometry), grad_weight
-    )
-    grad_weight.add_(by_weight.to(grad_weight.dtype), alpha=scale)
-
-
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    with_bias: bool = False,
-    **kwargs: Any,
-) -> None:
-    """Modulated deformable convolution (DCNv2, CVPR 2019) into ``output``."""
-    out = _deform_conv(input, weight, offset, mask, **_modulated_geometry(kwargs))
-    if with_bias:
-        out = out + _wide(bias)[:, None, None]
-    output.copy_(out.view_as(output))
-
-
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    with_bias: bool = False,
-    **kwargs: Any,
-) -> None:
-    """All gradients of the modulated deformable convolution, in place."""
-    geometry = _modulated_geometry(kwargs)
-    grads = _grads(
-        grad_output,
-        lambda x, w, o, m: _deform_conv(x, w, o, m, **geometry),
-        input,
-        weight,
-        offset,
-        mask,
-    )
-    for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=True):
-        target.copy_(grad)
-    if with_bias:
-        grad_bias.copy_(grad_output.sum(dim=(0, 2, 3)))
-
-
-def _multi_scale_attention(*inputs: Tensor) -> Tensor:
-    # mmcv's own for CPU, which it does not take on a GPU. Late: mmcv.ops imports this module.
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-
-    return multi_scale_deformable_attn_pytorch(*inputs)
-
-
-def ms_deform_attn_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
-) -> Tensor:
-    """Multi-scale deformable attention (ICLR 2021), ``[B, queries, heads * channels]``.
-
-    Args:
-        value: ``[B, sum of H * W, heads, channels]``.
-        spatial_shapes: H and W of each level, ``[levels, 2]``.
-        level_start_index: Follows from the shapes.
-        sampling_locations: x and y in 0 .. 1, ``[B, queries, heads, levels, points, 2]``.
-        attention_weights: ``[B, queries, heads, levels, points]``.
-        im2col_step: Images at a time in compiled mmcv; no result depends on it.
-    """
-    inputs = (_wide(value), spatial_shapes, _wide(sampling_locations), _wide(attention_weights))
-    return _multi_scale_attention(*inputs).to(value.dtype)
-
-
-def ms_deform_attn_backward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
-    """All gradients of multi-scale deformable attention, in place."""
-    grads = _grads(
-        grad_output,
-        lambda v, locations, weights: _multi_scale_attention(v, spatial_shapes, locations, weights),
-        value,
-        sampling_locations,
-        attention_weights,
-    )
-    targets = (grad_value, grad_sampling_loc, grad_attn_weight)
-    for target, grad in zip(targets, grads, strict=True):
-        target.copy_(grad)
 
 
 def get_compiler_version() -> str:

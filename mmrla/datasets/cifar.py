@@ -10,9 +10,8 @@ import mmcv
 import numpy as np
 from mmpretrain.datasets import CIFAR10, CIFAR100
 
+from mmrla.datasets.images import images_in
 from mmrla.registry import DATASETS
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class _Folders:
@@ -39,9 +38,7 @@ class _Folders:
 
     def _read(self, folder: Path) -> Iterator[dict[str, Any]]:
         for label, name in enumerate(self.CLASSES):
-            paths = sorted(
-                path for path in (folder / name).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-            )
+            paths = images_in(folder / name)
             if not paths:
                 raise ValueError(f"{folder.absolute()} has no images of class {name!r}")
             for path in paths:

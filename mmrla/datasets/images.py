@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmrla.datasets.findings import Finding
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 _ORIENTATION = 0x0112
 

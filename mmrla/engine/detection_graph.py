@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmrla.engine.export import export_onnx, session_of
-from mmrla.engine.inspection import Network, preprocess, read_image
+from mmrla.engine.network import Network, preprocess, read_image
 
 CANDIDATES = 4096
 """The best pairs of a proposal and a class that reach the NMS of a two-stage detector."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch import Tensor, nn
 
-from mmrla.engine.inspection import Network
+from mmrla.engine.network import Network
 from mmrla.ops.dispatch import ENV_VAR
 
 OPSET = 18

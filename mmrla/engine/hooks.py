@@ -19,7 +19,7 @@ from mmrla.analysis.modules import eval_mode
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
 from mmrla.compat.heap import give_back_free_memory
-from mmrla.engine.inspection import extract_features, preprocess
+from mmrla.engine.network import extract_features, preprocess
 from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 

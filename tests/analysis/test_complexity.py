@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
-from mmrla.engine.inspection import build_network
+from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS

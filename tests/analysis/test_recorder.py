@@ -267,7 +267,7 @@ def test_in_a_detector_on_a_real_image(mode, coco_mini):
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
-    from mmrla.engine.inspection import build_network
+    from mmrla.engine.network import build_network
     from tests.conftest import ROOT
 
     network = build_network(str(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"), size=96)

@@ -12,7 +12,7 @@ from pycocotools.mask import decode
 
 from mmrla.cli import main
 from mmrla.engine.detection_graph import DetectorGraph, boxes_in_file, detection_errors, fit_image
-from mmrla.engine.inspection import build_network
+from mmrla.engine.network import build_network
 from tests.conftest import ROOT
 
 for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -11,7 +11,7 @@ import torch
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 
 from mmrla.engine.export import Flat, _pad_same, export_onnx, exportable, onnx_error
-from mmrla.engine.inspection import build_network
+from mmrla.engine.network import build_network
 from tests.conftest import ROOT
 from tests.zygote import run_command
 

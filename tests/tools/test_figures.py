@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from mmrla.analysis import activation_memory, complexity, record_layer_attention
-from mmrla.engine.inspection import build_network, choose_device
+from mmrla.engine.inspection import choose_device
+from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT, relative_error

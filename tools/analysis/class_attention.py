@@ -16,7 +16,6 @@ from mmrla.analysis.figures import overlay_figure, save
 from mmrla.analysis.token_attention import record_token_attention
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.inspection import (
-    Network,
     add_beside_arguments,
     add_image_arguments,
     add_network_arguments,
@@ -25,6 +24,7 @@ from mmrla.engine.inspection import (
     networks_of,
     save_numbers,
 )
+from mmrla.engine.network import Network
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import Complexity, activation_memory, complexity
-from mmrla.engine.inspection import without_layer_attention
+from mmrla.engine.network import without_layer_attention
 from mmrla.layers import LayerAttention
 
 ROOT = Path(__file__).resolve().parents[2]

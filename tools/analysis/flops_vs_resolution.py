@@ -16,13 +16,8 @@ from mmrla.analysis import complexity
 from mmrla.analysis.figures import flops_figure, save
 from mmrla.analysis.modules import layer_attentions
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.inspection import (
-    add_network_arguments,
-    build_network,
-    choose_device,
-    share_weights,
-    write_csv,
-)
+from mmrla.engine.inspection import add_network_arguments, choose_device, write_csv
+from mmrla.engine.network import build_network, share_weights
 
 SIZES = (128, 160, 192, 224, 256, 288, 320, 352, 384)
 

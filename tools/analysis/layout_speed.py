@@ -17,15 +17,9 @@ from tqdm import tqdm
 
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.inspection import (
-    Network,
-    add_run_arguments,
-    build_network,
-    choose_device,
-    extract_features,
-    write_csv,
-)
+from mmrla.engine.inspection import add_run_arguments, choose_device, write_csv
 from mmrla.engine.layout import use_channels_last
+from mmrla.engine.network import Network, build_network, extract_features
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = ("float32", "bfloat16")

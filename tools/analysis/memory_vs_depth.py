@@ -22,14 +22,8 @@ from tqdm import tqdm
 from mmrla.analysis import activation_memory, complexity
 from mmrla.analysis.figures import memory_figure, save
 from mmrla.engine.errors import reporting_errors
-from mmrla.engine.inspection import (
-    add_run_arguments,
-    choose_device,
-    plain_model,
-    read_config,
-    seed_everything,
-    write_csv,
-)
+from mmrla.engine.inspection import add_run_arguments, choose_device, write_csv
+from mmrla.engine.network import plain_model, read_config, seed_everything
 from mmrla.registry import LAYER_ATTENTIONS, MODELS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,6 @@ from mmrla.analysis.cam import Logits, feature_layer, score_cam
 from mmrla.analysis.figures import overlay_figure, save
 from mmrla.engine.errors import reporting_errors
 from mmrla.engine.inspection import (
-    Network,
     add_beside_arguments,
     add_image_arguments,
     add_network_arguments,
@@ -28,6 +27,7 @@ from mmrla.engine.inspection import (
     networks_of,
     save_numbers,
 )
+from mmrla.engine.network import Network
 
 
 def parse_args() -> argparse.Namespace:
