@@ -74,6 +74,8 @@ ATTENTIONS = {
     "DLALight": " + DLA-light",
     "DLABase": " + DLA-base",
     "KCLA": " + KCLA",
+    "AttnRes": " + AttnRes",
+    "DenseFormer": " + DenseFormer",
 }
 # Plugins: what the literature calls them; other classes go by their own name.
 PLUGINS = {
@@ -304,7 +306,9 @@ def _position(row: Row) -> tuple:
 
 def _name(row: Row) -> str:
     parts = row.attention.split(" + ")
-    return row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
+    name = row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
+    size = row.options.get("block_size")
+    return f"{name}, blocks of {size}" if size else name
 
 
 # How an option is named in a table; others go by their own name.
