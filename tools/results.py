@@ -24,6 +24,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
+from mmrla.analysis.pages import replace_part
 from mmrla.datasets import generate_shapes
 from mmrla.engine import set_data_root
 from mmrla.engine.cifar import read_log, run
@@ -33,7 +34,6 @@ from mmrla.engine.report import newest, read_scalars
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RECORD = ROOT / "docs/results.md", ROOT / "docs/results.json"
 PICTURE = ROOT / "docs/images/results.png"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SEEDS = (0, 1, 2)
 IMAGES = 10_000
 RELEASED = {"model.backbone.zero_init_mrla": False, "model.backbone.mrla_drop_path_rate": 0.2}
@@ -326,10 +326,7 @@ def write(record: Mapping[str, Any]) -> None:
             experiment.about,
             table(name, experiment, record[name]),
         ]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = "\n\n".join(parts)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    replace_part(PAGE, "results", "\n" + "\n\n".join(parts) + "\n")
 
 
 def main() -> None:
