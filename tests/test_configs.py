@@ -80,6 +80,15 @@ IMAGENET = [
     *(f"{network}_mrla_in1k" for network in (*LIGHT_ONLY, *BOTH)),
     *(f"{network}_mrla-base_in1k" for network in BOTH),
 ]
+# In place of the residual stream, by what a config's name says.
+STREAMS = {
+    "attnres": dict(type="AttnRes"),
+    "attnres-block": dict(type="AttnRes", block_size=4),
+    "denseformer": dict(type="DenseFormer"),
+}
+DEITS = [f"deit-{size}_{kind}_in1k" for size in ("tiny", "small") for kind in list(STREAMS)[:2]]
+DEITS.append("deit-small_denseformer_in1k")
+VITS = [f"vit_{kind}_cifar10" for kind in ("plain", *STREAMS)]
 LITE = [f"retinanet_efficientnet-lite0{kind}_bccd" for kind in ("", "_mrla", "_mrla-base")]
 COMPARED = [
     "resnet50_plain_in1k",
@@ -159,9 +168,10 @@ def test_every_promised_config_is_there():
     detectors = {*COCO, *WITHIN_COCO, *TRANSFORMERS, *OTHERS}
     assert found(".") == {*detectors, "demo_mask_rcnn_r18_mrla_shapes"}
     others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
-    assert found("imagenet") == {*IMAGENET, *others, "efficientnet-lite0_in1k"}
+    assert found("imagenet") == {*IMAGENET, *DEITS, *others, "efficientnet-lite0_in1k"}
     assert found("bccd") == {*LITE}
-    assert found("cifar") == {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
+    residual = {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
+    assert found("cifar") == {*residual, *VITS}
     eca = "resnet50_eca_drop-path_in1k"
     assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), eca}
 
@@ -486,6 +496,20 @@ def test_cifar_recipe(name):
     optimizer = cfg.optim_wrapper.optimizer
     assert holds(optimizer, type="SGD", lr=0.1, momentum=0.9, weight_decay=0.0001)
     assert transform_types(cfg) == ["RandomCrop", "RandomFlip", "PackInputs"]
+
+
+@pytest.mark.parametrize("name", [f"imagenet/{n}" for n in DEITS] + [f"cifar/{n}" for n in VITS])
+def test_streams_are_all_that_differs(name):
+    """From the network with MRLA-light on ImageNet, from the plain one on CIFAR."""
+    network, kind, data = name.split("_")
+    cfg, base = load(name), load(f"{network}_{'mrla' if data == 'in1k' else 'plain'}_{data}")
+    assert cfg.model.backbone.pop("layer_attention") == STREAMS.get(kind)
+    del base.model.backbone["layer_attention"]
+    assert cfg._cfg_dict == base._cfg_dict
+    if data == "cifar10":
+        warm_up, main = cfg.param_scheduler
+        assert (cfg.train_cfg.max_epochs, warm_up.end, main.begin) == (200, 10, 10)
+        assert transform_types(cfg) == transform_types(load("cifar/resnet20_plain_cifar10"))
 
 
 @functools.cache

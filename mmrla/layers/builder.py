@@ -85,6 +85,15 @@ def check_placement(
     raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
 
 
+def check_added(cls: type[LayerAttention], drop_path_rate: float | None) -> None:
+    """Raise ValueError on stochastic depth around a type that adds nothing to a layer's output."""
+    if cls.placement in ("output", "sublayer") and drop_path_rate:
+        raise ValueError(
+            "mrla_drop_path_rate is for what a layer attention adds behind a layer, and "
+            f"{cls.__name__} adds nothing there: must be 0, got {drop_path_rate!r}"
+        )
+
+
 def build(
     cls: type[LayerAttention],
     cfg: Mapping[str, Any],

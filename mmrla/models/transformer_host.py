@@ -11,6 +11,7 @@ from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
+from mmrla.layers.builder import check_added
 from mmrla.layers.checks import check_count
 from mmrla.models.arguments import check_arch, check_arguments, check_patches, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
@@ -81,12 +82,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
                 part.drop_prob = float(part.drop_prob)  # numpy's, which torch.compile cannot follow
         if layer_attention is not None:
             self._kind = layer_attention_class(layer_attention)
-            if self._kind.placement != "after" and mrla_drop_path_rate:
-                raise ValueError(
-                    "mrla_drop_path_rate is for what a layer attention adds behind a block, and "
-                    f"{self._kind.__name__} adds nothing there: must be 0, got "
-                    f"{mrla_drop_path_rate!r}"
-                )
+            check_added(self._kind, mrla_drop_path_rate)
             for index, layer in enumerate(self.layers):
                 rate = branch_rate(mrla_drop_path_rate, layer.ffn)
                 # A child of its layer, so that what freezes or scales the layer does it to both.

@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mmrla.layers.builder import TOKEN_DEFAULTS
+from mmrla.layers.builder import TOKEN_DEFAULTS, check_added
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import LayerAttention, start_as_identity
 from mmrla.layers.token_branch import TokenBranch
@@ -64,15 +64,10 @@ class _LayerAttentionTransformer:
             attention = attention_at(i)
             part: nn.Module = attention
             self._spans_stages, self._placement = attention.spans_stages, attention.placement
+            check_added(type(attention), mrla_drop_path_rate)
             rate = drop_path_of(mrla_drop_path_rate, block)
             if self._placement == "after":
                 part = TokenBranch(attention, lambda: norm(self.embed_dim), rate)
-            elif mrla_drop_path_rate:
-                raise ValueError(
-                    "mrla_drop_path_rate is for what a layer attention adds behind a block, and "
-                    f"{type(attention).__name__} adds nothing there: must be 0, got "
-                    f"{mrla_drop_path_rate!r}"
-                )
             elif self._placement == "sublayer":
                 part = nn.ModuleDict(dict(attn=attention_at(2 * i), ffn=attention_at(2 * i + 1)))
             # A child of its block, so that what freezes or scales the block does it to both.

@@ -30,6 +30,7 @@ from mmrla.analysis import activation_memory, complexity
 from mmrla.analysis.pages import replace_part
 from mmrla.analysis.published import PUBLISHED, REASONS, Published
 from mmrla.commands.gpu_timing import ratio, side_by_side
+from mmrla.engine.network import without_layer_attention
 
 DEFAULTS = ("imagenet/resnet50_*_in1k.py", "imagenet/densenet*_in1k.py")
 PLAIN = ROOT / "configs/imagenet/resnet50_plain_in1k.py"
@@ -162,6 +163,7 @@ def compare(
     size: int,
     timed_size: int,
     base: Path = ROOT / "docs",
+    own_host: bool = False,
 ) -> list[Row]:
     """A row for each config beside plain ResNet-50.
 
@@ -174,8 +176,11 @@ def compare(
             with.
         timed_size: That of the timed ones.
         base: Links are relative to this folder.
+        own_host: Beside the first config's network without layer attention instead.
     """
-    plain_cfg = Config.fromfile(PLAIN)
+    plain_cfg = Config.fromfile(paths[0] if own_host else PLAIN)
+    if own_host:
+        plain_cfg.model = without_layer_attention(plain_cfg.model)
     plain_kept = count(plain_cfg, size)[2]
     plain = Timed(plain_cfg, device, batch, timed_size) if rounds else None
     rows: list[Row] = []
@@ -233,6 +238,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of the image that is counted with")
     parser.add_argument("--batch", type=int, help="of timed steps; default 2, on a GPU 128")
     parser.add_argument("--out", type=Path, default=ROOT / "work_dirs/benchmark")
+    parser.add_argument(
+        "--own-host", action="store_true",
+        help="plain is the first config's network without its layer attention, not ResNet-50",
+    )  # fmt: skip
     parser.add_argument("--note", default="", help="a sentence on how the machine was used")
     parser.add_argument("--write", action="store_true", help="the table into docs/attentions.md")
     args = parser.parse_args()
@@ -247,6 +256,7 @@ def main() -> None:
     if args.configs:
         args.command += f" {' '.join(map(str, args.configs))}"
     args.command += f" --rounds {args.rounds}" + (" --quick" if args.quick else "")
+    args.command += " --own-host" if args.own_host else ""
     if args.quick:
         args.rounds = min(args.rounds, 1)
     MMLogger.get_current_instance().setLevel("WARNING")
@@ -255,8 +265,9 @@ def main() -> None:
     timed_size = 64 if args.quick else args.size
     docs = ROOT / "docs/attentions.md"
     rows = compare(
-        args.configs or default_configs(), device, args.rounds, batch, args.size, timed_size
-    )
+        args.configs or default_configs(), device, args.rounds, batch, args.size, timed_size,
+        own_host=args.own_host,
+    )  # fmt: skip
     text = f"{markdown(rows)}\n\n{conditions(args, device, batch, timed_size)}"
     print(f"\n{text}")
     print(save("compare", rows, args.out, device))
