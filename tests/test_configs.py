@@ -25,6 +25,7 @@ COCO = [
     for suffix in ("", "_mrla", "_mrla-base", "_rla-g")
     if depth == 50 or suffix != "_rla-g"
 ]
+COCO += ["mask_rcnn_r50_kcla_1x", "faster_rcnn_r50_kcla_1x"]
 # Within-layer attentions: how many plugins of which class ResNet-50, ResNet-56 of basic blocks and
 # ResNet-56 of bottlenecks have.
 WITHIN = {
@@ -69,7 +70,10 @@ INTERACTIONS = {
     "rla-g": ("RecurrentLayerAggregation", None),
     "dla": ("DLALight", 16),
     "dla-base": ("DLABase", 16),
+    "kcla": ("KCLA", None),
 }
+# Those whose norm a ReLU follows.
+WITH_RELU = ("dla-base", "kcla")
 BOTH = ("resnet50", "resnet101", "efficientnet-b0", "efficientnet-b1", "deit-tiny", "deit-small",
         "deit-base", "ceit-tiny", "ceit-small", "pvtv2-b0", "pvtv2-b1")  # fmt: skip
 IMAGENET = [
@@ -89,6 +93,7 @@ LITE = [f"retinanet_efficientnet-lite0{kind}_bccd" for kind in ("", "_mrla", "_m
 COMPARED = [
     "resnet50_plain_in1k",
     *(f"resnet50_{name}_in1k" for name in INTERACTIONS),
+    "resnet101_kcla_in1k",
     *DENSENETS,
 ]
 CIFAR = [
@@ -106,6 +111,7 @@ BOTTLENECK = {
         for classes in (10, 100)
     ),
     *(f"resnet56-bottleneck_{n}_cifar10" for n in (*WITHIN, *COMPOSED, *INTERACTIONS)),
+    *(f"resnet{depth}-bottleneck_kcla_cifar10" for depth in (20, 110)),
 }
 
 LIGHT = {"resnet50": dict(type="MRLALight", head_channels=32),
@@ -241,8 +247,10 @@ def test_recipe(name, tmp_path, monkeypatch):
         "mrla": dict(type="MRLALight", head_channels=32),
         "mrla-base": dict(type="MRLABase", head_channels=16),
         "rla-g": dict(type="RecurrentLayerAggregation", hidden_channels=32, concat_output=False),
+        "kcla": dict(type="KCLA", head_channels=64),
     }[kind]
     assert backbone.layer_attention == expected
+    assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.param_scheduler[1].milestones == [8, 11]
     lr = 0.01 if detector == "retinanet" else 0.02
@@ -424,13 +432,15 @@ def test_compared_networks_are_on_the_same_recipe(name):
     if name in DENSENETS:
         assert backbone == dict(type="DenseNet", arch=name[8:11])
     else:
-        assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNet", 50)
+        depth = int(name.split("_")[0].removeprefix("resnet"))
+        assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNet", depth)
         type_, reduction = INTERACTIONS.get(kind, (None, None))
         attention = backbone.layer_attention
         assert (attention and attention.type) == type_
         assert not attention or attention.get("reduction") == reduction
-        assert backbone.mrla_drop_path_rate == (0.2 if kind.startswith("dla") else None)
-        assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind == "dla-base" else None)
+        behind = kind.startswith("dla") or kind == "kcla"
+        assert backbone.mrla_drop_path_rate == (0.2 if behind else None)
+        assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     for config in (cfg, ours):
         del config.model["backbone"], config.model.head["in_channels"]
     assert cfg._cfg_dict == ours._cfg_dict
@@ -477,6 +487,7 @@ def test_cifar_recipe(name):
     assert not {"mrla_drop_path_rate", "zero_init_mrla"} & backbone.keys()
     if kind in INTERACTIONS:
         assert attention.get("reduction", 4) == 4
+    assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     assert cfg.model.head.num_classes == int(classes[5:])
     assert cfg.data_preprocessor.num_classes == int(classes[5:])
     assert cfg.train_dataloader.dataset.type == f"mmrla.{classes.upper()}"

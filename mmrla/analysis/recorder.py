@@ -131,8 +131,10 @@ class LayerAttentionRecorder:
         """Whether a layer belongs to the group of the one before it."""
         if not self._passes:
             return False
+        last = self._passes[-1].attention
         if state is not None:
-            return True
+            # One that comes from layers of another width begins a record: heads do not compare.
+            return last is not None and last.channels == self._attentions[name].channels
         if self._passed_on:
             return False  # there was a state, which the host did not pass on
         # No state travels here, so a group is what lies next to each other below one path.

@@ -62,8 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
-    """The sets that the options name."""
+def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, str]]:
+    """The sets that the options name, and why others cannot be checked."""
     if (args.ann is None) != (args.images is None):
         raise ValueError("--ann FILE and --images DIR go together")
     if sum([args.ann is not None, args.config is not None or args.dir is not None]) != 1:
@@ -72,21 +72,21 @@ def sets_to_check(args: argparse.Namespace) -> list[DataSet]:
         for path, there in ((args.ann, args.ann.is_file()), (args.images, args.images.is_dir())):
             if not there:
                 raise FileNotFoundError(f"not there: {path.absolute()}")
-        return [DataSet(args.images, args.ann)]
+        return [DataSet(args.images, args.ann)], {}
     if args.config is None:
-        return sets_in(args.dir)
+        return sets_in(args.dir), {}
     cfg = read_config(find_config(args.config))
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     if args.dir is not None:
         set_data_root(cfg, args.dir)
-    sets = sets_of_config(cfg)
+    sets, unchecked = sets_of_config(cfg)
     for one in sets:
         if one.ann_file is not None and not one.ann_file.is_file():
             raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.ann_file.absolute()}")
         if not one.images.is_dir():
             raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.images.absolute()}")
-    return sets
+    return sets, unchecked
 
 
 def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
-        sets = sets_to_check(args)
+        sets, unchecked = sets_to_check(args)
         if args.fix is not None:
             sets = [fix(sets, args.fix)]
         details: list[dict] = []
@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sets, decode=args.decode, workers=args.workers, allow=args.allow,
             limit=args.limit, details=details,
         )  # fmt: skip
+        for place, reason in unchecked.items():
+            print(f"not checked: {place}: {reason}")
         if args.json is not None:
-            write_json(details, args.json)
+            write_json(details, args.json, unchecked)
     return 1 if errors else 0

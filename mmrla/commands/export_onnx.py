@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--images is for detectors with boxes or --int8, not --part {part}")
         flat = exportable(network, part)
         path = args.out / f"{network.stem}_{part}.onnx"
+        hint = "" if args.static else "; --static is faster"
+        print(f"exporting {network.title}: minutes if it has many layers{hint}", flush=True)
         export_onnx(flat, path, tuple(args.size), not args.static)
         height, width = args.size
         sizes = [(height, width)]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 
 from mmrla.datasets.coco_check import check_coco
 from mmrla.datasets.findings import DataError, Finding, count_kinds
 from mmrla.datasets.formats import NAMES, recognise, voc_lists
 from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
 from mmrla.datasets.repair import repair
-from mmrla.datasets.voc import ANNOTATIONS, IMAGES, read_set
-from mmrla.engine.class_check import classes_of
+from mmrla.datasets.voc import ANNOTATIONS, IMAGES, LISTS, read_set
+from mmrla.engine.class_check import class_of, classes_of
 from mmrla.engine.data_check import SPLITS, datasets_of, path_under, type_name
 
 
@@ -145,41 +146,63 @@ def _has_class_folders(folder: Path) -> bool:
     )
 
 
-def sets_of_config(cfg: Config) -> list[DataSet]:
-    """The sets in COCO's format, or of class folders, that a config's dataloaders read.
+def sets_of_config(cfg: Config) -> tuple[list[DataSet], dict[str, str]]:
+    """The sets that a config's dataloaders read, as far as they can be checked.
 
     With the classes that the config names, or those of its dataset's class, and whether masks are
     loaded. A set that is used twice in one way is there once.
 
+    Returns:
+        The sets in COCO's format, of Pascal VOC or of class folders; and why each other one, by its
+        place and type, cannot be checked.
+
     Raises:
-        ValueError: The config names no local set of these kinds.
+        ValueError: The config names no set that can be checked.
     """
     found: dict[Any, DataSet] = {}
+    unchecked: dict[str, str] = {}
     scope = cfg.get("default_scope") or "mmdet"
     for where, dataset in datasets_of(cfg, SPLITS):
         one = _set_of(dataset, where, scope)
-        if one is None:
+        if isinstance(one, str):
+            unchecked[f"{where} ({type_name(dataset)})"] = one
             continue
         key = (one.images, one.ann_file, tuple(one.classes or ()), one.need_masks, one.turns)
         found.setdefault(key, one).used_as.append(where)
     if not found:
-        raise ValueError("the config names no local set in COCO's format or of class folders")
-    return list(found.values())
+        others = "".join(f"; {place}: {reason}" for place, reason in unchecked.items())
+        raise ValueError(
+            f"the config names no local set in COCO's or Pascal VOC's format or of class folders"
+            f"{others}"
+        )
+    return list(found.values()), unchecked
 
 
-def _set_of(dataset: Any, where: str, scope: str) -> DataSet | None:
+def _set_of(dataset: Any, where: str, scope: str) -> DataSet | str:
+    """A set to check, or why it cannot be."""
     root, kind = dataset.get("data_root") or "", type_name(dataset)
-    prefix = dataset.get("data_prefix") or {}
-    if kind in ("ImageNet", "CustomDataset") and not dataset.get("ann_file"):
+    prefix, ann_file = dataset.get("data_prefix") or {}, dataset.get("ann_file")
+    if kind in ("ImageNet", "CustomDataset") and not ann_file:
         folder = prefix if isinstance(prefix, str) else prefix.get("img_path", "")
         path = path_under(root, folder or dataset.get("split") or "")
-        return None if "://" in path else DataSet(Path(path))
-    if not kind.endswith("CocoDataset") or not dataset.get("ann_file"):
-        return None
-    images = path_under(root, prefix.get("img") or "")
-    ann_file = path_under(root, dataset["ann_file"])
+        return _REMOTE if "://" in path else DataSet(Path(path))
+    voc, coco = _formats(dataset, scope)
+    if not voc and not coco:
+        return "annotations of this type are not known to the check"
+    if not ann_file:
+        return "it has no ann_file"
+    ann_file = path_under(root, ann_file)
+    if voc:
+        folder = path_under(root, prefix.get("sub_data_root") or "")
+        names = [dataset.get("ann_subdir", ANNOTATIONS), dataset.get("img_subdir", IMAGES)]
+        inside = Path(folder, LISTS) in Path(ann_file).parents
+        if names != [ANNOTATIONS, IMAGES] or not inside:
+            return f"its list is not below {LISTS}/ beside {ANNOTATIONS}/ and {IMAGES}/"
+        images = str(Path(folder, IMAGES))
+    else:
+        images = path_under(root, prefix.get("img") or "")
     if "://" in images or "://" in ann_file:
-        return None
+        return _REMOTE
     from mmrla.datasets.checked_coco import loads_masks, reads_turned
 
     classes = classes_of(dataset, where, scope)
@@ -188,6 +211,25 @@ def _set_of(dataset: Any, where: str, scope: str) -> DataSet | None:
         Path(images or root or "."), Path(ann_file), classes, loads_masks(pipeline),
         reads_turned(pipeline),
     )  # fmt: skip
+
+
+_REMOTE = "it is not in a local folder"
+
+
+def _formats(dataset: Any, scope: str) -> tuple[bool, bool]:
+    """Whether a dataset reads its files as mmdet's of Pascal VOC does, or as that of COCO."""
+    from mmdet.datasets import CocoDataset, XMLDataset
+
+    cls = class_of(DATASETS, dataset, scope)
+    if not isinstance(cls, type):
+        return False, type_name(dataset).endswith("CocoDataset")
+    return tuple(
+        all(getattr(cls, name, None) is getattr(known, name) for name in _READERS)
+        for known in (XMLDataset, CocoDataset)
+    )  # type: ignore[return-value]
+
+
+_READERS = ("load_data_list", "parse_data_info")
 
 
 def report(
@@ -257,9 +299,12 @@ def print_report(sets: Iterable[DataSet], **options: Any) -> int:
     return errors
 
 
-def write_json(details: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Write the report to ``path`` and nowhere else."""
+def write_json(
+    details: Sequence[dict[str, Any]], path: str | Path, unchecked: Mapping[str, str]
+) -> None:
+    """Write the report, and which sets were not checked, to ``path`` and nowhere else."""
     path = Path(path)
     if path.is_symlink():
         path.unlink()  # replaced, not followed
-    path.write_text(json.dumps(dict(sets=details), indent=1, ensure_ascii=True) + "\n")
+    content = dict(sets=details, not_checked=dict(unchecked))
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n")

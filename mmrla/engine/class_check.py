@@ -44,7 +44,7 @@ def check_classes(cfg: Config, splits: Iterable[str]) -> None:
         classes = classes_of(dataset, where, scope)
         if classes is None:
             continue
-        things = getattr(_class_of(DATASETS, dataset, scope), "METAINFO", {})
+        things = getattr(class_of(DATASETS, dataset, scope), "METAINFO", {})
         things = len(things.get("thing_classes") or classes)
         wrong = {
             place: (given, things if key == "num_classes" else len(classes))
@@ -89,7 +89,7 @@ def _as_config(wrong: Mapping[str, tuple[int, int]]) -> str:
     return f"model = {text(tree['model'])}"
 
 
-def _class_of(registry: Any, cfg: Mapping[str, Any], scope: str) -> Any:
+def class_of(registry: Any, cfg: Mapping[str, Any], scope: str) -> Any:
     """The class that a part's type names, None where there is none."""
     kind = cfg.get("type")
     if not isinstance(kind, str):
@@ -105,7 +105,7 @@ def _heads(node: Any, where: str, scope: str) -> Iterator[tuple[str, str, int]]:
             yield from _heads(part, f"{where}.{index}", scope)
     if not isinstance(node, Mapping):
         return
-    cls = _class_of(MODELS, node, scope) if "type" in node else None
+    cls = class_of(MODELS, node, scope) if "type" in node else None
     takes = _defaults(cls) if inspect.isclass(cls) else {}
     if "num_things_classes" in takes:
         things, stuff = (
@@ -146,7 +146,7 @@ def classes_of(dataset: Mapping[str, Any], where: str, scope: str) -> tuple[str,
         given, place = (dataset.get("metainfo") or {}).get("classes"), f"{where}.metainfo.classes"
     if given is not None:
         return class_names(given, place)
-    cls = _class_of(DATASETS, dataset, scope)
+    cls = class_of(DATASETS, dataset, scope)
     known = getattr(cls, "METAINFO", {}).get("classes")
     if known is not None:
         return tuple(known)

@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
 from mmrla.engine.class_check import check_classes
+from mmrla.engine.data_check import type_name
 
 # What mmengine's runner takes from a config, and what tools read beside it.
 _TOP = frozenset(
@@ -26,6 +27,9 @@ _TOP = frozenset(
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
                      "num_batch_per_epoch", "seed"})  # fmt: skip
+
+# mmdet's transforms that move boxes and leave masks where they were.
+_BOXES_ALONE = frozenset({"Mosaic", "MixUp", "RandomShift"})
 
 
 class OptionAction(DictAction):
@@ -91,8 +95,8 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
 
     Raises:
         TypeError: A part of it is of the wrong type.
-        ValueError: A key is misspelt, a type is not registered, or a head has another number of
-            classes than a dataset.
+        ValueError: A key is misspelt, a type is not registered, a head has another number of
+            classes than a dataset, or masks are loaded and a transform moves boxes alone.
     """
     splits = tuple(splits)
     for key in cfg:
@@ -107,6 +111,7 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
                 raise TypeError(f"{loader} must be a dict, got {cfg.get(loader)!r}")
             continue
         _check_loader(_mapping(cfg[loader], loader), loader)
+        _check_masks(cfg[loader].get("dataset"), f"{loader}.dataset")
     if "train" in splits:
         _check_train_cfg(_mapping(cfg.get("train_cfg"), "train_cfg"))
         optimizer = _mapping(cfg.get("optim_wrapper"), "optim_wrapper")
@@ -149,6 +154,28 @@ def _check_loader(loader: Mapping[str, Any], where: str) -> None:
     workers = loader.get("num_workers", 0)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise TypeError(f"{where}.num_workers must be an int from 0, got {workers!r}")
+
+
+def _check_masks(dataset: Any, where: str, after: tuple[tuple[str, Any], ...] = ()) -> None:
+    """Raise ValueError where masks are loaded and a later step moves boxes alone.
+
+    ``after`` is what wrappers around the dataset do, as places and steps. The result would be an
+    IndexError as often as masks of other objects.
+    """
+    if not isinstance(dataset, Mapping):
+        return
+    own = enumerate(dataset.get("pipeline") or ())
+    steps = (*((f"{where}.pipeline[{index}]", step) for index, step in own), *after)
+    _check_masks(dataset.get("dataset"), f"{where}.dataset", steps)
+    for index, inner in enumerate(dataset.get("datasets") or ()):
+        _check_masks(inner, f"{where}.datasets[{index}]", steps)
+    with_masks = any(isinstance(step, Mapping) and step.get("with_mask") for _, step in steps)
+    place, step = next((s for s in steps if type_name(s[1]) in _BOXES_ALONE), ("", None))
+    if with_masks and step is not None:
+        raise ValueError(
+            f"{place}: {type_name(step)} moves boxes and leaves masks where they were, and masks "
+            "are loaded; take CachedMosaic or CachedMixUp, or load boxes alone (with_mask=False)"
+        )
 
 
 def _parameters(cls: type) -> set[str] | None:

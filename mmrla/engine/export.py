@@ -6,6 +6,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch import Tensor, nn
 
 from mmrla.engine.network import Network
@@ -109,7 +113,12 @@ def export_onnx(
     inputs = dict(others or {})
     open_axis = torch.export.Dim.DYNAMIC
     axes = {0: open_axis, 2: open_axis, 3: open_axis}
-    with mock.patch.dict(os.environ, {ENV_VAR: "naive"}), warnings.catch_warnings():
+    with (
+        mock.patch.dict(os.environ, {ENV_VAR: "naive"}),
+        mock.patch.object(Conv2dAdaptivePadding, "forward", _pad_same),
+        warnings.catch_warnings(),
+        redirect_stderr(StringIO()),  # torch prints whole graphs that it gives up on
+    ):
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
@@ -121,11 +130,36 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             if not dynamic:
                 raise
+            module = getattr(network, "module", network)
+            host = type(getattr(module, "backbone", module)).__name__
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
             raise ValueError(
-                "the network cannot be exported with batch, H and W left open; ask for one size "
-                f"(--static). torch says: {str(error).strip().splitlines()[0]}"
+                f"{host} cannot be exported with batch, H and W left open; ask for one size "
+                f"(--static). torch says: {' '.join(str(cause).split())[:300]}"
             ) from error
     return path
+
+
+def _pad_same(conv: Conv2dAdaptivePadding, x: Tensor) -> Tensor:
+    """SAME padding of EfficientNets without a branch on the size, which torch cannot leave open.
+
+    For an odd kernel of reach p, one side gets p; the other p too at stride 1, and at stride 2 one
+    less if the size is even.
+    """
+    pads = []
+    for axis in (1, 0):  # F.pad begins with the last axis
+        kernel, stride = conv.kernel_size[axis], conv.stride[axis]
+        if kernel % 2 == 0 or stride > min(2, kernel):
+            return _FORWARD(conv, x)
+        reach = conv.dilation[axis] * (kernel - 1) // 2
+        pads += [reach if stride == 1 else reach - 1 + x.shape[2 + axis] % 2, reach]
+    x = F.pad(x, pads)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+_FORWARD = Conv2dAdaptivePadding.forward
 
 
 def onnx_error(

@@ -10,10 +10,8 @@ from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention
 
 # d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
 TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MRLALight": dict(head_channels=16, value_act="gelu"),
-    "MRLABase": dict(head_channels=16),
-    "MLA": dict(head_channels=16),
-    "LinearRLA": dict(head_channels=16),
+    "QueryKeyValue": dict(head_channels=16),
+    "MRLALight": dict(value_act="gelu"),
 }
 """What hosts made of tokens prefer where a config is silent."""
 
@@ -55,21 +53,33 @@ def layer_attention_class(
 
 
 def check_placement(
-    cls: type[LayerAttention], host: str, placements: Collection[str], shares: bool
+    cls: type[LayerAttention],
+    cfg: Mapping[str, Any],
+    host: str,
+    placements: Collection[str] = ("after",),
+    shares: bool = False,
+    spans: bool = False,
 ) -> None:
     """Raise ValueError where a host cannot take a layer attention.
 
     Args:
         cls: The layer attention.
+        cfg: Its config.
         host: What the message calls the host.
         placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
         shares: Whether it lets the layers of a group share parts.
+        spans: Whether it hands the state of a stage on to the next one.
     """
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:
         why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
     elif shared and not shares:
         why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
+    elif cfg.get("spans_stages", getattr(cls, "spans_stages", False)) and not spans:
+        why = (
+            f"spans stages: its state goes on from each to the next, which {host} does not do; "
+            "spans_stages=False makes each stage a group"
+        )
     else:
         return
     raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
@@ -98,7 +108,8 @@ def build(
         cls: Its class, see :func:`layer_attention_class`.
         cfg: ``type``, which is not looked at, and arguments of the constructor except ``channels``.
         channels: C of the layer.
-        defaults: Arguments by name of the class, where ``cfg`` is silent.
+        defaults: Arguments by name of the class or of one that it inherits from, where ``cfg`` is
+            silent.
         fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
         index: Its number along the group, for classes that take it.
 
@@ -107,7 +118,8 @@ def build(
         ValueError: An argument that it refuses.
     """
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
-    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
+    for base in cls.__mro__:
+        kwargs = {**(defaults or {}).get(base.__name__, {}), **kwargs}
     parameters = inspect.signature(cls).parameters
     heads = parameters.get("head_channels") if fit_heads else None
     if heads is not None:

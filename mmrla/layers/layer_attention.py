@@ -55,6 +55,18 @@ class Carried(NamedTuple):
     state: Any
 
 
+class OpenReLU(nn.ReLU):
+    """ReLU whose derivative at 0 is 1.
+
+    Between a norm that starts at zero and its addition, torch's own, whose derivative there is 0,
+    would pass no gradient, and the branch would stay at zero for good.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``max(x, 0)``."""
+        return x.clamp(min=0)
+
+
 def start_as_identity(host: Any) -> None:
     """Let each layer attention of a network add nothing at first; its gradients are not all zero.
 
@@ -92,7 +104,10 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     """Names of the parts that all layers of a group share."""
 
     spans_stages: bool = False
-    """Whether the state goes on from a stage to the next one, as if all layers were one group."""
+    """Whether the state goes on from a stage to the next one, as if all layers were one group.
+
+    A type may have an option of this name; a host that hands no state on refuses True.
+    """
 
     starts_as_identity: bool = True
     """Whether a host can start as the plain network with it."""
@@ -152,6 +167,17 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             delattr(self, name)
             self.__dict__[name] = getattr(first, name)
 
+    def cross(self, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        """Build what brings the state of one stage to the next, where :attr:`spans_stages`.
+
+        Called once on the first layer of each stage that a state arrives at. Default: nothing.
+
+        Args:
+            channels: C of the stage that the state comes from.
+            stride: The layer's.
+            norm: Makes a norm of the host's kind for a number of channels.
+        """
+
     def join(self, conv: nn.Conv2d, stride: int, norm: Callable[[int], nn.Module]) -> None:
         """Build what depends on the layer; called once, where ``placement`` is ``'input'``.
 
@@ -190,8 +216,17 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         Default: nothing. Behind a layer, hosts see to it by the norm.
         """
 
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """Whether :meth:`tail` can run on ``z`` with these norms. Default: never."""
+    def fuses_tail(
+        self, z: Tensor, norm: nn.Module, out_norm: nn.Module, act: type[nn.Module] = nn.Identity
+    ) -> bool:
+        """Whether :meth:`tail` can run on ``z`` with these norms. Default: never.
+
+        Args:
+            z: As in :meth:`tail`.
+            norm: Likewise.
+            out_norm: Likewise.
+            act: The class of the activation behind ``out_norm``, which :meth:`tail` then includes.
+        """
         return False
 
     def tail(
@@ -205,7 +240,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     ) -> tuple[Tensor, Any]:
         """The end of a residual block in one operation, where :meth:`fuses_tail` says so.
 
-        ``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(o)`` with
+        ``y = relu(norm(z) + shortcut)``, ``out = y + scale * act(out_norm(o))`` with
         ``(o, state) = forward(y, shortcut, state)``.
 
         Args:

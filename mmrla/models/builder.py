@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmrla.layers import (
+    KCLA,
     MLA,
     AttnRes,
     DenseFormer,
@@ -34,6 +35,7 @@ for _layer_attention in (
     RecurrentLayerAggregation,
     DLALight,
     DLABase,
+    KCLA,
     AttnRes,
     DenseFormer,
 ):
@@ -52,17 +54,22 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
 
 
 def check_host_takes(
-    cfg: Mapping[str, Any], host: str, placements: Collection[str], shares: bool
+    cfg: Mapping[str, Any],
+    host: str,
+    placements: Collection[str] = ("after",),
+    shares: bool = False,
+    spans: bool = False,
 ) -> None:
     """Raise ValueError where a host cannot take a layer attention.
 
     Args:
         cfg: As in :func:`build_layer_attention`.
         host: What the message calls the host.
-        placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
-        shares: Whether it lets the layers of a group share parts.
+        placements: As in :func:`mmrla.layers.builder.check_placement`.
+        shares: Likewise.
+        spans: Likewise.
     """
-    check_placement(layer_attention_class(cfg), host, placements, shares)
+    check_placement(layer_attention_class(cfg), cfg, host, placements, shares, spans)
 
 
 def build_layer_attention(

@@ -53,7 +53,7 @@ def build_attention(
         name for name, known in _KNOWN.items()
         if known.placement in placements and (shares or not known.shared)
     ])  # fmt: skip
-    check_placement(cls, host, placements, shares)
+    check_placement(cls, config, host, placements, shares)
     return build(cls, config, channels, defaults, index=index)
 
 

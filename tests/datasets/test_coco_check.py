@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from pycocotools import mask as mask_utils
 
@@ -17,6 +18,7 @@ from mmrla.datasets.coco_check import check_coco, drop_bad, read_annotations
 from mmrla.datasets.findings import ERRORS, FATAL, DataError, count_kinds
 from mmrla.datasets.images import look_at
 from mmrla.datasets.segmentations import segmentation_fault
+from mmrla.engine.config_check import check_config
 from tests.datasets.bad_sets import BROKEN, CASES, CLASSES, HEIGHT, WIDTH, Coco, rle, write_image
 
 PIPELINE = [
@@ -219,6 +221,44 @@ def test_counts_are_logged_and_a_bad_image_is_skipped_while_training(tmp_path, m
         [stopping[index] for index in range(3, len(stopping))]
 
 
+MOSAIC = dict(type="Mosaic", img_scale=(HEIGHT, WIDTH))
+
+
+def test_mosaics_of_a_set_with_a_truncated_image(tmp_path):
+    """Another image takes its place among the four."""
+    coco = Coco(tmp_path).write()
+    whole = coco.image(5).read_bytes()
+    boxes = [PIPELINE[0], dict(type="LoadAnnotations", with_bbox=True)]
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        mixed = DATASETS.build(
+            dict(type="MultiImageMixDataset", dataset=build(coco, pipeline=boxes),
+                 pipeline=[MOSAIC, dict(type="MixUp", img_scale=(HEIGHT, WIDTH)), PIPELINE[-1]])
+        )  # fmt: skip
+    coco.image(5).write_bytes(whole[: len(whole) // 2])
+    for index in range(len(mixed)):
+        sample = mixed[index]["data_samples"]
+        assert len(sample.gt_instances.labels) == len(sample.gt_instances.bboxes) > 0
+    assert mixed.dataset.skipped_images.item() >= 1
+
+
+def test_mosaics_that_leave_masks_behind_are_refused():
+    """mmdet's Mosaic moves no masks: IndexError, or masks of other objects."""
+    inner = dict(type="CocoDataset", pipeline=PIPELINE[:2])
+    outer = dict(type="MultiImageMixDataset", dataset=inner, pipeline=[MOSAIC, PIPELINE[-1]])
+    cfg = Config(
+        dict(model={}, train_dataloader=dict(dataset=outer), train_cfg={},
+             optim_wrapper=dict(optimizer={}))
+    )  # fmt: skip
+    message = r"train_dataloader.dataset.pipeline\[0\]: Mosaic moves boxes .* CachedMosaic"
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg, ["train"])
+    cfg.train_dataloader.dataset.pipeline[0].type = "CachedMosaic"
+    check_config(cfg, ["train"])
+    cfg.train_dataloader.dataset.pipeline[0].type = "Mosaic"
+    cfg.train_dataloader.dataset.dataset.pipeline[1].with_mask = False
+    check_config(cfg, ["train"])
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_of_a_loader_count_together(method, tmp_path):
     from torch.utils.data import DataLoader
@@ -396,6 +436,54 @@ def test_command_with_a_config(tmp_path, run):
     order = 'val_dataloader.dataset.metainfo.classes="(ant,bee,cat)"'
     done = run("--config", config, "--cfg-options", order.replace("(", "[").replace(")", "]"))
     assert "(val_dataloader.dataset): 0 errors, 0 warnings" in done.stdout
+
+
+def test_a_config_of_many_kinds_of_sets(tmp_path, run, capsys):
+    """What is not checked is named, with its type and why; what reads COCO or VOC is checked."""
+    coco = Coco(tmp_path / "set").write()
+    voc = tmp_path / "voc"
+    write_image(voc / "JPEGImages/a.jpg", HEIGHT, WIDTH)
+    (voc / "Annotations").mkdir()
+    (voc / "Annotations/a.xml").write_text(
+        f"<a><size><width>{WIDTH + 1}</width><height>{HEIGHT}</height></size>"
+        "<object><name>a</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax>"
+        "</bndbox></object></a>"
+    )
+    for name in ("ImageSets/Main/train.txt", "mine.txt"):
+        (voc / name).parent.mkdir(parents=True, exist_ok=True)
+        (voc / name).write_text("a\n")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"coco = dict(data_root={str(coco.root)!r}, data_prefix=dict(img='train/'),\n"
+        f"    ann_file={str(coco.ann_file)!r}, metainfo=dict(classes={CLASSES}))\n"
+        f"voc = dict(type='XMLDataset', data_root={str(voc)!r}, metainfo=dict(classes=('a',)),\n"
+        "    data_prefix=dict(sub_data_root=''))\n"
+        "sets = [dict(coco, type='CityscapesDataset'), dict(coco, type='LVISV1Dataset'),\n"
+        "    dict(voc, ann_file='ImageSets/Main/train.txt'), dict(voc, ann_file='mine.txt'),\n"
+        "    dict(coco, type='CocoDataset', data_prefix=dict(img='s3://a/'))]\n"
+        "train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=sets))\n"
+    )
+    done = run("--config", config, "--json", tmp_path / "out.json")
+    assert done.returncode == 1
+    assert "datasets[0]): 0 errors" in done.stdout
+    assert "datasets[2]): 1 errors" in done.stdout
+    assert "size-mismatch" in done.stdout
+    place = "train_dataloader.dataset.datasets"
+    wanted = {
+        f"{place}[1] (LVISV1Dataset)": "annotations of this type are not known to the check",
+        f"{place}[3] (XMLDataset)": "its list is not below ImageSets/ beside Annotations/ and "
+        "JPEGImages/",
+        f"{place}[4] (CocoDataset)": "it is not in a local folder",
+    }
+    assert json.loads((tmp_path / "out.json").read_text())["not_checked"] == wanted
+    for where, reason in wanted.items():
+        assert f"not checked: {where}: {reason}\n" in done.stdout
+    lvis = "train_dataloader.dataset={'type': 'LVISV1Dataset', '_delete_': True}"
+    with pytest.raises(SystemExit) as caught:
+        main(["check-data", "--config", str(config), "--cfg-options", lvis])
+    assert caught.value.code == 2
+    message = "dataset (LVISV1Dataset): annotations of this type are not known"
+    assert message in capsys.readouterr().err
 
 
 def test_command_on_class_folders(tmp_path, run):

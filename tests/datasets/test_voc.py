@@ -150,8 +150,10 @@ def test_detectors_of_blood_cells_train(kind, tmp_path):
     cfg = Config.fromfile(ROOT / f"configs/bccd/retinanet_efficientnet-lite0{kind}_bccd.py")
     set_data_root(cfg, root)
     check_data(cfg)
-    assert [one.ann_file.name for one in sets_of_config(cfg)] == ["train.txt", "test.txt"]
-    for one in sets_of_config(cfg):
+    sets, unchecked = sets_of_config(cfg)
+    assert not unchecked
+    assert [one.ann_file.name for one in sets] == ["train.txt", "test.txt"]
+    for one in sets:
         assert one.check(decode=False, workers=1) == ([], False)
     cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / "lite0.pth")
     cfg.model.test_cfg.score_thr = 0.0  # so that there are detections after two steps

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import mmdet
 import pytest
 from mmengine.config import Config
 
@@ -12,6 +14,7 @@ from mmrla.cli import main
 from mmrla.engine.class_check import check_classes
 from mmrla.engine.config_check import check_config
 from tests.datasets.bad_sets import CLASSES, Coco, write_image
+from tests.zygote import run_command
 
 BOX = dict(type="Shared2FCBBoxHead")
 ROI = "model = dict(roi_head=dict("
@@ -109,18 +112,40 @@ def test_a_classifier_of_class_folders(tmp_path):
     check_classes(cfg, ["train"])
 
 
-@pytest.mark.parametrize("option", [["--dry-run"], []])
-def test_command_stops(option, tmp_path, capsys):
+@pytest.fixture
+def config(tmp_path):
+    """RetinaNet with its 80 classes for a set of three."""
     coco = Coco(tmp_path).write()
-    config = tmp_path / "config.py"
-    config.write_text(
+    path = tmp_path / "config.py"
+    path.write_text(
         f"_base_ = 'mmrla::retinanet_r50_mrla_1x.py'\nroot = {str(coco.root)!r}\n"
         "data = dict(data_root=root, ann_file='annotations/instances_train.json',\n"
         "    data_prefix=dict(img='train/'), metainfo=dict(classes=('ant', 'bee', 'cat')))\n"
         "train_dataloader = dict(dataset=data)\nval_dataloader = dict(dataset=data)\n"
+        "model = dict(backbone=dict(depth=18, init_cfg=None),\n"
+        "    neck=dict(in_channels=[64, 128, 256, 512]))\n"
     )
+    return path
+
+
+@pytest.mark.parametrize("option", [["--dry-run"], []])
+def test_command_stops(option, config, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", str(config), "--work-dir", str(tmp_path / "run"), *option])
     assert caught.value.code == 2
     assert "model.bbox_head.num_classes=80, but train_dataloader" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("runner", ["Runner", "FlexibleRunner"])
+def test_mmdets_own_program_stops(runner, config, tmp_path):
+    """It knows nothing of mmrla; the config does."""
+    program = Path(mmdet.__file__).parent / ".mim/tools/train.py"
+    options = [f"runner_type={runner}"]
+    if runner == "FlexibleRunner":
+        options += ["train_dataloader.persistent_workers=False", "train_dataloader.num_workers=0"]
+    work_dir = tmp_path / "run"
+    done = run_command(program, config, "--work-dir", work_dir, "--cfg-options", *options)
+    assert done.returncode == 1
+    assert "ValueError: model.bbox_head.num_classes=80, but train_dataloader" in done.stderr
+    assert not list(tmp_path.glob("run/*.pth"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 
-from mmrla.engine.export import export_onnx, exportable, onnx_error
+from mmrla.engine.export import Flat, _pad_same, export_onnx, exportable, onnx_error
 from mmrla.engine.network import build_network
 from tests.conftest import ROOT
 from tests.zygote import run_command
@@ -44,14 +46,33 @@ ALL_STAGES = {**R18, "model.backbone.out_indices": (0, 1, 2, 3)}
 @pytest.mark.parametrize(
     ("config", "options"),
     [("resnet50_mrla", ALL_STAGES), ("resnet50_mrla", {**ALL_STAGES, **BASE}),
-     ("pvtv2-b0_mrla", {"model.backbone.out_indices": (0, 1, 2, 3)})],
-    ids=["light", "base", "pvtv2"],
+     ("pvtv2-b0_mrla", {"model.backbone.out_indices": (0, 1, 2, 3)}),
+     ("efficientnet-b0_mrla", {"model.backbone.out_indices": (2, 3, 4, 6)}),
+     ("efficientnet-b0_mrla-base", {"model.backbone.arch": "lite0",
+                                    "model.backbone.out_indices": (2, 3, 4, 6)})],
+    ids=["light", "base", "pvtv2", "efficientnet", "lite0-base"],
 )  # fmt: skip
 def test_backbones_at_any_size(config, options, tmp_path):
     flat = exportable(network(f"configs/imagenet/{config}_in1k.py", options=options), "backbone")
     assert len(flat(torch.zeros(1, 3, 64, 64))) == 4
     path = export_onnx(flat, tmp_path / "backbone.onnx", (64, 96))
     assert max(onnx_error(path, flat, [(64, 96), (224, 160), (75, 101)], batch=2)) < 1e-5
+
+
+def test_same_padding_is_exported_without_branches(tmp_path):
+    """At even and odd sizes it is mmcv's, also where it has to leave the work to mmcv's."""
+    grid = itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2), (6, 7, 8, 13))
+    for kernel, stride, dilation, size in grid:
+        conv = Conv2dAdaptivePadding(2, 3, (kernel, 3), (stride, 2), dilation=(dilation, 1))
+        x = torch.randn(2, 2, size, 15 - size)
+        assert torch.equal(_pad_same(conv, x), conv(x)), (kernel, stride, dilation, size)
+    net = torch.nn.Sequential(
+        Conv2dAdaptivePadding(3, 4, 5, 2), torch.nn.ReLU(), Conv2dAdaptivePadding(4, 4, 3),
+        Conv2dAdaptivePadding(4, 4, 3, 2, groups=4),
+    )  # fmt: skip
+    flat = Flat(net, net).eval()
+    path = export_onnx(flat, tmp_path / "net.onnx", (32, 40))
+    assert max(onnx_error(path, flat, [(32, 40), (33, 46), (29, 31), (34, 35)], batch=3)) < 1e-5
 
 
 @pytest.mark.slow
@@ -62,6 +83,19 @@ def test_other_hosts_at_one_size(host, kind, tmp_path):
     flat = exportable(network(f"configs/imagenet/{name}_in1k.py"), "backbone")
     path = export_onnx(flat, tmp_path / "net.onnx", (224, 224), dynamic=False)
     assert max(onnx_error(path, flat, [(224, 224)])) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [("deit-tiny", "MRLAVisionTransformer"), ("ceit-tiny", "MRLACeiT")],
+)
+def test_transformers_refuse_open_sizes(name, host, tmp_path, capfd):
+    flat = exportable(network(f"configs/imagenet/{name}_mrla_in1k.py"), "model")
+    message = rf"{host} cannot be .* left open; ask for one size \(--static\)\. torch says: \S+ "
+    with pytest.raises(ValueError, match=message):
+        export_onnx(flat, tmp_path / "net.onnx", (224, 224))
+    assert "GraphModule" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

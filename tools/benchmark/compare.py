@@ -14,7 +14,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from torch import Tensor, nn
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import activation_memory, complexity
+from mmrla.analysis.pages import replace_part
+from mmrla.analysis.published import PUBLISHED, REASONS, Published
 from mmrla.commands.gpu_timing import ratio, side_by_side
 from mmrla.engine.network import without_layer_attention
 
 DEFAULTS = ("imagenet/resnet50_*_in1k.py", "imagenet/densenet*_in1k.py")
 PLAIN = ROOT / "configs/imagenet/resnet50_plain_in1k.py"
-BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
-TABLE_1 = "MRLA, table 1"
 # What a config's name says behind the network, in the order of rows; others follow by name.
 NAMES = {
     "plain": "ResNet-50",
@@ -52,6 +51,7 @@ NAMES = {
     "rla-g": "+ RLA_g",
     "dla": "+ DLA-light",
     "dla-base": "+ DLA-base",
+    "kcla": "+ KCLA",
     "mrla": "+ MRLA-light",
     "mrla-base": "+ MRLA-base",
     "mrla_se": "+ MRLA-light + SE",
@@ -63,46 +63,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """Figures as a source states them, in its digits; None where it states none."""
-
-    params: str | None = None
-    gflops: str | None = None
-    top1: str | None = None
-    source: str = TABLE_1
-
-
-# Only what the text of the sources states. The accuracies are of the papers' own recipes.
-PUBLISHED = {
-    "se": Published("28.1", "4.1", "76.7"),
-    "cbam": Published("28.1", "4.2", "77.3"),
-    "a2": Published("34.6", "7.0", "77.0"),
-    "aa": Published("27.1", "4.5", "77.7"),
-    "nl": Published("29.0", "4.4", "77.2"),
-    "gc1": Published("26.9", "4.1", "77.3"),
-    "gc": Published("29.4", "4.2", "77.7"),
-    "eca": Published("25.6", "4.1", "77.5"),
-    "dia": Published("28.4", None, "77.2"),
-    "rla-g": Published("24.67", "4.17", "77.17", "RLA-Net's repository"),
-    # From the names of the checkpoints that the released detection configs ask for.
-    "mrla": Published(top1="77.75", source="name of the authors' checkpoint"),
-    "densenet121": Published("7.98", "2.88", "74.96", "mmpretrain's model zoo"),
-    "densenet169": Published("14.15", "3.42", "76.08", "mmpretrain's model zoo"),
-    "densenet201": Published("20.01", "4.37", "77.32", "mmpretrain's model zoo"),
-    "densenet161": Published("28.68", "7.82", "77.61", "mmpretrain's model zoo"),
-}
 TOLERANCE = 0.01
-# Why ours is more than TOLERANCE away, by (name, column).
-_NOTES = "[within_layer.md](within_layer.md)"
-_MILLIONS = f"published 2^20 / 10^6 = 1.0486 times as large, see {_NOTES}"
-_BILLIONS = f"counted otherwise, see {_NOTES}"
-REASONS: dict[tuple[str, str], str] = {
-    **{(name, "params"): _MILLIONS for name in ("a2", "aa", "nl", "gc1", "gc")},
-    **{(name, "GFLOPs"): _BILLIONS for name in ("cbam", "a2", "aa", "nl", "gc")},
-    ("rla-g", "params"): "published in units of 2^20",
-    ("rla-g", "GFLOPs"): "published in units of 2^30",
-}
 
 
 def name_of(path: Path) -> str:
@@ -255,19 +216,6 @@ def compare(
     return rows
 
 
-def write(text: str, path: Path) -> None:
-    """Replace what stands between the markers.
-
-    Raises:
-        ValueError: The file lacks the markers.
-    """
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no {BEGIN} ... {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def conditions(args: argparse.Namespace, device: torch.device, batch: int, size: int) -> str:
     """What a table was measured with."""
     timing = "not timed"
@@ -324,7 +272,7 @@ def main() -> None:
     print(f"\n{text}")
     print(save("compare", rows, args.out, device))
     if args.write:
-        write(text, docs)
+        replace_part(docs, "compare", text)
 
 
 if __name__ == "__main__":
