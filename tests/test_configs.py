@@ -583,6 +583,7 @@ def test_inherits_what_it_does_not_change(tmp_path):
     """A user's config that names ours as base by path, from a folder of its own."""
     for path in CONFIGS:
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "configs/_base_", tmp_path / "_base_")
     mine = tmp_path / "mine.py"
     mine.write_text(
         '_base_ = "./mask_rcnn_r50_mrla_1x.py"\n'

@@ -263,6 +263,6 @@ def test_report_replaces_a_link(tmp_path):
     other, out = tmp_path / "other.txt", tmp_path / "report.json"
     other.write_text("untouched")
     out.symlink_to(other)
-    write_json([], out)
+    write_json([], out, {})
     assert other.read_text() == "untouched"
     assert out.read_text().startswith("{")

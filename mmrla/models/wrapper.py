@@ -223,7 +223,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         self.keep_mrla_trainable = keeps_mrla_trainable(cfg.get("init_cfg"))
         if layer_attention is None:
             return
-        check_host_takes(layer_attention, "LayerAttentionWrapper", self.placements)
+        check_host_takes(layer_attention, type(self).__name__, self.placements)
         check_added(layer_attention_class(layer_attention), mrla_drop_path_rate)
         image_shape = (1, cfg.get("in_channels", _image_channels(self)), *size)
         if norm_cfg is not None:

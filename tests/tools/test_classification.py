@@ -272,7 +272,7 @@ def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkey
         return results.PAGE.read_text()
 
     page = go("--seeds", "0", "--rows", "plain")
-    assert "| light | not run: about 0.3 h per seed |" in page
+    assert "| light | not run: about 0.1 h per seed |" in page
     page = go("--seeds", "0", "1", "--only", "cifar")
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
