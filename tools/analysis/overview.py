@@ -1,6 +1,6 @@
-"""Draw the README's picture: how a layer reads earlier ones, and what that gave.
+"""Draw how a layer reads earlier ones: the README's picture, with a result, and the family.
 
-The right half comes from docs/results.json, which `make results` writes.
+Results come from docs/results.json, which `make results` writes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,48 @@ def _arrow(
     )  # fmt: skip
 
 
+def draw_kind(axis: Axes, name: str, reads: str) -> None:
+    """Four layers of one kind; ``reads`` is a second column of :data:`FAMILY`."""
+    last = 3
+    for i in range(last + 1):
+        axis.add_patch(
+            FancyBboxPatch((i - 0.25, 0), 0.5, 0.4, boxstyle="round,pad=0.02",
+                           facecolor="#eef3f9", edgecolor=BLUE)
+        )  # fmt: skip
+        if i and reads != "instead":  # the stream of the plain network
+            axis.add_patch(_arrow((i - 0.7, 0.2), (i - 0.3, 0.2), GREY))
+        if reads == "neighbour" and i:
+            axis.add_patch(_arrow((i - 1, 0.47), (i, 0.47), BLUE, bend=-0.45))
+        if reads in ("hidden", "running"):
+            axis.plot(i, 1.0, marker="o", markersize=9, color="#fdebd8", markeredgecolor=ORANGE)
+            axis.add_patch(_arrow((i - 0.08, 0.45), (i - 0.08, 0.85), ORANGE))
+            back = (i - 0.9, 0.92), (i - 0.2, 0.47)  # the state before goes into the layer
+            if reads == "running":
+                back = (i + 0.08, 0.85), (i + 0.08, 0.45)
+            if i or reads == "running":
+                axis.add_patch(_arrow(*back, BLUE))
+            if i:
+                axis.add_patch(_arrow((i - 0.85, 1.0), (i - 0.15, 1.0), ORANGE))
+    readers = {"all": (last,), "static": (last,), "instead": (1, 2, last)}.get(reads, ())
+    for reader in readers:
+        for i in range(reader):
+            colour, bend = GREEN if reads == "static" else BLUE, 0.25 + 0.12 * (reader - i)
+            axis.add_patch(_arrow((i, 0.47), (reader, 0.47), colour, bend=-bend, width=1.0))
+    axis.set(xlim=(-0.5, last + 0.5), ylim=(-0.1, 1.45))
+    axis.set_title(name, fontsize=9)
+    axis.axis("off")
+
+
+FAMILY = (
+    ("RLA$_g$, 2021: a hidden map", "hidden"),
+    ("MRLA-light, 2023: gate and recurrence", "neighbour"),
+    ("MRLA-base, 2023: softmax over a stage", "all"),
+    ("DenseFormer, 2024: learned numbers", "static"),
+    ("KCLA, 2026: a weighted running mean", "running"),
+    ("AttnRes, 2026: no other residual", "instead"),
+)
+
+
 def draw_result(axis: Axes, runs: dict[str, dict[str, Any]]) -> None:
     """Top-1 along epochs, the mean over seeds and their range."""
     for name, colour in COLOURS.items():
@@ -87,13 +129,18 @@ def draw_result(axis: Axes, runs: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/images/overview.png")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/images", help="folder")
     args = parser.parse_args()
+    family = Figure(figsize=(9, 3.1), layout="constrained")
+    axes = list(family.subplots(2, 3).flat)
+    for axis, (name, reads) in zip(axes, FAMILY, strict=True):
+        draw_kind(axis, name, reads)
+    print(save(family, args.out / "family.png"))
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     idea, result = figure.subplots(1, 2, width_ratios=(2.3, 1))
     draw_idea(idea)
     draw_result(result, json.loads((ROOT / "docs/results.json").read_text())["cifar"])
-    print(save(figure, args.out))
+    print(save(figure, args.out / "overview.png"))
 
 
 if __name__ == "__main__":
