@@ -115,7 +115,8 @@ def _scale(
 
 def _heat_map(axis: Any, scores: np.ndarray, group: GroupRecord, norm: Normalize) -> Any:
     """One map ``[T, S]``: the querying layer downwards, the layer it attends to to the right."""
-    drawn = axis.imshow(scores, cmap=HEAT, norm=norm)
+    aspect = "auto" if 2 * len(group.sources) < len(group.layers) else "equal"
+    drawn = axis.imshow(scores, cmap=HEAT, norm=norm, aspect=aspect)
     for names, set_ticks in ((group.sources, axis.set_xticks), (group.layers, axis.set_yticks)):
         ticks = list(range(0, len(names), math.ceil(len(names) / 12)))
         set_ticks(ticks, [names[i] for i in ticks])

@@ -123,7 +123,8 @@ class LayerAttentionRecorder:
         found = attention.retrieval(x, shortcut, state, current.memory)
         current.memory = found.memory
         current.names.append(name)
-        query, scores = (t.float().cpu() for t in found[:2])
+        # Copies: what is a view of a parameter would change with it, and ask for a gradient.
+        query, scores = (t.detach().to("cpu", torch.float32, copy=True) for t in found[:2])
         current.retrievals.append(Retrieval(query, scores, sources=found.sources))
 
     def _continues(self, name: str, state: Any) -> bool:

@@ -41,7 +41,6 @@ class AttnRes(LayerAttention):
     """
 
     placement = "sublayer"
-    spans_stages = True
     uses_shortcut = True
 
     def __init__(self, channels: int, block_size: int = 1, index: int = 0) -> None:

@@ -26,7 +26,6 @@ class DenseFormer(LayerAttention):
     """
 
     placement = "output"
-    spans_stages = True
     uses_shortcut = True
     scores_sum_to_one = False
 

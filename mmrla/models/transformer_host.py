@@ -44,7 +44,8 @@ class LayerAttentionTransformer(LayerAttentionHost):
     """Mixed in before a ViT of mmpretrain: a layer attention behind each of its blocks.
 
     A type that replaces a block's output (``placement = 'output'``) gets no norms and no stochastic
-    depth around it, nor does one that sits behind each sub-layer, where a host has that place.
+    depth around it, nor does one that sits behind each sub-layer, where a host has that place; of
+    both, the whole network is one group.
 
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
@@ -121,10 +122,10 @@ class LayerAttentionTransformer(LayerAttentionHost):
         """What the layer attention makes of the output ``x`` of block ``index``, and the state."""
         if self.layer_attention is None:
             return x, None
-        if index % self.mrla_group_size == 0 and not self._kind.spans_stages:
-            state = None
         if self._kind.placement == "output":
             return self.layers[index].mrla(x, shortcut, state)
+        if index % self.mrla_group_size == 0:
+            state = None
         return self.layers[index].mrla(x, shortcut, grid, self.num_extra_tokens, state)
 
     def fit_pos_embed(self, saved: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from mmrla.timm.common import Config, build_attention, check_checkpointing, drop
 class _LayerAttentionTransformer:
     """Mixed in before a ViT of timm: a layer attention behind each of its blocks."""
 
-    _placement, _spans_stages = "after", False
+    _placement = "after"
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class _LayerAttentionTransformer:
         for i, block in enumerate(self.blocks):
             attention = attention_at(i)
             part: nn.Module = attention
-            self._spans_stages, self._placement = attention.spans_stages, attention.placement
+            self._placement = attention.placement
             check_added(type(attention), mrla_drop_path_rate)
             rate = drop_path_of(mrla_drop_path_rate, block)
             if self._placement == "after":
@@ -123,7 +123,7 @@ class _LayerAttentionTransformer:
                 options["is_causal"] = True
         taken, state = [], None
         for i, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
-            if i % self.mrla_group_size == 0 and not self._spans_stages:
+            if i % self.mrla_group_size == 0 and self._placement == "after":
                 state = None
             if self.grad_checkpointing and not options:  # timm does not with a mask
                 x, state = checkpoint(self._run_block, block, x, state, grid, options)

@@ -100,10 +100,14 @@ def test_network_is_its_equation(attention, cls):
     grad = torch.randn_like(got)
     got.backward(grad)
     want.backward(grad)
+    with torch.no_grad():  # what was recorded stays as it was
+        for parameter in model.parameters():
+            parameter.zero_()
     assert relative_error(x.grad, leaf.grad) < 1e-9
     for key, parameter in model.named_parameters():
         assert relative_error(parameter.grad, w[key].grad) < 1e-8, key
     (group,) = rec.groups
+    assert not group.scores.requires_grad
     assert len(group.layers) == len(set(group.layers)) == len(scores)
     assert group.sources[0] == "in"
     assert group.scores.shape == (2, 1, len(group.layers), len(group.sources))
