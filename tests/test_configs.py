@@ -25,6 +25,7 @@ COCO = [
     for suffix in ("", "_mrla", "_mrla-base", "_rla-g")
     if depth == 50 or suffix != "_rla-g"
 ]
+COCO += ["mask_rcnn_r50_kcla_1x", "faster_rcnn_r50_kcla_1x"]
 # Within-layer attentions: how many plugins of which class ResNet-50, ResNet-56 of basic blocks and
 # ResNet-56 of bottlenecks have.
 WITHIN = {
@@ -69,17 +70,30 @@ INTERACTIONS = {
     "rla-g": ("RecurrentLayerAggregation", None),
     "dla": ("DLALight", 16),
     "dla-base": ("DLABase", 16),
+    "kcla": ("KCLA", None),
 }
+# Those whose norm a ReLU follows.
+WITH_RELU = ("dla-base", "kcla")
 BOTH = ("resnet50", "resnet101", "efficientnet-b0", "efficientnet-b1", "deit-tiny", "deit-small",
         "deit-base", "ceit-tiny", "ceit-small", "pvtv2-b0", "pvtv2-b1")  # fmt: skip
 IMAGENET = [
     *(f"{network}_mrla_in1k" for network in (*LIGHT_ONLY, *BOTH)),
     *(f"{network}_mrla-base_in1k" for network in BOTH),
 ]
+# In place of the residual stream, by what a config's name says.
+STREAMS = {
+    "attnres": dict(type="AttnRes"),
+    "attnres-block": dict(type="AttnRes", block_size=4),
+    "denseformer": dict(type="DenseFormer"),
+}
+DEITS = [f"deit-{size}_{kind}_in1k" for size in ("tiny", "small") for kind in list(STREAMS)[:2]]
+DEITS.append("deit-small_denseformer_in1k")
+VITS = [f"vit_{kind}_cifar10" for kind in ("plain", *STREAMS)]
 LITE = [f"retinanet_efficientnet-lite0{kind}_bccd" for kind in ("", "_mrla", "_mrla-base")]
 COMPARED = [
     "resnet50_plain_in1k",
     *(f"resnet50_{name}_in1k" for name in INTERACTIONS),
+    "resnet101_kcla_in1k",
     *DENSENETS,
 ]
 CIFAR = [
@@ -97,6 +111,7 @@ BOTTLENECK = {
         for classes in (10, 100)
     ),
     *(f"resnet56-bottleneck_{n}_cifar10" for n in (*WITHIN, *COMPOSED, *INTERACTIONS)),
+    *(f"resnet{depth}-bottleneck_kcla_cifar10" for depth in (20, 110)),
 }
 
 LIGHT = {"resnet50": dict(type="MRLALight", head_channels=32),
@@ -153,9 +168,10 @@ def test_every_promised_config_is_there():
     detectors = {*COCO, *WITHIN_COCO, *TRANSFORMERS, *OTHERS}
     assert found(".") == {*detectors, "demo_mask_rcnn_r18_mrla_shapes"}
     others = {*COMPARED, *(f"resnet50_{name}_in1k" for name in within)}
-    assert found("imagenet") == {*IMAGENET, *others, "efficientnet-lite0_in1k"}
+    assert found("imagenet") == {*IMAGENET, *DEITS, *others, "efficientnet-lite0_in1k"}
     assert found("bccd") == {*LITE}
-    assert found("cifar") == {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
+    residual = {*CIFAR, *(f"resnet56_{n}_cifar10" for n in within), *BOTTLENECK}
+    assert found("cifar") == {*residual, *VITS}
     eca = "resnet50_eca_drop-path_in1k"
     assert found("ablation") == {*(f"{name}_in1k" for name in ABLATION), eca}
 
@@ -231,8 +247,10 @@ def test_recipe(name, tmp_path, monkeypatch):
         "mrla": dict(type="MRLALight", head_channels=32),
         "mrla-base": dict(type="MRLABase", head_channels=16),
         "rla-g": dict(type="RecurrentLayerAggregation", hidden_channels=32, concat_output=False),
+        "kcla": dict(type="KCLA", head_channels=64),
     }[kind]
     assert backbone.layer_attention == expected
+    assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.param_scheduler[1].milestones == [8, 11]
     lr = 0.01 if detector == "retinanet" else 0.02
@@ -414,13 +432,15 @@ def test_compared_networks_are_on_the_same_recipe(name):
     if name in DENSENETS:
         assert backbone == dict(type="DenseNet", arch=name[8:11])
     else:
-        assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNet", 50)
+        depth = int(name.split("_")[0].removeprefix("resnet"))
+        assert (backbone.type, backbone.depth) == ("mmrla.MRLAResNet", depth)
         type_, reduction = INTERACTIONS.get(kind, (None, None))
         attention = backbone.layer_attention
         assert (attention and attention.type) == type_
         assert not attention or attention.get("reduction") == reduction
-        assert backbone.mrla_drop_path_rate == (0.2 if kind.startswith("dla") else None)
-        assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind == "dla-base" else None)
+        behind = kind.startswith("dla") or kind == "kcla"
+        assert backbone.mrla_drop_path_rate == (0.2 if behind else None)
+        assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     for config in (cfg, ours):
         del config.model["backbone"], config.model.head["in_channels"]
     assert cfg._cfg_dict == ours._cfg_dict
@@ -467,6 +487,7 @@ def test_cifar_recipe(name):
     assert not {"mrla_drop_path_rate", "zero_init_mrla"} & backbone.keys()
     if kind in INTERACTIONS:
         assert attention.get("reduction", 4) == 4
+    assert backbone.get("mrla_act_cfg") == (dict(type="ReLU") if kind in WITH_RELU else None)
     assert cfg.model.head.num_classes == int(classes[5:])
     assert cfg.data_preprocessor.num_classes == int(classes[5:])
     assert cfg.train_dataloader.dataset.type == f"mmrla.{classes.upper()}"
@@ -475,6 +496,20 @@ def test_cifar_recipe(name):
     optimizer = cfg.optim_wrapper.optimizer
     assert holds(optimizer, type="SGD", lr=0.1, momentum=0.9, weight_decay=0.0001)
     assert transform_types(cfg) == ["RandomCrop", "RandomFlip", "PackInputs"]
+
+
+@pytest.mark.parametrize("name", [f"imagenet/{n}" for n in DEITS] + [f"cifar/{n}" for n in VITS])
+def test_streams_are_all_that_differs(name):
+    """From the network with MRLA-light on ImageNet, from the plain one on CIFAR."""
+    network, kind, data = name.split("_")
+    cfg, base = load(name), load(f"{network}_{'mrla' if data == 'in1k' else 'plain'}_{data}")
+    assert cfg.model.backbone.pop("layer_attention") == STREAMS.get(kind)
+    del base.model.backbone["layer_attention"]
+    assert cfg._cfg_dict == base._cfg_dict
+    if data == "cifar10":
+        warm_up, main = cfg.param_scheduler
+        assert (cfg.train_cfg.max_epochs, warm_up.end, main.begin) == (200, 10, 10)
+        assert transform_types(cfg) == transform_types(load("cifar/resnet20_plain_cifar10"))
 
 
 @functools.cache
@@ -548,6 +583,7 @@ def test_inherits_what_it_does_not_change(tmp_path):
     """A user's config that names ours as base by path, from a folder of its own."""
     for path in CONFIGS:
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "configs/_base_", tmp_path / "_base_")
     mine = tmp_path / "mine.py"
     mine.write_text(
         '_base_ = "./mask_rcnn_r50_mrla_1x.py"\n'

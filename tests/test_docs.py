@@ -82,7 +82,11 @@ WAYS = (
     Way(r"python tools/analysis/", slow=True),
     Way(r"OMP_NUM_THREADS=1 python tools/benchmark/run\.py", "--help", slow=True),
     Way(r"python tools/benchmark/kernel_report", "--heights 7 --batch 1", slow=True),
-    Way(r"python tools/benchmark/", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
+    Way(
+        r"(OMP_NUM_THREADS=1 )?python tools/benchmark/",
+        "--rounds 0 configs/imagenet/resnet50_dia_in1k.py",
+        slow=True,
+    ),
     Way(r"mmrla export-onnx ", slow=True),
     Way(r"python tools/(convert|publish)_checkpoint\.py ", slow=True),
 )

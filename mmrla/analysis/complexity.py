@@ -91,6 +91,7 @@ _HANDLES = {
     "aten::mean": _mean,
     "aten::scaled_dot_product_attention": _scaled_dot_product_attention,
     **{f"aten::{name}": _elementwise(name) for name in _ARITHMETIC},
+    "aten::addcmul_": _elementwise("mul"),  # of weighted sums
     **dict.fromkeys(_MOVES),
 }
 

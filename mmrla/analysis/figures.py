@@ -98,7 +98,7 @@ def _scale(
 ) -> tuple[Normalize, str]:
     """The colours' scale and its label, in lines that fit beside a figure of this height in inches.
 
-    From 0 to 1 for shares, else to the largest value that is drawn.
+    From 0 to 1 for shares, else to the largest value that is drawn, and from the least below 0.
     """
     label = groups[0].label
     if all(group.sum_to_one for group in groups):
@@ -108,29 +108,29 @@ def _scale(
             norm, label = PowerNorm(0.5, 0, 1), f"{label} (square-root scale)"
     else:
         largest = max((float(np.nanmax(one)) for one in maps), default=1.0)
-        norm = Normalize(0, largest if largest > 0 else 1.0)
+        least = min((float(np.nanmin(one)) for one in maps), default=0.0)
+        norm = Normalize(min(least, 0.0), largest if largest > 0 else 1.0)
     return norm, textwrap.fill(label, max(16, int(10 * height)))
 
 
-def _heat_map(axis: Any, scores: np.ndarray, layers: Sequence[str], norm: Normalize) -> Any:
-    """One map ``[T, T]``: the querying layer downwards, the layer it attends to to the right."""
+def _heat_map(axis: Any, scores: np.ndarray, group: GroupRecord, norm: Normalize) -> Any:
+    """One map ``[T, S]``: the querying layer downwards, the layer it attends to to the right."""
     drawn = axis.imshow(scores, cmap=HEAT, norm=norm)
-    count = len(layers)
-    step = max(1, math.ceil(count / 12))
-    ticks = list(range(0, count, step))
-    axis.set_xticks(ticks, [layers[i] for i in ticks])
-    axis.set_yticks(ticks, [layers[i] for i in ticks])
+    for names, set_ticks in ((group.sources, axis.set_xticks), (group.layers, axis.set_yticks)):
+        ticks = list(range(0, len(names), math.ceil(len(names) / 12)))
+        set_ticks(ticks, [names[i] for i in ticks])
+    if max(map(len, group.sources)) > 3:
+        axis.tick_params(axis="x", rotation=90)
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.tick_params(length=2)
-    if count <= 6:
-        for t in range(count):
-            for s in range(t + 1):
-                shade = norm(scores[t, s])
-                axis.text(
-                    s, t, f"{scores[t, s]:.2f}", ha="center", va="center", fontsize=7,
-                    color="black" if shade > 0.6 else "white",
-                )  # fmt: skip
+    if len(group.layers) <= 6:
+        for t, s in zip(*np.nonzero(~np.isnan(scores)), strict=True):
+            shade = norm(scores[t, s])
+            axis.text(
+                s, t, f"{scores[t, s]:.2f}", ha="center", va="center", fontsize=7,
+                color="black" if shade > 0.6 else "white",
+            )  # fmt: skip
     return drawn
 
 
@@ -173,7 +173,7 @@ def layer_attention_figure(
                 axis.set_axis_off()
                 continue
             name, scores = own[j]
-            drawn = _heat_map(axis, scores, group.layers, norm)
+            drawn = _heat_map(axis, scores, group, norm)
             axis.set_title(f"{group.name}, {name}")
     figure.supxlabel("layer attended to (block of the group)", fontsize=9)
     figure.supylabel("querying layer (block of the group)", fontsize=9)

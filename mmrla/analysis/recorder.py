@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,13 +24,18 @@ class GroupRecord:
     """Path of the modules that it is made of (``layer1``), with the blocks where several groups
     share it (``layers 0-3``)."""
     layers: tuple[str, ...]
-    """The name of each layer's block within that path, T of them: ``('0', '1', '2')``."""
+    """The name of each layer's block within that path, T of them: ``('0', '1', '2')``; where a
+    block has several, with their own: ``('0 attn', '0 ffn', '1 attn')``."""
     modules: tuple[str, ...]
     """The names of the layer attentions in the model."""
     queries: Tensor
     """``[N, T, heads, d_k]`` in float32 on the CPU, N images."""
     scores: Tensor
-    """``[N, heads, T, T]``: what layer t (second last axis) takes from layer s; NaN for s > t."""
+    """``[N, heads, T, T]``: what layer t (second last axis) takes from layer s; NaN for s > t.
+    ``[N, heads, T, S]`` where layers look at S sources that are no layers."""
+    sources: tuple[str, ...]
+    """The names of what is attended to: ``layers``, or ``in`` for the group's input and
+    ``0 attn - 1 ffn`` for a sum of layers."""
     label: str = "attention score"
     """What the scores are."""
     sum_to_one: bool = True
@@ -118,14 +124,16 @@ class LayerAttentionRecorder:
         current.memory = found.memory
         current.names.append(name)
         query, scores = (t.float().cpu() for t in found[:2])
-        current.retrievals.append(Retrieval(query, scores))
+        current.retrievals.append(Retrieval(query, scores, sources=found.sources))
 
     def _continues(self, name: str, state: Any) -> bool:
         """Whether a layer belongs to the group of the one before it."""
         if not self._passes:
             return False
+        last = self._passes[-1].attention
         if state is not None:
-            return True
+            # One that comes from layers of another width begins a record: heads do not compare.
+            return last is not None and last.channels == self._attentions[name].channels
         if self._passed_on:
             return False  # there was a state, which the host did not pass on
         # No state travels here, so a group is what lies next to each other below one path.
@@ -155,6 +163,9 @@ class LayerAttentionRecorder:
         groups = []
         for parent, (names, passes) in zip(parents, bundles.items(), strict=True):
             layers = tuple(_place(name)[1] for name in names)
+            if len(set(layers)) < len(layers):
+                ends = (name.rpartition(".")[2] for name in names)
+                layers = tuple(map(" ".join, zip(layers, ends, strict=True)))
             title = _without_wrappers(parent)
             if parents.count(parent) > 1 or not title:
                 title = f"{title} {layers[0]}-{layers[-1]}".strip()
@@ -167,6 +178,7 @@ class LayerAttentionRecorder:
                     modules=names,
                     queries=torch.cat([_stack_queries(one) for one in passes]),
                     scores=torch.cat([_stack_scores(one) for one in passes]),
+                    sources=_sources(layers, passes[0].retrievals[-1].sources),
                     label=attention.scores_label,
                     sum_to_one=attention.scores_sum_to_one,
                 )
@@ -179,12 +191,19 @@ def _stack_queries(one: _Pass) -> Tensor:
 
 
 def _stack_scores(one: _Pass) -> Tensor:
-    count = len(one.retrievals)
+    count = one.retrievals[-1].scores.shape[-1]
     rows = [
         torch.nn.functional.pad(found.scores, (0, count - found.scores.shape[-1]), value=torch.nan)
         for found in one.retrievals
     ]
     return torch.stack(rows, dim=2)
+
+
+def _sources(layers: Sequence[str], ends: Sequence[int] | None) -> tuple[str, ...]:
+    if ends is None:
+        return tuple(layers)
+    spans = (layers[begin:end] for begin, end in pairwise(ends))
+    return ("in", *(" - ".join(dict.fromkeys((span[0], span[-1]))) for span in spans))
 
 
 def _place(name: str) -> tuple[str, str]:

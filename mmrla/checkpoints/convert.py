@@ -65,6 +65,8 @@ def _layer_attention(keys: Iterable[str]) -> str | None:
         return "RecurrentLayerAggregation"
     if "cell" in parts and not attends:
         return "DIAUnit"
+    if "gate" in parts:
+        return "KCLA"
     family = "DLA" if "cell" in parts else "MRLA"
     if "lambda_t" in parts:
         return f"{family}Light"

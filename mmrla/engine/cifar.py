@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, OPTIMIZERS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from torch import Tensor
 
 import mmrla
@@ -85,10 +86,14 @@ class Trainer:
         cfg: The config.
         seed: Of weights, shuffling, augmentation and drop path.
         device: Where all of it runs.
-        epochs: Instead of the config's; the steps of the learning rate move in proportion.
+        epochs: Instead of the config's; the schedule of the learning rate moves in proportion.
         amp: bfloat16 autocast.
         compiled: torch.compile the step, with CUDA graphs on a GPU.
         channels_last: The layout of images and weights; False: NCHW.
+        steps: Of an epoch, which a schedule by iterations (``convert_to_iter_based``) asks for.
+
+    Raises:
+        ValueError: The dataset is not CIFAR, or the schedule is not one by epochs.
     """
 
     def __init__(
@@ -100,15 +105,19 @@ class Trainer:
         amp: bool = False,
         compiled: bool = False,
         channels_last: bool = True,
+        steps: int = 1,
     ) -> None:
         self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         dataset = cfg.train_dataloader.dataset
-        schedule = cfg.param_scheduler
-        if "CIFAR" not in str(dataset.get("type")) or "milestones" not in schedule:
+        schedules = cfg.param_scheduler
+        schedules = schedules if isinstance(schedules, list) else [schedules]
+        if "CIFAR" not in str(dataset.get("type")) or not all(
+            s.get("by_epoch", True) for s in schedules
+        ):
             raise ValueError(
-                f"{cfg.filename}: not a config of CIFAR whose learning rate falls in steps, got "
-                f"dataset {dataset.get('type')!r} and param_scheduler {schedule!r}"
+                f"{cfg.filename}: not a config of CIFAR whose learning rate follows epochs, got "
+                f"dataset {dataset.get('type')!r} and param_scheduler {cfg.param_scheduler!r}"
             )
         full = cfg.train_cfg.max_epochs
         self.epochs = epochs or full
@@ -117,19 +126,23 @@ class Trainer:
             model = MODELS.build(dict(cfg.model, data_preprocessor=None))
             model.init_weights()
         self.model = model.to(device=device, memory_format=self.layout)
-        self.optimizer = OPTIMIZERS.build(
-            dict(cfg.optim_wrapper.optimizer, params=list(model.parameters()))
-        )
-        # Halves up, so that two steps of a short schedule stay two.
-        steps = [int(m * self.epochs / full + 0.5) for m in schedule["milestones"]]
-        self.scheduler = PARAM_SCHEDULERS.build(
-            dict(schedule, optimizer=self.optimizer, milestones=steps)
-        )
+        self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper).optimizer
+        self.schedulers = [self._scheduler(s, self.epochs / full, steps) for s in schedules]
         statistics = cfg.data_preprocessor
         self.mean = torch.tensor(statistics.mean, device=device)[:, None, None]
         self.std = torch.tensor(statistics.std, device=device)[:, None, None]
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self._loss = torch.compile(self._eager_loss, mode=mode) if compiled else self._eager_loss
+
+    def _scheduler(self, cfg: dict, share: float, steps: int) -> Any:
+        """Build a schedule whose times are ``share`` of the config's."""
+        cfg = {"end": self.cfg.train_cfg.max_epochs, **cfg}
+        for key in {"begin", "end", "T_max", "milestones"} & cfg.keys():
+            # Halves up, so that two steps of a short schedule stay two.
+            cfg[key] = (np.array(cfg[key]) * share + 0.5).astype(int).tolist()
+        if cfg.get("convert_to_iter_based"):
+            cfg["epoch_length"] = steps
+        return PARAM_SCHEDULERS.build({**cfg, "optimizer": self.optimizer})
 
     def _logits(self, images: Tensor) -> Tensor:
         inputs = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
@@ -163,13 +176,19 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach().clone())
-        self.scheduler.step()
+            self._step(by_epoch=False)
+        self._step(by_epoch=True)
         if not losses:
             raise ValueError(
                 f"{len(data.labels)} training images do not make one batch of "
                 f"{self.cfg.train_dataloader.batch_size}"
             )
         return torch.stack(losses).mean().item()
+
+    def _step(self, by_epoch: bool) -> None:
+        for scheduler in self.schedulers:
+            if scheduler.by_epoch is by_epoch:
+                scheduler.step()
 
     @torch.no_grad()
     def accuracy(self, data: Split) -> float:
@@ -234,8 +253,9 @@ def run(
             raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
-    trainer = Trainer(cfg, seed, device, epochs, amp, compiled, channels_last)
     train = load_split(cfg.train_dataloader.dataset, device, images)
+    steps = len(train.labels) // cfg.train_dataloader.batch_size
+    trainer = Trainer(cfg, seed, device, epochs, amp, compiled, channels_last, steps)
     test = load_split(cfg.test_dataloader.dataset, device)
     log.parent.mkdir(parents=True, exist_ok=True)
     # On a CPU the process's own time, which other work on the machine changes little.

@@ -10,10 +10,8 @@ from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention
 
 # d_k of the paper; and Algorithm 4: in a transformer the value of MRLA-light passes a GELU.
 TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MRLALight": dict(head_channels=16, value_act="gelu"),
-    "MRLABase": dict(head_channels=16),
-    "MLA": dict(head_channels=16),
-    "LinearRLA": dict(head_channels=16),
+    "QueryKeyValue": dict(head_channels=16),
+    "MRLALight": dict(value_act="gelu"),
 }
 """What hosts made of tokens prefer where a config is silent."""
 
@@ -55,24 +53,45 @@ def layer_attention_class(
 
 
 def check_placement(
-    cls: type[LayerAttention], host: str, placements: Collection[str], shares: bool
+    cls: type[LayerAttention],
+    cfg: Mapping[str, Any],
+    host: str,
+    placements: Collection[str] = ("after",),
+    shares: bool = False,
+    spans: bool = False,
 ) -> None:
     """Raise ValueError where a host cannot take a layer attention.
 
     Args:
         cls: The layer attention.
+        cfg: Its config.
         host: What the message calls the host.
         placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
         shares: Whether it lets the layers of a group share parts.
+        spans: Whether it hands the state of a stage on to the next one.
     """
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:
         why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
     elif shared and not shares:
         why = f"shares parts ({', '.join(shared)}) along a group of layers; {host} does not do that"
+    elif cfg.get("spans_stages", getattr(cls, "spans_stages", False)) and not spans:
+        why = (
+            f"spans stages: its state goes on from each to the next, which {host} does not do; "
+            "spans_stages=False makes each stage a group"
+        )
     else:
         return
     raise ValueError(f"{host} cannot take layer_attention {cls.__name__}: it {why}")
+
+
+def check_added(cls: type[LayerAttention], drop_path_rate: float | None) -> None:
+    """Raise ValueError on stochastic depth around a type that adds nothing to a layer's output."""
+    if cls.placement in ("output", "sublayer") and drop_path_rate:
+        raise ValueError(
+            "mrla_drop_path_rate is for what a layer attention adds behind a layer, and "
+            f"{cls.__name__} adds nothing there: must be 0, got {drop_path_rate!r}"
+        )
 
 
 def build(
@@ -81,6 +100,7 @@ def build(
     channels: int,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     fit_heads: bool = False,
+    index: int | None = None,
 ) -> LayerAttention:
     """Build a layer attention; arguments and errors as of ``build_layer_attention`` of the hosts.
 
@@ -88,22 +108,27 @@ def build(
         cls: Its class, see :func:`layer_attention_class`.
         cfg: ``type``, which is not looked at, and arguments of the constructor except ``channels``.
         channels: C of the layer.
-        defaults: Arguments by name of the class, where ``cfg`` is silent.
+        defaults: Arguments by name of the class or of one that it inherits from, where ``cfg`` is
+            silent.
         fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
+        index: Its number along the group, for classes that take it.
 
     Raises:
         TypeError: An argument that the class does not take.
         ValueError: An argument that it refuses.
     """
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
-    kwargs = {**(defaults or {}).get(cls.__name__, {}), **kwargs}
-    heads = inspect.signature(cls).parameters.get("head_channels") if fit_heads else None
+    for base in cls.__mro__:
+        kwargs = {**(defaults or {}).get(base.__name__, {}), **kwargs}
+    parameters = inspect.signature(cls).parameters
+    heads = parameters.get("head_channels") if fit_heads else None
     if heads is not None:
         wanted = kwargs.get("head_channels", heads.default)
         fits = isinstance(wanted, int) and not isinstance(wanted, bool)
         kwargs["head_channels"] = min(wanted, channels) if fits else wanted
+    place = {} if index is None or "index" not in parameters else {"index": index}
     try:
-        return cls(channels=channels, **kwargs)
+        return cls(channels=channels, **place, **kwargs)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"layer_attention {cls.__name__}: {error}") from error

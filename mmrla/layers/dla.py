@@ -37,6 +37,7 @@ class DLALight(MRLALight):
     """
 
     shared = ("cell", "refresh")
+    tail_op = None  # the DSU needs the layer's output first
 
     def __init__(
         self,
@@ -58,10 +59,6 @@ class DLALight(MRLALight):
         # Under autocast the convolution is of a lower precision than x.
         o, _ = super().forward(x, refreshed.to(x.dtype), None)
         return o, state
-
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """Never: the DSU needs the layer's output first."""
-        return False
 
 
 class DLABase(MRLABase):
@@ -86,6 +83,7 @@ class DLABase(MRLABase):
     """
 
     shared = ("cell",)
+    tail_op = None
 
     def __init__(
         self,
@@ -129,7 +127,3 @@ class DLABase(MRLABase):
         for weight, v in zip(weights.to(value.dtype), values, strict=True):
             o = o + weight[:, :, None, None] * v
         return o, (keys, factors, means, values, cell)
-
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """Never: the DSU needs the layer's output first."""
-        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,12 +14,18 @@ PLACEMENTS: dict[str, str] = {
     "after": "behind a layer",
     "branch": "on the residual branch, before the addition",
     "input": "at the input of a layer's first convolution and on its residual branch",
+    "output": "at a layer's output, which it replaces",
+    "sublayer": "behind each sub-layer of a transformer, in place of the residual stream",
 }
 """What a layer attention's ``placement`` may be.
 
 ``after``: ``x`` is the layer's output, and the host adds ``drop_path(norm(o))`` to it. ``branch``:
 ``x`` is the residual branch behind its last norm, and ``o`` takes its place. ``input``: as
-``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution.
+``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution. ``output``:
+as ``after``, but ``o`` takes the place of ``x``. ``sublayer``: ``x`` is what an attention or an MLP
+gives, without the addition, ``shortcut`` what it read in front of its norm, and ``o`` what the next
+one reads; all are tokens ``[B, N, C]``. A type with one of the last two places may take ``index``,
+its number along the group from 0, as an argument.
 """
 
 
@@ -32,6 +38,9 @@ class Retrieval(NamedTuple):
     """``[B, heads, t]``: the weight of layer s = 1 ... t in what layer t retrieves."""
     memory: Any = None
     """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
+    sources: Sequence[int] | None = None
+    """What the scores are of, where not of layers 1 to t: the last layer that each source holds,
+    which begins behind the source before; 0 for what entered the group."""
 
 
 class Carried(NamedTuple):
@@ -44,6 +53,18 @@ class Carried(NamedTuple):
 
     x: Tensor
     state: Any
+
+
+class OpenReLU(nn.ReLU):
+    """ReLU whose derivative at 0 is 1.
+
+    Between a norm that starts at zero and its addition, torch's own, whose derivative there is 0,
+    would pass no gradient, and the branch would stay at zero for good.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``max(x, 0)``."""
+        return x.clamp(min=0)
 
 
 def start_as_identity(host: Any) -> None:
@@ -83,7 +104,10 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     """Names of the parts that all layers of a group share."""
 
     spans_stages: bool = False
-    """Whether the state goes on from a stage to the next one, as if all layers were one group."""
+    """Whether the state goes on from a stage to the next one, as if all layers were one group.
+
+    A type may have an option of this name; a host that hands no state on refuses True.
+    """
 
     starts_as_identity: bool = True
     """Whether a host can start as the plain network with it."""
@@ -143,6 +167,17 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             delattr(self, name)
             self.__dict__[name] = getattr(first, name)
 
+    def cross(self, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        """Build what brings the state of one stage to the next, where :attr:`spans_stages`.
+
+        Called once on the first layer of each stage that a state arrives at. Default: nothing.
+
+        Args:
+            channels: C of the stage that the state comes from.
+            stride: The layer's.
+            norm: Makes a norm of the host's kind for a number of channels.
+        """
+
     def join(self, conv: nn.Conv2d, stride: int, norm: Callable[[int], nn.Module]) -> None:
         """Build what depends on the layer; called once, where ``placement`` is ``'input'``.
 
@@ -181,8 +216,17 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         Default: nothing. Behind a layer, hosts see to it by the norm.
         """
 
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """Whether :meth:`tail` can run on ``z`` with these norms. Default: never."""
+    def fuses_tail(
+        self, z: Tensor, norm: nn.Module, out_norm: nn.Module, act: type[nn.Module] = nn.Identity
+    ) -> bool:
+        """Whether :meth:`tail` can run on ``z`` with these norms. Default: never.
+
+        Args:
+            z: As in :meth:`tail`.
+            norm: Likewise.
+            out_norm: Likewise.
+            act: The class of the activation behind ``out_norm``, which :meth:`tail` then includes.
+        """
         return False
 
     def tail(
@@ -196,7 +240,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     ) -> tuple[Tensor, Any]:
         """The end of a residual block in one operation, where :meth:`fuses_tail` says so.
 
-        ``y = relu(norm(z) + shortcut)``, ``out = y + scale * out_norm(o)`` with
+        ``y = relu(norm(z) + shortcut)``, ``out = y + scale * act(out_norm(o))`` with
         ``(o, state) = forward(y, shortcut, state)``.
 
         Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import Retrieval
-from mmrla.layers.norm import is_plain, norm_of
+from mmrla.layers.norm import norm_of
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import (
     BaseGroup,
@@ -31,24 +31,7 @@ from mmrla.ops.checks import VALUE_ACTS
 from mmrla.ops.reference import gated_value
 
 
-class _MRLA(QueryKeyValue):
-    """MRLA-light and MRLA-base: with a fused tail, unless an option asks what it cannot do."""
-
-    tail_op: Op
-
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
-        """See :class:`LayerAttention`: between plain batch norms, which no hook watches."""
-        return (
-            self.projection == "conv1d"
-            and self.value is not None
-            and type(norm) is nn.BatchNorm2d
-            and type(out_norm) is nn.BatchNorm2d
-            and is_plain(self, norm, out_norm)
-            and self.tail_op.select(z).backend.name == "fused"
-        )
-
-
-class MRLALight(_MRLA):
+class MRLALight(QueryKeyValue):
     """MRLA-light (Eq. 8 and 10): linear in depth.
 
     ``o_t = lambda_t * o_{t-1} + sigmoid(<q_t, k_t>_head / sqrt(d_k)) * DWConv3x3(x_t)``
@@ -76,7 +59,7 @@ class MRLALight(_MRLA):
     RECURRENCES = ("shortcut", "output", None)
     lambda_t: Tensor | None
     scores_sum_to_one = False
-    tail_op = mrla_light_tail
+    tail_op: Op | None = mrla_light_tail
 
     def __init__(
         self,
@@ -176,10 +159,12 @@ class MRLALight(_MRLA):
         scores = weights.abs().unflatten(1, (-1, self.head_channels)).mean(2)
         return Retrieval(query, scores, weights)
 
-    def fuses_tail(self, z: Tensor, norm: nn.Module, out_norm: nn.Module) -> bool:
+    def fuses_tail(
+        self, z: Tensor, norm: nn.Module, out_norm: nn.Module, act: type[nn.Module] = nn.Identity
+    ) -> bool:
         """See :class:`LayerAttention`; only with the shortcut and without ``value_act``."""
         fits = self.uses_shortcut and self.value_act is None
-        return fits and super().fuses_tail(z, norm, out_norm)
+        return fits and super().fuses_tail(z, norm, out_norm, act)
 
     def tail(
         self,
@@ -204,7 +189,7 @@ class MRLALight(_MRLA):
         return shown if self.fixed_lambda is None else f"{shown}, fixed_lambda={self.fixed_lambda}"
 
 
-class MRLABase(_MRLA):
+class MRLABase(QueryKeyValue):
     """MRLA-base (Eq. 6 and 9): attention over all layers of the group so far.
 
     ``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s``; keys and values of earlier
@@ -227,7 +212,7 @@ class MRLABase(_MRLA):
         ValueError: As :class:`QueryKeyValue`.
     """
 
-    tail_op = mrla_base_tail
+    tail_op: Op | None = mrla_base_tail
 
     def __init__(
         self,

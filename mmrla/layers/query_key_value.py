@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention, Retrieval
-from mmrla.ops import eca_kernel_size, query_key
+from mmrla.layers.norm import is_plain
+from mmrla.ops import Op, eca_kernel_size, query_key
 from mmrla.ops.checks import check_head_channels
 from mmrla.ops.reference import autocast_dtype, channel_means, layer_weights, project
 
@@ -35,6 +36,10 @@ class QueryKeyValue(LayerAttention):
     """
 
     PROJECTIONS = ("conv1d", "fc")
+    tail_op: Op | None = None
+    """What :meth:`tail` runs; None: there is no fused tail."""
+    tail_act: type[nn.Module] = nn.Identity
+    """Class of the activation behind the out norm that ``tail_op`` includes."""
 
     def __init__(
         self,
@@ -100,6 +105,21 @@ class QueryKeyValue(LayerAttention):
     def value_of(self, x: Tensor) -> Tensor:
         """The value of ``x``, shaped like it."""
         return x.to(autocast_dtype(x)) if self.value is None else self.value(x)
+
+    def fuses_tail(
+        self, z: Tensor, norm: nn.Module, out_norm: nn.Module, act: type[nn.Module] = nn.Identity
+    ) -> bool:
+        """See :class:`LayerAttention`: between plain batch norms, which no hook watches."""
+        return (
+            self.tail_op is not None
+            and act is self.tail_act
+            and self.projection == "conv1d"
+            and self.value is not None
+            and type(norm) is nn.BatchNorm2d
+            and type(out_norm) is nn.BatchNorm2d
+            and is_plain(self, norm, out_norm)
+            and self.tail_op.select(z).backend.name == "fused"
+        )
 
     def heads(self, of: Tensor) -> Tensor:
         """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""

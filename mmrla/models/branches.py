@@ -15,12 +15,7 @@ from mmrla.layers.token_branch import TokenBranch
 from mmrla.models.builder import build_layer_attention
 
 # d_k of the paper.
-_MAP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MRLALight": dict(head_channels=8),
-    "MRLABase": dict(head_channels=8),
-    "MLA": dict(head_channels=8),
-    "LinearRLA": dict(head_channels=8),
-}
+_MAP_DEFAULTS: dict[str, dict[str, Any]] = {"QueryKeyValue": dict(head_channels=8)}
 
 
 def build_drop_path(rate: float) -> nn.Module:

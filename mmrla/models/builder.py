@@ -6,7 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmrla.layers import (
+    KCLA,
     MLA,
+    AttnRes,
+    DenseFormer,
     DIAUnit,
     DLABase,
     DLALight,
@@ -32,6 +35,9 @@ for _layer_attention in (
     RecurrentLayerAggregation,
     DLALight,
     DLABase,
+    KCLA,
+    AttnRes,
+    DenseFormer,
 ):
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
@@ -48,17 +54,22 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
 
 
 def check_host_takes(
-    cfg: Mapping[str, Any], host: str, placements: Collection[str], shares: bool
+    cfg: Mapping[str, Any],
+    host: str,
+    placements: Collection[str] = ("after",),
+    shares: bool = False,
+    spans: bool = False,
 ) -> None:
     """Raise ValueError where a host cannot take a layer attention.
 
     Args:
         cfg: As in :func:`build_layer_attention`.
         host: What the message calls the host.
-        placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
-        shares: Whether it lets the layers of a group share parts.
+        placements: As in :func:`mmrla.layers.builder.check_placement`.
+        shares: Likewise.
+        spans: Likewise.
     """
-    check_placement(layer_attention_class(cfg), host, placements, shares)
+    check_placement(layer_attention_class(cfg), cfg, host, placements, shares, spans)
 
 
 def build_layer_attention(
@@ -66,6 +77,7 @@ def build_layer_attention(
     channels: int,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     fit_heads: bool = False,
+    index: int | None = None,
 ) -> LayerAttention:
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
@@ -76,6 +88,8 @@ def build_layer_attention(
         defaults: What a host prefers where ``cfg`` is silent: arguments by name of the class.
         fit_heads: Take ``head_channels = C`` where C is smaller than what ``cfg`` (or the type's
             default) says, as narrow networks need.
+        index: Its number along the group, which types that sit elsewhere than behind a layer may
+            take.
 
     Returns:
         The layer attention, whose maps are ``[B, channels, H, W]``.
@@ -84,4 +98,4 @@ def build_layer_attention(
         TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
         ValueError: The type is unknown, or refuses its arguments.
     """
-    return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads)
+    return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads, index)

@@ -56,6 +56,9 @@ class LayerAttentionHost:
     shares_in_groups: bool = False
     """Whether layer attentions of a group may share parts here."""
 
+    spans_stages: bool = False
+    """Whether a state may go on from stage to stage here."""
+
     plugins: tuple[dict[str, Any], ...] = ()
     keep_plugins_trainable: bool = False
 
@@ -69,7 +72,9 @@ class LayerAttentionHost:
         check_bool("zero_init_mrla", zero_init_mrla)
         if layer_attention is not None:
             name = type(self).__name__
-            check_host_takes(layer_attention, name, self.placements, self.shares_in_groups)
+            check_host_takes(
+                layer_attention, name, self.placements, self.shares_in_groups, self.spans_stages
+            )
         # Plain values, so they may be set before nn.Module's constructor. Known from the start:
         # DDP and optimizers look at what is trainable before weights load.
         self.layer_attention = layer_attention

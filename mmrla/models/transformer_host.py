@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
+from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.utils import resize_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmrla.layers.builder import check_added
 from mmrla.layers.checks import check_count
 from mmrla.models.arguments import check_arch, check_arguments, check_patches, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
+from mmrla.models.builder import build_layer_attention, layer_attention_class
 from mmrla.models.host import LayerAttentionHost, branch_rate, check_drop_path_rate
 
 _NORM_CFG: Mapping[str, Any] = dict(type="LN", eps=1e-6)
@@ -40,6 +43,9 @@ def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> Non
 class LayerAttentionTransformer(LayerAttentionHost):
     """Mixed in before a ViT of mmpretrain: a layer attention behind each of its blocks.
 
+    A type that replaces a block's output (``placement = 'output'``) gets no norms and no stochastic
+    depth around it, nor does one that sits behind each sub-layer, where a host has that place.
+
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group.
@@ -49,9 +55,12 @@ class LayerAttentionTransformer(LayerAttentionHost):
 
     Raises:
         TypeError: A group size that is no int.
-        ValueError: A group size below 1, a rate outside [0, 1), an unknown layer attention, or
+        ValueError: A group size below 1, a rate outside [0, 1), or one for a type that adds
+            nothing to a block; an unknown layer attention, one that this host has no place for, or
             ``head_channels`` that does not divide the width.
     """
+
+    placements: tuple[str, ...] = ("after", "output")
 
     def __init__(
         self,
@@ -68,19 +77,43 @@ class LayerAttentionTransformer(LayerAttentionHost):
         check_transformer(type(self), given, norm_cfg)
         super().__init__(*args, layer_attention=layer_attention, norm_cfg=norm_cfg, **kwargs)
         self.mrla_group_size = mrla_group_size
+        for part in self.modules():
+            if isinstance(part, DropPath):
+                part.drop_prob = float(part.drop_prob)  # numpy's, which torch.compile cannot follow
         if layer_attention is not None:
-            for layer in self.layers:
+            self._kind = layer_attention_class(layer_attention)
+            check_added(self._kind, mrla_drop_path_rate)
+            for index, layer in enumerate(self.layers):
+                rate = branch_rate(mrla_drop_path_rate, layer.ffn)
                 # A child of its layer, so that what freezes or scales the layer does it to both.
-                layer.mrla = LayerAttentionOnTokens(
-                    layer_attention,
-                    self.embed_dims,
-                    norm_cfg,
-                    branch_rate(mrla_drop_path_rate, layer.ffn),
-                )
+                layer.mrla = self._build_mrla(index, layer, norm_cfg, rate)
         self._free_fresh_norms()
         if self.frozen_stages > 0:
             self._freeze_stages()
         self._rest_unreached()
+
+    def _build_mrla(self, index: int, layer: Any, norm_cfg: Any, rate: float) -> nn.Module:
+        cfg: Any = self.layer_attention
+        channels = self.embed_dims
+        if self._kind.placement == "after":
+            return LayerAttentionOnTokens(cfg, channels, norm_cfg, rate)
+        if self._kind.placement == "output":
+            return build_layer_attention(cfg, channels, index=index)
+        layer.ffn.add_identity = False  # the attention takes the addition's place
+        return nn.ModuleDict({
+            name: build_layer_attention(cfg, channels, index=2 * index + i)
+            for i, name in enumerate(("attn", "ffn"))
+        })  # fmt: skip
+
+    def run_layer(
+        self, index: int, x: Tensor, grid: tuple[int, int], state: Any
+    ) -> tuple[Tensor, Any]:
+        """What block ``index`` and the layer attention make of ``x``, and the state."""
+        layer = self.layers[index]
+        if self.layer_attention is None or self._kind.placement != "sublayer":
+            return self.attend(index, layer(x), x, grid, state)
+        x, state = layer.mrla.attn(layer.attn(layer.ln1(x)), x, state)
+        return layer.mrla.ffn(layer.ffn(layer.ln2(x)), x, state)
 
     def attend(
         self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any
@@ -88,8 +121,10 @@ class LayerAttentionTransformer(LayerAttentionHost):
         """What the layer attention makes of the output ``x`` of block ``index``, and the state."""
         if self.layer_attention is None:
             return x, None
-        if index % self.mrla_group_size == 0:
+        if index % self.mrla_group_size == 0 and not self._kind.spans_stages:
             state = None
+        if self._kind.placement == "output":
+            return self.layers[index].mrla(x, shortcut, state)
         return self.layers[index].mrla(x, shortcut, grid, self.num_extra_tokens, state)
 
     def fit_pos_embed(self, saved: Tensor) -> Tensor:

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmrla.checkpoints.plan import keeps_mrla_trainable
+from mmrla.layers.builder import check_added
 from mmrla.layers.checks import check_bool, is_count
-from mmrla.layers.layer_attention import Carried
+from mmrla.layers.layer_attention import Carried, LayerAttention
 from mmrla.models.arguments import check_config
 from mmrla.models.branches import LayerAttentionOnMap, LayerAttentionOnTokens
+from mmrla.models.builder import (
+    build_layer_attention,
+    check_host_takes,
+    layer_attention_class,
+)
 from mmrla.models.host import (
     LayerAttentionHost,
     _simple,
@@ -67,7 +73,7 @@ class _Joined:
 class LayerWithAttention(_Joined):
     """Mixed in before the class of a layer that exists: the attention comes behind its forward."""
 
-    mrla: LayerAttentionOnMap | LayerAttentionOnTokens
+    mrla: LayerAttentionOnMap | LayerAttentionOnTokens | LayerAttention
     mrla_last: bool
     """Whether it is the last of its group."""
     mrla_grid: int | str | None
@@ -90,7 +96,8 @@ class LayerWithAttention(_Joined):
 
     def _shortcut(self, x: Tensor) -> Tensor:
         """The layer's identity branch: its input, after the projection where there is one."""
-        if not (self.mrla_projects and self.mrla.attention.uses_shortcut):
+        attention = getattr(self.mrla, "attention", self.mrla)
+        if not (self.mrla_projects and attention.uses_shortcut):
             return x
         projection = getattr(self, PROJECTION)
         # The layer has computed it and keeps it to itself. Once more, on copies of the buffers:
@@ -153,6 +160,8 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         [(1, 160, 4, 6), (1, 384, 2, 3)]
     """
 
+    placements = ("after", "output")
+
     def __new__(cls, backbone: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Build the backbone and extend its class; ``__init__`` adds what belongs to it."""
         if isinstance(backbone, nn.Module):
@@ -214,6 +223,8 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         self.keep_mrla_trainable = keeps_mrla_trainable(cfg.get("init_cfg"))
         if layer_attention is None:
             return
+        check_host_takes(layer_attention, type(self).__name__, self.placements)
+        check_added(layer_attention_class(layer_attention), mrla_drop_path_rate)
         image_shape = (1, cfg.get("in_channels", _image_channels(self)), *size)
         if norm_cfg is not None:
             check_config("norm_cfg", norm_cfg)
@@ -222,8 +233,9 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         with watching(candidates):
             before = trial(self, image_shape)
         for group in groups_of(self, candidates, named=layers is not None):
-            for call in group:
-                _attach(call, layer_attention, norm_cfg, mrla_drop_path_rate, call is group[-1])
+            for i, call in enumerate(group):
+                last = call is group[-1]
+                _attach(call, i, layer_attention, norm_cfg, mrla_drop_path_rate, last)
         try:
             after = trial(self, image_shape)
         except ValueError as error:
@@ -281,6 +293,7 @@ def _norm_cfg_of(backbone: Any, cfg: Mapping[str, Any]) -> Mapping[str, Any] | N
 
 def _attach(
     call: Call,
+    index: int,
     layer_attention: Mapping[str, Any],
     norm_cfg: Mapping[str, Any] | None,
     drop_path_rate: float | None,
@@ -289,7 +302,12 @@ def _attach(
     layer: Any = call.module
     rate = branch_rate(drop_path_rate, layer)
     part: nn.Module
-    if call.out.dim() == 4:
+    with_grid = call.out.dim() == 3
+    if layer_attention_class(layer_attention).placement == "output":
+        with_grid = False
+        channels = call.out.shape[1 if call.out.dim() == 4 else 2]
+        part = build_layer_attention(layer_attention, channels, index=index)
+    elif call.out.dim() == 4:
         part = LayerAttentionOnMap(
             layer_attention,
             call.out.shape[1],
@@ -304,6 +322,6 @@ def _attach(
     # A child of its layer, so that what freezes or scales the layer does it to both.
     layer.mrla = part.to(call.out.device).train(layer.training)
     layer.mrla_last = last
-    layer.mrla_grid = call.grid() if call.out.dim() == 3 else None
+    layer.mrla_grid = call.grid() if with_grid else None
     layer.mrla_projects = call.projects
     layer.__class__ = _joined(LayerWithAttention, type(layer))

@@ -66,10 +66,14 @@ def _norm_backward(
 
 def _y_again(z: Tensor, s: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
     """``relu(norm(z) + s)`` with the statistics that forward used."""
+    return _normed_again(z, norm, mean, inverse).add_(s).relu_()
+
+
+def _normed_again(x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
+    """``norm(x)`` with the statistics that forward used."""
     weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
     variance = inverse.pow(-2) - norm.eps
-    normed = F.batch_norm(z, mean, variance, weight, bias, False, 0.0, norm.eps)
-    return normed.add_(s).relu_()
+    return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
 
 
 def value_again(
@@ -96,8 +100,28 @@ def _retrieved(values: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
         return values[0]
     o = torch.mul(values[-1], factors[-1])
     for value, factor in zip(values[:-1], factors, strict=False):
-        o.addcmul_(value, factor)
+        _add(o, factor, value)
     return o
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` in channels_last as ``[B, H, W * C]``."""
+    return x.permute(0, 2, 3, 1).flatten(2)
+
+
+def _add(x: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:
+    """``x += factor * y``, without ``y`` ``x += factor``; the factor broadcasts over the maps."""
+    # torch's loops run over the innermost dimension. With fewer channels than it has lanes they are
+    # scalar, so a row becomes one dimension.
+    rows = x
+    if _is_half(x) and x.shape[1] < 32 and x.is_contiguous(memory_format=torch.channels_last):
+        factor = _as_rows(factor.expand(*x.shape[:2], 1, x.shape[3]))
+        rows, y = _as_rows(x), None if y is None else _as_rows(y)
+    if y is None:
+        rows.add_(factor)
+    else:
+        rows.addcmul_(y, factor)
+    return x
 
 
 def _on_map(x: Tensor, like: Tensor) -> Tensor:
@@ -112,7 +136,19 @@ def _drop(x: Tensor, drop: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """``sum_hw a * b``, ``[B, C]``; ``room`` is a map to write the products to."""
-    return torch.mul(a, b, out=room).sum((2, 3), dtype=accumulation_dtype(a.dtype))
+    products, wide = torch.mul(a, b, out=room), accumulation_dtype(a.dtype)
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        # It adds up in float32 in any case; asked for that dtype, torch casts the whole map first.
+        return products.sum((2, 3)).to(wide)
+    return products.sum((2, 3), dtype=wide)
+
+
+def _channel_dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """``sum_bhw a * b``, ``[C]``: the weight's gradient of a norm that changes nothing."""
+    zero, one = like.new_zeros(a.shape[1]), like.new_ones(a.shape[1])
+    return aten.native_batch_norm_backward(
+        a, b, None, None, None, zero, one, True, 0.0, [False, True, False]
+    )[1]
 
 
 def _finish(
@@ -200,7 +236,7 @@ def _light_o(value: Tensor, s: Tensor, gate: Tensor, w: LightWeights, in_place: 
     """``gate * value + lambda * s``."""
     factor = per_channel(gate, w.head_channels).to(value.dtype)
     o = torch.mul(value, factor, out=value if in_place else None)
-    return o.addcmul_(s, _on_map(w.lambda_t, o))
+    return _add(o, _on_map(w.lambda_t, o), s)
 
 
 def light_backward(
@@ -224,10 +260,12 @@ def light_backward(
     grad_normed = grad if drop is None else _drop(grad.clone(), drop)
     grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
     room = torch.empty_like(o)
-    with_s = _dot(grad_o, s, room)
     if value is None:
+        with_s = _dot(grad_o, s, room)
+        grad_lambda = with_s.sum(0)
         with_value = _dot(grad_o, o, room) - w.lambda_t.to(mean.dtype) * with_s
     else:
+        grad_lambda = _channel_dot(grad_o, s, mean)
         with_value = _dot(grad_o, value, room) * gate.repeat_interleave(w.head_channels, dim=1)
     per_head = with_value.unflatten(1, (-1, w.head_channels)).sum(-1)
     grad_means, *grad_projections = torch.autograd.grad(
@@ -236,11 +274,11 @@ def light_backward(
     grad_value = torch.mul(grad_o, per_channel(gate, w.head_channels).to(o.dtype), out=room)
     y = _y_again(z, s, norm, mean, inverse)
     grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
-    grad_y.add_(grad).add_(_on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
+    _add(grad_y.add_(grad), _on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
     grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
     grad_s = grad_o.mul_(_on_map(w.lambda_t, o)).add_(grad_sum)
     return (
-        grad_z, grad_s, *grad_norm, *grad_projections, grad_taps, with_s.sum(0), *grad_out_norm,
+        grad_z, grad_s, *grad_norm, *grad_projections, grad_taps, grad_lambda, *grad_out_norm,
     )  # fmt: skip
 
 
@@ -299,10 +337,10 @@ def base_backward(
         )
     grad_value = torch.mul(grad_o, _on_map(factors[-1], o), out=room)
     for left, factor in later:
-        grad_value.addcmul_(left, _on_map(factor, o))
+        _add(grad_value, _on_map(factor, o), left)
     y = _y_again(z, s, norm, mean, inverse)
     grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
-    grad_y.add_(grad).add_(_on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
+    _add(grad_y.add_(grad), _on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
     grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
     return (
         grad_z, grad_sum, *grad_norm, *grad_projections[:2], grad_taps, *grad_out_norm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from timm.layers import DropPath, use_reentrant_ckpt
@@ -29,6 +29,8 @@ def build_attention(
     *,
     shares: bool,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    placements: Collection[str] = ("after",),
+    index: int | None = None,
 ) -> LayerAttention:
     """Build a layer attention of :mod:`mmrla.layers`.
 
@@ -38,19 +40,21 @@ def build_attention(
         host: What messages call the network.
         shares: Whether the network lets the layers of a group share parts.
         defaults: Arguments by name of the class, where ``config`` is silent.
+        placements: Where the network has places, of :data:`mmrla.layers.PLACEMENTS`.
+        index: Its number along the group, for types that take it.
 
     Raises:
         TypeError: No name and no dict with a ``type``, or an argument that the type does not take.
-        ValueError: An unknown type, one that does not sit after a layer, or one that refuses its
+        ValueError: An unknown type, one that the network has no place for, or one that refuses its
             arguments.
     """
     config = dict(type=config) if isinstance(config, str) else config
     cls = layer_attention_class(config, _KNOWN.get, lambda: [
         name for name, known in _KNOWN.items()
-        if known.placement == "after" and (shares or not known.shared)
+        if known.placement in placements and (shares or not known.shared)
     ])  # fmt: skip
-    check_placement(cls, host, ("after",), shares)
-    return build(cls, config, channels, defaults)
+    check_placement(cls, config, host, placements, shares)
+    return build(cls, config, channels, defaults, index=index)
 
 
 def drop_path_of(asked: float | None, block: Any) -> nn.Module:

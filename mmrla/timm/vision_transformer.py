@@ -14,18 +14,20 @@ from timm.layers import LayerNorm, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 
-from mmrla.layers.builder import TOKEN_DEFAULTS
+from mmrla.layers.builder import TOKEN_DEFAULTS, check_added
 from mmrla.layers.checks import check_count
-from mmrla.layers.layer_attention import start_as_identity
+from mmrla.layers.layer_attention import LayerAttention, start_as_identity
 from mmrla.layers.token_branch import TokenBranch
 from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
 
 
 class _LayerAttentionTransformer:
     """Mixed in before a ViT of timm: a layer attention behind each of its blocks."""
+
+    _placement, _spans_stages = "after", False
 
     def __init__(
         self,
@@ -50,14 +52,26 @@ class _LayerAttentionTransformer:
             return
         where = {k: kwargs[k] for k in ("device", "dtype") if kwargs.get(k) is not None}
         norm = get_norm_layer(kwargs.get("norm_layer")) or LayerNorm
-        for block in self.blocks:
-            attention = build_attention(
+        sublayers = ("sublayer",) * all(isinstance(block, Block) for block in self.blocks)
+
+        def attention_at(index: int) -> LayerAttention:
+            return build_attention(
                 layer_attention, self.embed_dim, type(self).__name__, shares=False,
-                defaults=TOKEN_DEFAULTS,
+                defaults=TOKEN_DEFAULTS, placements=("after", "output", *sublayers), index=index,
             )  # fmt: skip
+
+        for i, block in enumerate(self.blocks):
+            attention = attention_at(i)
+            part: nn.Module = attention
+            self._spans_stages, self._placement = attention.spans_stages, attention.placement
+            check_added(type(attention), mrla_drop_path_rate)
             rate = drop_path_of(mrla_drop_path_rate, block)
+            if self._placement == "after":
+                part = TokenBranch(attention, lambda: norm(self.embed_dim), rate)
+            elif self._placement == "sublayer":
+                part = nn.ModuleDict(dict(attn=attention_at(2 * i), ffn=attention_at(2 * i + 1)))
             # A child of its block, so that what freezes or scales the block does it to both.
-            block.mrla = TokenBranch(attention, lambda: norm(self.embed_dim), rate).to(**where)
+            block.mrla = part.to(**where)
         if self.zero_init_mrla:
             start_as_identity(self)
 
@@ -79,9 +93,16 @@ class _LayerAttentionTransformer:
     def _run_block(
         self, block: Any, x: Tensor, state: Any, grid: tuple[int, int], options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
+        if self._placement == "sublayer":
+            out = block.drop_path1(block.ls1(block.attn(block.norm1(x), **options)))
+            x, state = block.mrla.attn(out, x, state)
+            out = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            return block.mrla.ffn(out, x, state)
         out = block(x, **options)
         if not hasattr(block, "mrla"):
             return out, None
+        if self._placement == "output":
+            return block.mrla(out, x, state)
         return block.mrla(out, x, grid, self.num_prefix_tokens, state)
 
     def _run(
@@ -102,7 +123,7 @@ class _LayerAttentionTransformer:
                 options["is_causal"] = True
         taken, state = [], None
         for i, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
-            if i % self.mrla_group_size == 0:
+            if i % self.mrla_group_size == 0 and not self._spans_stages:
                 state = None
             if self.grad_checkpointing and not options:  # timm does not with a mask
                 x, state = checkpoint(self._run_block, block, x, state, grid, options)
@@ -170,7 +191,7 @@ class MRLAVisionTransformer(_LayerAttentionTransformer, VisionTransformer):
         layer_attention: A name of :mod:`mmrla.layers`, or ``dict(type=..., ...)`` with its
             arguments, of a type whose layers share no parts; None for the plain network. 16
             channels per head unless it says otherwise; MRLA-light's value passes a GELU
-            (Algorithm 4).
+            (Algorithm 4). AttnRes needs timm's own ``Block`` (``block_fn``).
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group.
         mrla_drop_path_rate: Stochastic depth of the attention branch. Default 0, as released;
             None: the block's own rate.

@@ -162,6 +162,7 @@ COUNTED = [
     dict(type="DLALight"),
     dict(type="DLABase"),
     dict(type="DIAUnit"),
+    dict(type="KCLA", head_channels=8),
 ]
 
 

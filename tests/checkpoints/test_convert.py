@@ -58,6 +58,7 @@ def classifier(depth: int, layer_attention, kind: str = "MRLAResNet", **kwargs):
         (dict(type="DIAUnit"), "DIAUnit"),
         (dict(type="RecurrentLayerAggregation"), "RecurrentLayerAggregation"),
         (dict(type="DLALight"), "DLALight"),
+        (dict(type="KCLA"), "KCLA"),
         (dict(type="DLABase"), "DLABase"),
     ],
 )

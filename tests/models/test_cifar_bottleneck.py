@@ -14,7 +14,15 @@ from mmrla.analysis import complexity
 from mmrla.layers import LayerAttention
 from mmrla.models import MRLAResNetCIFAR
 from tests.conftest import ROOT, relative_error
-from tests.test_configs import BOTTLENECK, INTERACTIONS, WITHIN, load_once, merged, plugins_of
+from tests.test_configs import (
+    BOTTLENECK,
+    INTERACTIONS,
+    WITH_RELU,
+    WITHIN,
+    load_once,
+    merged,
+    plugins_of,
+)
 
 BLOCKS = {20: 2, 56: 6, 110: 12}
 
@@ -180,6 +188,8 @@ def attention_of(kind: str) -> tuple[dict | None, float | None]:
         return dict(type="MRLABase" if "base" in kind else "MRLALight", head_channels=32), 0.2
     if kind in ("dla", "dla-base"):
         return dict(type=INTERACTIONS[kind][0], head_channels=16, reduction=4), 0.2
+    if kind == "kcla":
+        return dict(type="KCLA", head_channels=16), 0.2
     if kind == "dia":
         return dict(type="DIAUnit", reduction=4), None
     if kind == "rla-g":
@@ -200,7 +210,7 @@ def test_configs_are_the_protocol():
         }
         backbone = dict(cfg["model"]["backbone"])
         plugins = backbone.pop("plugins", None)
-        act = dict(mrla_act_cfg=dict(type="ReLU")) if kind == "dla-base" else {}
+        act = dict(mrla_act_cfg=dict(type="ReLU")) if kind in WITH_RELU else {}
         attention, rate = attention_of(kind)
         assert backbone == dict(
             type="mmrla.MRLAResNetCIFAR",

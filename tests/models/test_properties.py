@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmrla.layers import (
+    KCLA,
     MLA,
     DIAUnit,
     DLABase,
@@ -49,7 +50,7 @@ COMMON = dict(
 NAN = float("nan")
 LAYERS = (
     MRLALight, MRLABase, MLA, LinearRLA, DWConv, DIAUnit, DLALight, DLABase,
-    RecurrentLayerAggregation,
+    RecurrentLayerAggregation, KCLA,
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ LAYER_ARGUMENTS: dict[str, st.SearchStrategy] = {
     "hidden_channels": counts,
     "concat_output": bools,
     "recompute_values": bools,
+    "spans_stages": bools,
     "no_such_argument": junk,
 }
 

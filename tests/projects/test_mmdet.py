@@ -14,7 +14,7 @@ from tests.projects.commands import run, train, train_by_the_prefix_alone
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 4
+EPOCHS = 6
 # From scratch, so nothing is frozen.
 SMALL = """
 _base_ = {base}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmrla import ops
+from mmrla.analysis.pages import replace_part
 from mmrla.commands.gpu_timing import ratio, side_by_side
 from mmrla.ops.dispatch import ENV_VAR, Op
 from tests.conftest import ROOT
@@ -254,9 +255,9 @@ def test_compare_measures_and_writes(compare, tmp_path):
     assert float(rla["inference over plain"]) > 0
     assert "](../configs/imagenet/resnet50_rla-g_in1k.py)" in rla["config"]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
-    compare.write("new", page)
-    assert page.read_text() == f"before\n{compare.BEGIN}\nnew\n{compare.END}\nafter\n"
+    page.write_text("before\n<!-- compare:begin -->\nold\n<!-- compare:end -->\nafter\n")
+    replace_part(page, "compare", "new")
+    assert page.read_text() == "before\n<!-- compare:begin -->\nnew\n<!-- compare:end -->\nafter\n"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="page.md has no <!-- compare:begin -->"):
-        compare.write("new", page)
+        replace_part(page, "compare", "new")

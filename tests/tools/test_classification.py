@@ -263,7 +263,7 @@ def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkey
         path = tmp_path / "docs" / getattr(results, name).name
         monkeypatch.setattr(results, name, path)
     results.PAGE.parent.mkdir()
-    results.PAGE.write_text(f"before\n\n{results.BEGIN}\n{results.END}\n\nafter\n")
+    results.PAGE.write_text("before\n\n<!-- results:begin -->\n<!-- results:end -->\n\nafter\n")
 
     def go(*options: str) -> str:
         where = ["--cifar10", str(root), "--work-dir", str(tmp_path / "runs")]
@@ -272,7 +272,7 @@ def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkey
         return results.PAGE.read_text()
 
     page = go("--seeds", "0", "--rows", "plain")
-    assert "| light | not run: about 0.3 h per seed |" in page
+    assert "| light | not run: about 0.1 h per seed |" in page
     page = go("--seeds", "0", "1", "--only", "cifar")
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
@@ -323,6 +323,27 @@ def test_cifar_layouts_compute_the_same(cifar, unchecked):
         found.append([loss, *(p.grad for p in trainer.model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_warm_up_and_cosine_move_in_proportion(cifar, unchecked):
+    """Of 200 epochs, 10 of them warm-up, 20 are left, 1 of them warm-up, iteration by iteration."""
+    cfg = Config.fromfile(ROOT / "configs/cifar/vit_attnres_cifar10.py")
+    trainer = Trainer(cfg, 0, torch.device("cpu"), epochs=20, steps=4)
+    decayed = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert decayed == {0.0, 0.05}
+    rates = []
+    for _ in range(20):
+        for _ in range(4):
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer._step(by_epoch=False)
+        trainer._step(by_epoch=True)
+    assert rates[:5] == pytest.approx([1e-6, 3.34e-4, 6.67e-4, 1e-3, 1e-3], rel=1e-3)
+    assert all(len(set(rates[i : i + 4])) == 1 for i in range(4, 80, 4))
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * e / 19)) / 2 for e in range(19)]
+    assert rates[4::4] == pytest.approx(cosine)
+    cfg.param_scheduler[0].by_epoch = False
+    with pytest.raises(ValueError, match="not a config of CIFAR whose learning rate follows"):
+        Trainer(cfg, 0, torch.device("cpu"))
 
 
 def test_crops_and_flips():

@@ -56,6 +56,7 @@ def main() -> None:
         for group in groups:
             numbers[f"{group.name}/scores"] = group.scores.numpy()
             numbers[f"{group.name}/layers"] = np.array(group.layers)
+            numbers[f"{group.name}/sources"] = np.array(group.sources)
         numbers |= dict(images=np.array(list(map(str, images))), scores_are=groups[0].label)
         written.append(save_numbers(f"{stem}.npz", title=title, **numbers))
     print("\n".join(map(str, written)))

@@ -25,24 +25,23 @@ from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import Complexity, activation_memory, complexity
+from mmrla.analysis.naming import (
+    ATTENTIONS,
+    BACKBONES,
+    DETECTORS,
+    attention_of,
+    backbone_name,
+    group_of,
+    image_size,
+    options_of,
+    short_type,
+)
+from mmrla.analysis.pages import replace_part
+from mmrla.analysis.published import PAPER
 from mmrla.engine.network import without_layer_attention
-from mmrla.layers import LayerAttention
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a backbone's class is called, in the order of rows; other classes go by their own name.
-BACKBONES = {
-    "ResNet": "ResNet",
-    "ResNet_CIFAR": "ResNet",
-    "ResNetCIFAR": "ResNet",
-    "ResNeXt": "ResNeXt",
-    "EfficientNet": "EfficientNet",
-    "VisionTransformer": "ViT",
-    "DistilledVisionTransformer": "ViT",
-    "CeiT": "CeiT",
-    "PyramidVisionTransformerV2": "PVTv2",
-    "DenseNet": "DenseNet",
-}
 # Tables of docs/configs.md, and what is in them.
 GROUPS = {
     "imagenet": ("imagenet/*.py",),
@@ -56,48 +55,6 @@ REFERENCES = (
       for kind in ("mrla", "mrla-base")),
     "imagenet/resnet50_eca_in1k.py",
 )  # fmt: skip
-SIZES = {"lite0": "Lite0", "tiny": "T", "small": "S", "base": "B", "large": "L", "huge": "H"}
-DETECTORS = {
-    "DeformableDETR": "Deformable DETR",
-    "FasterRCNN": "Faster R-CNN",
-    "MaskRCNN": "Mask R-CNN",
-}
-ATTENTIONS = {
-    "": "",
-    "MRLALight": " + MRLA-light",
-    "MRLABase": " + MRLA-base",
-    "MLA": " + MLA",
-    "LinearRLA": " + linear RLA",
-    "DWConv": " + DWConv",
-    "DIAUnit": " + DIA",
-    "RecurrentLayerAggregation": " + RLA_g",
-    "DLALight": " + DLA-light",
-    "DLABase": " + DLA-base",
-}
-# Plugins: what the literature calls them; other classes go by their own name.
-PLUGINS = {
-    "AttentionAugmentedConv": "AA",
-    "BridgeAttention": "BA",
-    "ContextBlock": "GC",
-    "DoubleAttention": "A2",
-    "NonLocal2d": "NL",
-}
-
-# What MRLA adds to parameters (M) and FLOPs (B), from the abstract and section 4.1 of "Cross-Layer
-# Retrospective Retrieving via Layer Attention", ICLR 2023. Where the text does not say which MRLA,
-# parameters stand with both, and FLOPs with MRLA-light.
-PAPER = {
-    ("ResNet-50", "MRLALight"): ("+0.16", "+0.07"),
-    ("ResNet-50", "MRLABase"): ("+0.16", ""),
-    ("EfficientNet-B0", "MRLALight"): ("+0.01", ""),
-    ("EfficientNet-B0", "MRLABase"): ("+0.01", ""),
-    ("EfficientNet-B1", "MRLALight"): ("+0.02", ""),
-    ("EfficientNet-B1", "MRLABase"): ("+0.02", ""),
-    ("DeiT-T", "MRLALight"): ("+0.03", "+0.04"),
-    ("DeiT-T", "MRLABase"): ("+0.03", ""),
-    ("CeiT-T", "MRLALight"): ("+0.03", "+0.04"),
-    ("CeiT-T", "MRLABase"): ("+0.03", ""),
-}
 
 
 class _Forward(nn.Module):
@@ -112,70 +69,6 @@ class _Forward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple:
         return self.detector(x, [self.sample], mode="tensor")
-
-
-def short_type(cfg: dict) -> str:
-    kind = cfg["type"]
-    return (kind if isinstance(kind, str) else kind.__name__).split(".")[-1]
-
-
-def group_of(cfg: Config) -> str:
-    """imagenet, cifar or coco: what the model is and what it is trained on."""
-    if short_type(cfg.model) != "ImageClassifier":
-        return "coco"
-    dataset = cfg.get("test_dataloader", {}).get("dataset", {})
-    return "cifar" if "CIFAR" in str(dataset.get("type")) else "imagenet"
-
-
-def image_size(cfg: Config) -> tuple[int, int]:
-    """Height and width: the test pipeline's crop, else the usual size of the group."""
-    group = group_of(cfg)
-    pipeline = cfg.get("test_dataloader", {}).get("dataset", {}).get("pipeline", ())
-    crops = [step["crop_size"] for step in pipeline if "crop_size" in step]
-    if crops and group != "coco":
-        return (crops[-1], crops[-1]) if isinstance(crops[-1], int) else tuple(crops[-1])
-    return {"imagenet": (224, 224), "cifar": (32, 32), "coco": (800, 1280)}[group]
-
-
-def backbone_name(cfg: dict) -> str:
-    """ResNet-50, ResNeXt-50 (32x4d), DeiT-T, ...: the class and what tells its size."""
-    kind = short_type(cfg).removeprefix("MRLA")
-    name = BACKBONES.get(kind, kind)
-    size = cfg.get("depth", cfg.get("arch", ""))
-    if isinstance(size, str):
-        family, _, size = size.rpartition("-")
-        name = "DeiT" if family == "deit" else name
-        size = SIZES.get(size, size.upper())
-    elif isinstance(size, dict):
-        size = "x".join(str(size.get(key, "?")) for key in ("num_layers", "embed_dims"))
-    if kind == "ResNeXt":
-        size = f"{size} ({cfg.get('groups', 32)}x{cfg.get('width_per_group', 4)}d)"
-    if cfg.get("block") == "bottleneck":  # of a CIFAR ResNet, which may have basic blocks
-        size = f"{size} (bottleneck)"
-    if kind.startswith("Distilled"):
-        size = f"{size} distilled"
-    return f"{name}-{size}" if size else name
-
-
-def attention_of(model: nn.Module) -> str:
-    """The model's layer attention and plugins, such as ``MRLALight + ECA``, ``1 GC`` or nothing."""
-    layers = [type(m).__name__ for m in model.modules() if isinstance(m, LayerAttention)]
-    plugins = Counter(
-        type(getattr(module, name)).__name__
-        for module in model.modules()
-        for name in getattr(module, "plugin_names", ())
-    )
-    within = [("1 " if n == 1 else "") + PLUGINS.get(kind, kind) for kind, n in plugins.items()]
-    return " + ".join([*layers[:1], *within])
-
-
-def options_of(backbone: ConfigDict) -> dict[str, Any]:
-    """What a config says of its layer attention beside the type."""
-    attention = backbone.get("layer_attention")
-    if not attention:
-        return {}
-    found = {key: value for key, value in attention.items() if key != "type"}
-    return found | {k: v for k, v in backbone.items() if k == "mrla_drop_path_rate"}
 
 
 def network(model: ConfigDict) -> str:
@@ -303,7 +196,9 @@ def _position(row: Row) -> tuple:
 
 def _name(row: Row) -> str:
     parts = row.attention.split(" + ")
-    return row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
+    name = row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
+    size = row.options.get("block_size")
+    return f"{name}, blocks of {size}" if size else name
 
 
 # How an option is named in a table; others go by their own name.
@@ -453,43 +348,14 @@ def _expand(patterns: Sequence[str], parser: argparse.ArgumentParser) -> Iterato
         yield from map(Path, found)
 
 
-def merge(old: str, new: str) -> str:
-    """Table ``old`` with the rows of table ``new``, known by their configs, in it.
-
-    A row that ``old`` lacks goes behind the one before it in ``new``, or to the top; the operators
-    that are not counted are those of both. Rows without a config stay as they are.
-    """
-    (*lines, _, old_skipped), (*added, _, new_skipped) = old.splitlines(), new.splitlines()
-    place = 2  # behind titles and rule
-    for line in added[2:]:
-        link = line.split("|")[-2]
-        if not link.strip():
-            continue
-        found = [i for i, known in enumerate(lines) if known.split("|")[-2] == link]
-        if found:
-            lines[found[0]] = line
-        else:
-            lines.insert(place, line)
-        place = (found[0] if found else place) + 1
-    ops = {op for text in (old_skipped, new_skipped) for op in re.findall("`.+?`", text)}
-    names = ", ".join(sorted(ops, key=lambda op: op.strip("`").lower()))
-    return "\n".join([*lines, "", f"{old_skipped.partition(':')[0]}: {names or 'none'}."])
-
-
 def write(
     group: str, table: str, page: Path = ROOT / "docs/configs.md", *, whole: bool = True
 ) -> None:
-    """Replace what stands between the group's markers, or only the rows that ``table`` has.
+    """Write a group's table into its part of the page, or only the rows that ``table`` has.
 
     Links of ``table`` go from the checkout's root, those of the page from a folder in it.
     """
-    begin, end = f"<!-- {group}:begin -->", f"<!-- {group}:end -->"
-    before, rest = page.read_text().split(begin)
-    old, after = rest.split(end)
-    table = table.replace("](configs/", "](../configs/")
-    if not whole:
-        table = merge(old.strip("\n"), table)
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    replace_part(page, group, table.replace("](configs/", "](../configs/"), whole=whole)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from complexity import ATTENTIONS, PLUGINS, short_type
 from mmengine.config import Config
 from tqdm import tqdm
 
+from mmrla.analysis.naming import ATTENTIONS, PLUGINS, short_type
 from mmrla.configs import get_config, list_configs
 
 ROOT = Path(__file__).resolve().parents[2]

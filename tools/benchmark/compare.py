@@ -14,7 +14,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,13 @@ from torch import Tensor, nn
 
 import mmrla.registry  # noqa: F401
 from mmrla.analysis import activation_memory, complexity
+from mmrla.analysis.pages import replace_part
+from mmrla.analysis.published import PUBLISHED, REASONS, Published
 from mmrla.commands.gpu_timing import ratio, side_by_side
+from mmrla.engine.network import without_layer_attention
 
 DEFAULTS = ("imagenet/resnet50_*_in1k.py", "imagenet/densenet*_in1k.py")
 PLAIN = ROOT / "configs/imagenet/resnet50_plain_in1k.py"
-BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
-TABLE_1 = "MRLA, table 1"
 # What a config's name says behind the network, in the order of rows; others follow by name.
 NAMES = {
     "plain": "ResNet-50",
@@ -51,6 +51,7 @@ NAMES = {
     "rla-g": "+ RLA_g",
     "dla": "+ DLA-light",
     "dla-base": "+ DLA-base",
+    "kcla": "+ KCLA",
     "mrla": "+ MRLA-light",
     "mrla-base": "+ MRLA-base",
     "mrla_se": "+ MRLA-light + SE",
@@ -62,46 +63,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """Figures as a source states them, in its digits; None where it states none."""
-
-    params: str | None = None
-    gflops: str | None = None
-    top1: str | None = None
-    source: str = TABLE_1
-
-
-# Only what the text of the sources states. The accuracies are of the papers' own recipes.
-PUBLISHED = {
-    "se": Published("28.1", "4.1", "76.7"),
-    "cbam": Published("28.1", "4.2", "77.3"),
-    "a2": Published("34.6", "7.0", "77.0"),
-    "aa": Published("27.1", "4.5", "77.7"),
-    "nl": Published("29.0", "4.4", "77.2"),
-    "gc1": Published("26.9", "4.1", "77.3"),
-    "gc": Published("29.4", "4.2", "77.7"),
-    "eca": Published("25.6", "4.1", "77.5"),
-    "dia": Published("28.4", None, "77.2"),
-    "rla-g": Published("24.67", "4.17", "77.17", "RLA-Net's repository"),
-    # From the names of the checkpoints that the released detection configs ask for.
-    "mrla": Published(top1="77.75", source="name of the authors' checkpoint"),
-    "densenet121": Published("7.98", "2.88", "74.96", "mmpretrain's model zoo"),
-    "densenet169": Published("14.15", "3.42", "76.08", "mmpretrain's model zoo"),
-    "densenet201": Published("20.01", "4.37", "77.32", "mmpretrain's model zoo"),
-    "densenet161": Published("28.68", "7.82", "77.61", "mmpretrain's model zoo"),
-}
 TOLERANCE = 0.01
-# Why ours is more than TOLERANCE away, by (name, column).
-_NOTES = "[within_layer.md](within_layer.md)"
-_MILLIONS = f"published 2^20 / 10^6 = 1.0486 times as large, see {_NOTES}"
-_BILLIONS = f"counted otherwise, see {_NOTES}"
-REASONS: dict[tuple[str, str], str] = {
-    **{(name, "params"): _MILLIONS for name in ("a2", "aa", "nl", "gc1", "gc")},
-    **{(name, "GFLOPs"): _BILLIONS for name in ("cbam", "a2", "aa", "nl", "gc")},
-    ("rla-g", "params"): "published in units of 2^20",
-    ("rla-g", "GFLOPs"): "published in units of 2^30",
-}
 
 
 def name_of(path: Path) -> str:
@@ -201,6 +163,7 @@ def compare(
     size: int,
     timed_size: int,
     base: Path = ROOT / "docs",
+    own_host: bool = False,
 ) -> list[Row]:
     """A row for each config beside plain ResNet-50.
 
@@ -213,8 +176,11 @@ def compare(
             with.
         timed_size: That of the timed ones.
         base: Links are relative to this folder.
+        own_host: Beside the first config's network without layer attention instead.
     """
-    plain_cfg = Config.fromfile(PLAIN)
+    plain_cfg = Config.fromfile(paths[0] if own_host else PLAIN)
+    if own_host:
+        plain_cfg.model = without_layer_attention(plain_cfg.model)
     plain_kept = count(plain_cfg, size)[2]
     plain = Timed(plain_cfg, device, batch, timed_size) if rounds else None
     rows: list[Row] = []
@@ -250,19 +216,6 @@ def compare(
     return rows
 
 
-def write(text: str, path: Path) -> None:
-    """Replace what stands between the markers.
-
-    Raises:
-        ValueError: The file lacks the markers.
-    """
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no {BEGIN} ... {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def conditions(args: argparse.Namespace, device: torch.device, batch: int, size: int) -> str:
     """What a table was measured with."""
     timing = "not timed"
@@ -285,6 +238,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of the image that is counted with")
     parser.add_argument("--batch", type=int, help="of timed steps; default 2, on a GPU 128")
     parser.add_argument("--out", type=Path, default=ROOT / "work_dirs/benchmark")
+    parser.add_argument(
+        "--own-host", action="store_true",
+        help="plain is the first config's network without its layer attention, not ResNet-50",
+    )  # fmt: skip
     parser.add_argument("--note", default="", help="a sentence on how the machine was used")
     parser.add_argument("--write", action="store_true", help="the table into docs/attentions.md")
     args = parser.parse_args()
@@ -299,6 +256,7 @@ def main() -> None:
     if args.configs:
         args.command += f" {' '.join(map(str, args.configs))}"
     args.command += f" --rounds {args.rounds}" + (" --quick" if args.quick else "")
+    args.command += " --own-host" if args.own_host else ""
     if args.quick:
         args.rounds = min(args.rounds, 1)
     MMLogger.get_current_instance().setLevel("WARNING")
@@ -307,13 +265,14 @@ def main() -> None:
     timed_size = 64 if args.quick else args.size
     docs = ROOT / "docs/attentions.md"
     rows = compare(
-        args.configs or default_configs(), device, args.rounds, batch, args.size, timed_size
-    )
+        args.configs or default_configs(), device, args.rounds, batch, args.size, timed_size,
+        own_host=args.own_host,
+    )  # fmt: skip
     text = f"{markdown(rows)}\n\n{conditions(args, device, batch, timed_size)}"
     print(f"\n{text}")
     print(save("compare", rows, args.out, device))
     if args.write:
-        write(text, docs)
+        replace_part(docs, "compare", text)
 
 
 if __name__ == "__main__":

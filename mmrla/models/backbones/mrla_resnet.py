@@ -17,8 +17,8 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck, ResLayer
 from torch import Tensor, nn
 
-from mmrla.layers import PLACEMENTS
 from mmrla.layers.checks import check_count
+from mmrla.layers.layer_attention import OpenReLU
 from mmrla.layers.norm import is_plain
 from mmrla.models.arguments import check_arguments, naming
 from mmrla.models.branches import build_drop_path
@@ -68,6 +68,8 @@ class LayerAttentionBlock(PluginBlock):
         )
         self.add_module(self.mrla_norm_name, norm)
         self.mrla_act = build_activation_layer(mrla_act_cfg) if mrla_act_cfg else nn.Identity()
+        if type(self.mrla_act) is nn.ReLU:
+            self.mrla_act = OpenReLU()
         rate = drop_path_rate if mrla_drop_path_rate is None else mrla_drop_path_rate
         self.mrla_drop_path = build_drop_path(rate)
 
@@ -163,10 +165,9 @@ class LayerAttentionBlock(PluginBlock):
             and not self._ends_with_plugins()
             and type(self.relu) is nn.ReLU
             and isinstance(self.drop_path, nn.Identity)
-            and isinstance(self.mrla_act, nn.Identity)
             and is_plain(self.drop_path, self.mrla_act, self.mrla_drop_path)
             and z.dtype == shortcut.dtype
-            and self.mrla.fuses_tail(z, self.last_norm, self.mrla_norm)
+            and self.mrla.fuses_tail(z, self.last_norm, self.mrla_norm, type(self.mrla_act))
         )
 
 
@@ -208,10 +209,17 @@ class LayerAttentionStage(ResLayer):
     Args:
         *args: As of mmpretrain's.
         plugins: Checked plugins of this stage, see :func:`mmrla.models.plugins.check_plugins`.
+        follows: Whether there is a stage before, whose state may arrive here.
         **kwargs: As of mmpretrain's, and the arguments of the blocks.
     """
 
-    def __init__(self, *args: Any, plugins: Sequence[dict[str, Any]] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plugins: Sequence[dict[str, Any]] = (),
+        follows: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         for i, block in enumerate(self):
             if chosen := plugins_of_block(plugins, i, len(self)):
@@ -219,6 +227,9 @@ class LayerAttentionStage(ResLayer):
         first, *others = self
         for block in others if first.mrla is not None else ():
             block.mrla.share(first.mrla)
+        if follows and first.mrla is not None and first.mrla.spans_stages:
+            norm = partial(make_norm, first.norm_cfg)
+            first.mrla.cross(first.in_channels, first.stride, norm)
 
     def forward(self, x: Tensor, carried: list[Any] | None = None) -> Tensor:
         """Map ``[B, C, H, W]`` to the output of the stage's last block.
@@ -292,8 +303,9 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         152: (MRLABottleneck, (3, 8, 36, 3)),
     }
     fit_heads = False
-    placements = tuple(PLACEMENTS)
+    placements = ("after", "branch", "input")
     shares_in_groups = True
+    spans_stages = True
 
     def __init__(
         self,
@@ -363,5 +375,8 @@ class MRLAResNet(LayerAttentionHost, ResNet):
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
         # The ancestor lists a stage behind this call.
-        plugins = plugins_of_stage(self.plugins, len(self.res_layers))
-        return LayerAttentionStage(plugins=plugins, **self._block_kwargs, **kwargs)
+        index = len(self.res_layers)
+        plugins = plugins_of_stage(self.plugins, index)
+        return LayerAttentionStage(
+            plugins=plugins, follows=index > 0, **self._block_kwargs, **kwargs
+        )

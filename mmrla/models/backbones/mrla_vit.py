@@ -50,6 +50,8 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
         [(1, 192, 14, 10)]
     """
 
+    placements = ("after", "output", "sublayer")
+
     def __init__(
         self,
         *args: Any,
@@ -79,8 +81,8 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
         )
         x = self.pre_norm(self.drop_after_pos(x))
         outs, state = [], None
-        for i, layer in enumerate(self.layers):
-            x, state = self.attend(i, layer(x), x, grid, state)
+        for i in range(len(self.layers)):
+            x, state = self.run_layer(i, x, grid, state)
             if i == len(self.layers) - 1 and self.final_norm:
                 x = self.ln1(x)
             if i in self.out_indices:

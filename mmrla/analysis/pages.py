@@ -1,0 +1,52 @@
+"""Parts of documentation pages that tools write."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> None:
+    """Replace what stands between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+
+    Args:
+        page: The Markdown file.
+        name: Of the part.
+        text: What goes there.
+        whole: False: of the table there, only the rows that ``text`` has, see
+            :func:`merge_tables`.
+
+    Raises:
+        ValueError: The page lacks the markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, has_begin, rest = page.read_text().partition(begin)
+    old, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise ValueError(f"{page} has no {begin} ... {end}")
+    if not whole:
+        text = merge_tables(old.strip("\n"), text)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def merge_tables(old: str, new: str) -> str:
+    """Table ``old`` with the rows of table ``new``, known by their configs, in it.
+
+    A row that ``old`` lacks goes behind the one before it in ``new``, or to the top; the operators
+    that are not counted are those of both. Rows without a config stay as they are.
+    """
+    (*lines, _, old_skipped), (*added, _, new_skipped) = old.splitlines(), new.splitlines()
+    place = 2  # behind titles and rule
+    for line in added[2:]:
+        link = line.split("|")[-2]
+        if not link.strip():
+            continue
+        found = [i for i, known in enumerate(lines) if known.split("|")[-2] == link]
+        if found:
+            lines[found[0]] = line
+        else:
+            lines.insert(place, line)
+        place = (found[0] if found else place) + 1
+    ops = {op for text in (old_skipped, new_skipped) for op in re.findall("`.+?`", text)}
+    names = ", ".join(sorted(ops, key=lambda op: op.strip("`").lower()))
+    return "\n".join([*lines, "", f"{old_skipped.partition(':')[0]}: {names or 'none'}."])

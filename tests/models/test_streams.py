@@ -1,0 +1,328 @@
+"""AttnRes and DenseFormer in ViTs: against their equations, and at the start the plain network."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmrla.analysis import activation_memory, record_layer_attention
+from mmrla.layers import AttnRes
+from mmrla.models import (
+    LayerAttentionWrapper,
+    MRLACeiT,
+    MRLADistilledVisionTransformer,
+    MRLAEfficientNet,
+    MRLAPyramidVisionTransformerV2,
+    MRLAResNet,
+    MRLAVisionTransformer,
+)
+from tests.conftest import generated, needs_new_compiler, relative_error
+
+DEPTH, HEADS = 5, 2
+ARCH = dict(embed_dims=32, num_layers=DEPTH, num_heads=HEADS, feedforward_channels=48)
+FULL, DENSE = dict(type="AttnRes"), dict(type="DenseFormer")
+# 3 and 4 do not divide the 10 sub-layers; 16 is more than there are.
+ATTNRES = [FULL, *(dict(FULL, block_size=size) for size in (2, 3, 4, 16))]
+ALL = [*ATTNRES, DENSE]
+PRECISE = dict(type="LN", eps=1e-14)
+
+
+def vit(attention, cls=MRLAVisionTransformer, **kwargs) -> nn.Module:
+    """35 patches."""
+    return cls(ARCH, img_size=(40, 56), patch_size=8, layer_attention=attention, **kwargs)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    state = model.state_dict()
+    model.load_state_dict({k: generated(k, tuple(v.shape)) for k, v in state.items()})
+    return model
+
+
+def images(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 40, 56)
+
+
+def sublayer(x, w, name, norm):
+    """What block ``name``'s attention (norm 1) or MLP (norm 2) gives for its input."""
+    weight, bias = w[f"{name}.ln{norm}.weight"], w[f"{name}.ln{norm}.bias"]
+    x = F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+    if norm == 2:
+        x = F.linear(x, w[f"{name}.ffn.layers.0.0.weight"], w[f"{name}.ffn.layers.0.0.bias"])
+        return F.linear(F.gelu(x), w[f"{name}.ffn.layers.1.weight"], w[f"{name}.ffn.layers.1.bias"])
+    qkv = F.linear(x, w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"])
+    q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    x = ((q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return F.linear(x, w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"])
+
+
+def expected(x, w, attention):
+    """All tokens behind the last norm, and the weights of each attention over sources."""
+    x = F.conv2d(x, w["patch_embed.projection.weight"], w["patch_embed.projection.bias"], stride=8)
+    extra = [w[n].expand(len(x), 1, -1) for n in ("cls_token", "dist_token") if n in w]
+    x = torch.cat([*extra, x.flatten(2).transpose(1, 2)], 1) + w["pos_embed"]
+    outputs, scores = [x], []
+    for i in range(DEPTH):
+        if attention["type"] == "DenseFormer":
+            x = x + sublayer(x, w, f"layers.{i}", 1)
+            outputs.append(x + sublayer(x, w, f"layers.{i}", 2))
+            scores.append(w[f"layers.{i}.mrla.alpha"])
+            x = torch.einsum("s,sbnc->bnc", scores[-1], torch.stack(outputs))
+            continue
+        for norm, part in ((1, "attn"), (2, "ffn")):
+            outputs.append(sublayer(x, w, f"layers.{i}", norm))
+            size, count = attention.get("block_size", 1), len(outputs)
+            spans = pairwise([*range(1, count, size), count])
+            sources = torch.stack([outputs[0], *(sum(outputs[a:b]) for a, b in spans)])
+            keys = sources / (sources.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            logits = torch.einsum("c,sbnc->bns", w[f"layers.{i}.mrla.{part}.query"], keys)
+            scores.append(logits.softmax(-1))
+            x = torch.einsum("bns,sbnc->bnc", scores[-1], sources)
+    return F.layer_norm(x, x.shape[-1:], w["ln1.weight"], w["ln1.bias"], 1e-6), scores
+
+
+@pytest.mark.parametrize("cls", [MRLAVisionTransformer, MRLADistilledVisionTransformer])
+@pytest.mark.parametrize("attention", ALL, ids=str)
+def test_network_is_its_equation(attention, cls):
+    """Outputs, every gradient, and what the recorder says was attended to."""
+    model = filled(vit(attention, cls, out_type="raw")).double()
+    x = images().double().requires_grad_()
+    w = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+    leaf = x.detach().clone().requires_grad_()
+    want, scores = expected(leaf, w, attention)
+    with record_layer_attention(model) as rec:
+        (got,) = model(x)
+    assert relative_error(got, want.detach()) < 1e-10
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    want.backward(grad)
+    assert relative_error(x.grad, leaf.grad) < 1e-9
+    for key, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, w[key].grad) < 1e-8, key
+    (group,) = rec.groups
+    assert len(group.layers) == len(set(group.layers)) == len(scores)
+    assert group.sources[0] == "in"
+    assert group.scores.shape == (2, 1, len(group.layers), len(group.sources))
+    for t, weights in enumerate(scores):
+        mean = weights.expand(2, -1) if attention is DENSE else weights.mean(1)
+        found = group.scores[:, 0, t]
+        assert relative_error(found[:, : mean.shape[1]].double(), mean.detach()) < 1e-6
+        assert found[:, mean.shape[1] :].isnan().all()
+
+
+def test_sources_of_blocks_have_names():
+    model = vit(dict(FULL, block_size=3))
+    with record_layer_attention(model) as rec:
+        model(images())
+    assert rec.groups[0].layers[:3] == ("0 attn", "0 ffn", "1 attn")
+    blocks = ("0 attn - 1 attn", "1 ffn - 2 ffn", "3 attn - 4 attn", "4 ffn")
+    assert rec.groups[0].sources == ("in", *blocks)
+
+
+def step(model, x):
+    (out,) = model(x)
+    out.square().mean().backward()
+    return out
+
+
+@pytest.mark.parametrize("attention", ALL, ids=str)
+def test_starts_as_the_plain_network(attention, tmp_path):
+    """Plain weights load, and outputs and the gradients of all of them are the plain network's."""
+    plain = filled(vit(None, norm_cfg=PRECISE))
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    start = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
+    model = vit(attention, norm_cfg=PRECISE, init_cfg=start)
+    model.init_weights()
+    if attention is not DENSE:
+        plain, model = plain.double(), model.double()
+    x = images().to(plain.pos_embed.dtype)
+    want, got = step(plain, x), step(model, x)
+    bound = 0 if attention is DENSE else 1e-9
+    assert relative_error(got, want.detach()) <= bound
+    ours = dict(model.named_parameters())
+    for key, parameter in plain.named_parameters():
+        assert relative_error(ours[key].grad, parameter.grad) <= bound, key
+    added = {k: p for k, p in ours.items() if "mrla" in k}
+    # Behind the last self-attention the class token alone is read, which MLPs do not mix.
+    assert len(added) == DEPTH * (1 if attention is DENSE else 2)
+    assert all(p.grad.any() for p in added.values())
+
+
+@pytest.mark.parametrize("attention", ALL, ids=str)
+def test_memory_is_one_map_per_source(attention):
+    """Also under autocast, where the sources themselves are of half the size."""
+
+    class Autocast(nn.Module):
+        def __init__(self, model, enabled):
+            super().__init__()
+            self.model, self.enabled = model, enabled
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+                return self.model(x)
+
+    for enabled in (False, True):
+        plain, ours = (
+            activation_memory(Autocast(vit(la), enabled), images()) for la in (None, attention)
+        )
+        map_size, sources = 36 * 32 * 4, DEPTH * (1 if attention is DENSE else 2) + 1
+        tokens = sources**2 * 36 * 4 * 3  # weights, scores and scales, a few numbers per token
+        assert plain < ours < plain + sources * map_size + tokens
+
+
+@pytest.mark.parametrize("attention", ALL, ids=str)
+def test_half_precision(attention):
+    plain, model = filled(vit(None)), filled(vit(attention))
+    x = images()
+    exact = model(x)[0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = step(plain, x), step(model, x)
+    assert got.dtype == want.dtype
+    assert relative_error(got, exact) < 0.03
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model = model.bfloat16()
+    assert step(model, x.bfloat16()).dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@needs_new_compiler
+@pytest.mark.parametrize("attention", [FULL, dict(FULL, block_size=4), DENSE], ids=str)
+def test_compiles_and_exports_in_one_graph(attention):
+    model = filled(vit(attention, drop_path_rate=0.2)).train()
+    model.eval()
+    x = images()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        results.append([step(run, x), *(p.grad.clone() for p in model.parameters())])
+    assert all(relative_error(b, a.detach()) < 1e-4 for a, b in zip(*results, strict=True))
+    torch._dynamo.reset()
+    torch.compile(model.train(), fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    exported = torch.export.export(model.eval(), (x,)).module()
+    assert relative_error(exported(x)[0], model(x)[0].detach()) < 1e-5
+
+
+def test_of_many_outputs_the_last_is_the_plain_networks():
+    """Earlier ones are means over sources; a frozen stage freezes what belongs to it."""
+    kwargs = dict(out_type="featmap", out_indices=[1, 4], norm_cfg=PRECISE)
+    plain = filled(vit(None, **kwargs)).double()
+    model = vit(FULL, frozen_stages=2, **kwargs).double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = images().double()
+    for got, want, factor in zip(model(x), plain(x), (5, 1), strict=True):
+        assert relative_error(got * factor, want.detach()) < 1e-9
+    learns = {k for k, p in model.named_parameters() if "mrla" in k and p.requires_grad}
+    assert learns == {
+        f"layers.{i}.mrla.{part}.query" for i in (2, 3, 4) for part in ("attn", "ffn")
+    }
+
+
+def test_ceit_takes_denseformer():
+    kwargs = dict(arch=ARCH, img_size=64, stem_channels=8, patch_size=2)
+    plain = filled(MRLACeiT(**kwargs, layer_attention=None)).train()
+    model = MRLACeiT(**kwargs, layer_attention=DENSE).train()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(step(model, x), step(plain, x))
+    # The class tokens of all blocks are read, so every alpha counts.
+    assert all(p.grad.any() for k, p in model.named_parameters() if "alpha" in k)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin"])
+def test_wrapped_networks_take_denseformer_along_each_stage(name):
+    """Behind projections too; tokens need no grid, as nothing looks at neighbours."""
+    torchvision = pytest.importorskip("torchvision.models")
+
+    def backbone():
+        torch.manual_seed(0)
+        if name == "swin":
+            kwargs = dict(embed_dims=8, depths=(2, 3), num_heads=(2, 2), strides=(4, 2))
+            return MODELS.build(dict(type="mmdet.SwinTransformer", out_indices=(1,), **kwargs))
+        return torchvision.resnet18(num_classes=5)
+
+    plain, model = backbone(), LayerAttentionWrapper(backbone(), DENSE, probe_size=64)
+    plain.train(False)
+    model.train(False)
+    x = torch.randn(2, 3, 64, 64)
+    want, got = plain(x), model(x)
+    want, got = (y if isinstance(y, torch.Tensor) else y[0] for y in (want, got))
+    assert relative_error(got, want.detach()) == 0
+    (got * torch.randn_like(got)).sum().backward()
+    alphas = {k: p for k, p in model.named_parameters() if "mrla" in k}
+    assert len(alphas) == (5 if name == "swin" else 8)
+    assert all(p.grad.count_nonzero() == len(p) for p in alphas.values())
+    with record_layer_attention(model) as rec:
+        model(x)
+    assert [g.sources for g in rec.groups][-1][:2] == ("in", "0")
+    with pytest.raises(ValueError, match="must be 0, got 0.5"):
+        LayerAttentionWrapper(backbone(), DENSE, mrla_drop_path_rate=0.5)
+
+
+@pytest.mark.parametrize("attention", [FULL, dict(FULL, block_size=3), DENSE], ids=str)
+def test_timms_networks_compute_the_same(attention):
+    timm = pytest.importorskip("timm")
+    from timm.models.vision_transformer import ResPostBlock
+
+    from mmrla.timm import from_mmrla
+
+    model = filled(vit(attention))
+    head = {"head.layers.head.weight": torch.eye(32), "head.layers.head.bias": torch.zeros(32)}
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    kwargs = dict(img_size=(40, 56), patch_size=8, embed_dim=32, depth=DEPTH, num_heads=HEADS,
+                  mlp_ratio=1.5, num_classes=32)  # fmt: skip
+    name = "vit_tiny_patch16_224_mrla_light"
+    other = timm.create_model(name, layer_attention=attention, **kwargs)
+    other.load_state_dict(from_mmrla({**state, **head}))
+    x = images()
+    results = []
+    for checkpointing in (False, True):
+        other.set_grad_checkpointing(checkpointing)
+        other.zero_grad()
+        out = other(x)
+        assert relative_error(out, model(x)[0].detach()) < 1e-4
+        out.square().mean().backward()
+        results.append([p.grad.clone() for p in other.parameters()])
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="must be 0, got 0.1"):
+        timm.create_model(name, layer_attention=attention, mrla_drop_path_rate=0.1, **kwargs)
+    if attention is not DENSE:
+        with pytest.raises(ValueError, match="AttnRes: it sits behind each sub-layer"):
+            timm.create_model(name, layer_attention=attention, block_fn=ResPostBlock, **kwargs)
+
+
+SUBLAYER = "AttnRes: it sits behind each sub-layer of a transformer, in place of the residual str"
+OUTPUT = "DenseFormer: it sits at a layer's output, which it replaces; there "
+
+
+@pytest.mark.parametrize(
+    ("build", "attention", "message"),
+    [
+        (lambda la: MRLAResNet(18, layer_attention=la), FULL, SUBLAYER),
+        (lambda la: MRLAResNet(18, layer_attention=la), DENSE, OUTPUT + "MRLAResNet has no place"),
+        (lambda la: MRLACeiT("tiny", layer_attention=la), FULL, SUBLAYER),
+        (lambda la: MRLAEfficientNet("b0", layer_attention=la), DENSE, OUTPUT),
+        (lambda la: MRLAPyramidVisionTransformerV2("b0", layer_attention=la), FULL, SUBLAYER),
+        (
+            lambda la: LayerAttentionWrapper(dict(type="mmpretrain.SwinTransformer"), la),
+            FULL,
+            SUBLAYER,
+        ),
+        (lambda la: vit(la, mrla_drop_path_rate=0.1), FULL, "AttnRes adds nothing there.*got 0.1"),
+        (vit, dict(FULL, block_size=0), "block_size must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(build, attention, message):
+    with pytest.raises(ValueError, match=message):
+        build(attention)
+
+
+def test_wrong_types_are_refused():
+    with pytest.raises(TypeError, match="block_size must be an int, got '4'"):
+        AttnRes(8, block_size="4")
+    with pytest.raises(TypeError, match="layer_attention DenseFormer.*'index'"):
+        vit(dict(DENSE, index=3))
