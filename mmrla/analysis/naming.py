@@ -31,18 +31,18 @@ DETECTORS = {
 }
 ATTENTIONS = {
     "": "",
-    "MRLALight": " + MRLA-light",
-    "MRLABase": " + MRLA-base",
-    "MLA": " + MLA",
-    "LinearRLA": " + linear RLA",
-    "DWConv": " + DWConv",
-    "DIAUnit": " + DIA",
-    "RecurrentLayerAggregation": " + RLA_g",
-    "DLALight": " + DLA-light",
-    "DLABase": " + DLA-base",
-    "KCLA": " + KCLA",
-    "AttnRes": " + AttnRes",
-    "DenseFormer": " + DenseFormer",
+    "MRLALight": "MRLA-light",
+    "MRLABase": "MRLA-base",
+    "MLA": "MLA",
+    "LinearRLA": "linear RLA",
+    "DWConv": "DWConv",
+    "DIAUnit": "DIA",
+    "RecurrentLayerAggregation": "RLA_g",
+    "DLALight": "DLA-light",
+    "DLABase": "DLA-base",
+    "KCLA": "KCLA",
+    "AttnRes": "AttnRes",
+    "DenseFormer": "DenseFormer",
 }
 # Plugins: what the literature calls them; other classes go by their own name.
 PLUGINS = {

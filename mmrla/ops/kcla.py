@@ -217,8 +217,10 @@ class _Tail(torch.autograd.Function):
                 leaves,
                 [g for g in (grad_share, grad_factor, grad_total) if g is not None],
             )  # fmt: skip
-            grad_y.add_(grad).add_(whole_map._on_map(found[0] / z[0, 0].numel(), grad_y))
-            grad_z, grad_s, *grad_norm = whole_map._start_backward(grad_y, y, z, norm, *used)
+            grad_y.add_(grad)
+            grad_z, grad_s, *grad_norm = whole_map._start_backward(
+                grad_y, found[0], y, z, norm, *used
+            )
         small = (*grad_norm, *found[1:3], grad_taps, found[3], *grad_out_norm)
         return (
             None, None, None, grad_z, grad_s, grad_earlier, *(found[4:] or [None]), None, None,

@@ -169,9 +169,14 @@ def _start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _start_backward(
-    grad_y: Tensor, y: Tensor, z: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of z, s and the norm's weight and bias; ``grad_y`` becomes that of s."""
+    grad_y: Tensor, grad_means: Tensor, y: Tensor, z: Tensor, norm: Norm, mean: Tensor,
+    inverse: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of z, s and the norm's weight and bias; ``grad_y`` becomes that of s.
+
+    ``grad_means`` is the gradient of y's channel means, ``[B, C]``.
+    """
+    _add(grad_y, _on_map(grad_means / z[0, 0].numel(), grad_y))
     grad_s = aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
     grad_z, grad_weight, grad_bias = _norm_backward(grad_s, z, norm, mean, inverse)
     return grad_z, grad_s, grad_weight, grad_bias
@@ -274,8 +279,8 @@ def light_backward(
     grad_value = torch.mul(grad_o, per_channel(gate, w.head_channels).to(o.dtype), out=room)
     y = _y_again(z, s, norm, mean, inverse)
     grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
-    _add(grad_y.add_(grad), _on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
-    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
+    grad_y.add_(grad)
+    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
     grad_s = grad_o.mul_(_on_map(w.lambda_t, o)).add_(grad_sum)
     return (
         grad_z, grad_s, *grad_norm, *grad_projections, grad_taps, grad_lambda, *grad_out_norm,
@@ -340,8 +345,8 @@ def base_backward(
         _add(grad_value, _on_map(factor, o), left)
     y = _y_again(z, s, norm, mean, inverse)
     grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
-    _add(grad_y.add_(grad), _on_map(grad_means / (z.shape[2] * z.shape[3]), grad_y))
-    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, y, z, norm, mean, inverse)
+    grad_y.add_(grad)
+    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
     return (
         grad_z, grad_sum, *grad_norm, *grad_projections[:2], grad_taps, *grad_out_norm,
         grad_projections[2:], grad_o, factors,

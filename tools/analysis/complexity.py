@@ -195,8 +195,8 @@ def _position(row: Row) -> tuple:
 
 
 def _name(row: Row) -> str:
-    parts = row.attention.split(" + ")
-    name = row.backbone + "".join(ATTENTIONS.get(part, f" + {part}") for part in parts)
+    parts = row.attention.split(" + ") if row.attention else []
+    name = " + ".join([row.backbone, *(ATTENTIONS.get(part, part) for part in parts)])
     size = row.options.get("block_size")
     return f"{name}, blocks of {size}" if size else name
 

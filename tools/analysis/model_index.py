@@ -50,9 +50,7 @@ def architecture(model: Config) -> list[str]:
     attention = backbone.get("layer_attention")
     kinds = [short_type(attention)] if attention else []
     kinds += [short_type(plugin.cfg) for plugin in backbone.get("plugins") or ()]
-    names = [
-        ATTENTIONS.get(kind, "").removeprefix(" + ") or PLUGINS.get(kind, kind) for kind in kinds
-    ]
+    names = [{**PLUGINS, **ATTENTIONS}.get(kind, kind) for kind in kinds]
     return found + list(dict.fromkeys(names))
 
 
