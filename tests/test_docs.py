@@ -47,7 +47,7 @@ REASONS = {
     "run by tests/commands/test_run.py on data of its own",
     "needs several processes with a GPU each",
 }
-SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex"}
+SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex", "diff"}
 SMALL = (
     "--cfg-options model.backbone.depth=18 model.backbone.stem_channels=32"
     " model.backbone.base_channels=32 model.head.in_channels=256"
@@ -291,6 +291,20 @@ def test_commands(commands, checkout):
         bad = 1 if "check-env" in command else 0
         assert done.returncode in (0, bad), f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         assert done.stdout.strip() or done.stderr.strip(), command
+
+
+def test_diffs_are_of_the_files():
+    hunks = 0
+    for block in RUN:
+        if block.language == "diff":
+            for part in re.split(r"^\+\+\+ b/", block.text, flags=re.M)[1:]:
+                path, *lines = part.splitlines()
+                text = (ROOT / path).read_text()
+                for hunk in "\n".join(lines).split("\n@@\n"):
+                    added = "\n".join(line.removeprefix("+") for line in hunk.strip().splitlines())
+                    assert added in text, f"{block.id}: not in {path}:\n{added}"
+                    hunks += 1
+    assert hunks > 5
 
 
 # Python

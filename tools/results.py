@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ class Experiment(NamedTuple):
     epochs: int | None = None
     hours: float = 0.0
     """What a run takes on one CPU thread, about."""
+    compiled: bool = False
+    """Whether torch.compile is used; times are those of such runs alone."""
 
 
 _R20 = {"model.backbone.depth": 20}
@@ -69,8 +72,9 @@ EXPERIMENTS = {
     "cifar": Experiment(
         "CIFAR-10, short schedule",
         "ResNet-20 of basic blocks, 10,000 training images (one draw), 12 epochs from scratch, "
-        "steps of the learning rate in proportion, batch 128, bfloat16 autocast; top-1 of the last "
-        "epoch on all 10,000 test images.",
+        "steps of the learning rate in proportion, batch 128, bfloat16 autocast, torch.compile; "
+        "top-1 of the last epoch on all 10,000 test images. Times are those of compiled runs, the "
+        "epoch that compiles left out.",
         {"top1": "top-1"},
         (
             Row("plain", "cifar/resnet20_plain_cifar10.py"),
@@ -96,11 +100,12 @@ EXPERIMENTS = {
         ),
         epochs=12,
         hours=0.1,
+        compiled=True,
     ),
     "cifar-vit": Experiment(
         "CIFAR-10, short schedule, vision transformer",
         "The same images and epochs; a small ViT: patches of 4 pixels, 8 blocks of 64 channels, "
-        "AdamW, warm-up and cosine in proportion.",
+        "AdamW, warm-up and cosine in proportion; bfloat16 autocast, torch.compile.",
         {"top1": "top-1"},
         (
             Row("plain", "cifar/vit_plain_cifar10.py"),
@@ -110,6 +115,7 @@ EXPERIMENTS = {
         ),
         epochs=12,
         hours=0.1,
+        compiled=True,
     ),
     "bccd": Experiment(
         "Blood cells: RetinaNet on real ImageNet weights",
@@ -160,7 +166,7 @@ def train_cifar(row: Row, seed: int, experiment: Experiment, folder: Path, data:
     set_data_root(cfg, str(data))
     run(
         cfg, folder / "log.jsonl", seed, torch.device("cpu"), row.epochs or experiment.epochs,
-        amp=True, images=IMAGES, name=row.name, eval_interval=3,
+        amp=True, compiled=experiment.compiled, images=IMAGES, name=row.name, eval_interval=3,
     )  # fmt: skip
 
 
@@ -198,8 +204,10 @@ def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
         if len(lines) < settings["epochs"]:
             return None
         points = [(line["epoch"], [line["top1"]]) for line in lines if "top1" in line]
-        seconds = sum(line["seconds"] for line in lines)
+        # The first epoch compiles.
+        seconds = len(lines) * median(line["seconds"] for line in lines)
         text, device = log.read_bytes(), settings["device"]
+        compiled = settings.get("compiled", False)
     elif (folder / "finished").exists():
         path = newest(folder, "*/vis_data/scalars.json")
         found = [line for line in read_scalars(path) if set(experiment.metrics) <= line.keys()]
@@ -208,12 +216,12 @@ def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
             for line in found
         ]
         seconds = json.loads((folder / "seconds.json").read_text())
-        text, device = path.read_bytes(), "cpu"
+        text, device, compiled = path.read_bytes(), "cpu", False
     else:
         return None
     return dict(
         curve=points, seconds=round(seconds), digest=hashlib.sha256(text).hexdigest()[:12],
-        device=device, torch=torch.__version__, date=date.today().isoformat(),
+        device=device, compiled=compiled, torch=torch.__version__, date=date.today().isoformat(),
     )  # fmt: skip
 
 
@@ -229,6 +237,12 @@ def collect(place: Place) -> dict[str, dict[str, dict[str, Any]]]:
                     if found is not None:
                         runs[str(seed)] = found
     return record
+
+
+def _seconds(runs: Mapping[str, Mapping[str, Any]], compiled: bool) -> float | None:
+    """Mean time of the runs that were, or were not, compiled; None if there are none."""
+    found = [r["seconds"] for r in runs.values() if r.get("compiled", False) is compiled]
+    return mean(found) if found else None
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -255,10 +269,10 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
         both = [seed for seed in last if seed in plain]
         gains = [last[seed][0] - plain[seed]["curve"][-1][1][0] for seed in both]
         cells.append("" if row is experiment.rows[0] or not gains else _spread(gains, "+"))
-        seconds = mean(found["seconds"] for found in of_row.values())
-        cells.append(f"{seconds:.0f}")
-        times = [of_row[seed]["seconds"] / plain[seed]["seconds"] for seed in both]
-        cells.append(f"{mean(times):.2f}" if times else "")
+        seconds = _seconds(of_row, experiment.compiled)
+        of_plain = _seconds(plain, experiment.compiled)
+        cells.append(f"{seconds:.0f}" if seconds else "")
+        cells.append(f"{seconds / of_plain:.2f}" if seconds and of_plain else "")
         cells.append(" ".join(f"`{found['digest']}`" for _, found in sorted(of_row.items())))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -296,7 +310,7 @@ def draw(record: Mapping[str, Any]) -> None:
             epochs = [point[0] for point in runs[0]["curve"]]
             values = [[run["curve"][i][1][0] for run in runs] for i in range(len(epochs))]
             centre = [mean(v) for v in values]
-            seconds = mean(run["seconds"] for run in runs)
+            seconds = _seconds(record[name][row.name], experiment.compiled) or math.nan
             for axis, x in (
                 (by_epoch, epochs),
                 (by_time, [seconds * e / epochs[-1] for e in epochs]),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from mmrla.layers.layer_attention import PLACEMENTS, LayerAttention
@@ -14,6 +17,17 @@ TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
     "MRLALight": dict(value_act="gelu"),
 }
 """What hosts made of tokens prefer where a config is silent."""
+
+
+def layer_attentions() -> dict[str, type[LayerAttention]]:
+    """All layer attentions of the modules beside this one, by the names of their classes."""
+    found = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        for name, cls in vars(import_module(f"mmrla.layers.{module.name}")).items():
+            is_type = isinstance(cls, type) and issubclass(cls, LayerAttention)
+            if is_type and cls.__name__ == name and not inspect.isabstract(cls):
+                found[name] = cls
+    return found
 
 
 def layer_attention_class(

@@ -5,40 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmrla.layers import (
-    KCLA,
-    MLA,
-    AttnRes,
-    DenseFormer,
-    DIAUnit,
-    DLABase,
-    DLALight,
-    DWConv,
-    LayerAttention,
-    LinearRLA,
-    MRLABase,
-    MRLALight,
-    RecurrentLayerAggregation,
-)
-from mmrla.layers.builder import build, check_placement
+from mmrla.layers import LayerAttention
+from mmrla.layers.builder import build, check_placement, layer_attentions
 from mmrla.layers.builder import layer_attention_class as class_of
 from mmrla.registry import LAYER_ATTENTIONS
 
 # Registered here, not by decorators there: the layers' floor knows torch alone.
-for _layer_attention in (
-    MRLALight,
-    MRLABase,
-    MLA,
-    LinearRLA,
-    DWConv,
-    DIAUnit,
-    RecurrentLayerAggregation,
-    DLALight,
-    DLABase,
-    KCLA,
-    AttnRes,
-    DenseFormer,
-):
+for _layer_attention in layer_attentions().values():
     LAYER_ATTENTIONS.register_module(module=_layer_attention)
 
 

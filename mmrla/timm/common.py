@@ -8,18 +8,18 @@ from typing import Any
 from timm.layers import DropPath, use_reentrant_ckpt
 from torch import Tensor, nn
 
-from mmrla import layers
 from mmrla.layers import LayerAttention
-from mmrla.layers.builder import build, check_placement, layer_attention_class
+from mmrla.layers.builder import (
+    build,
+    check_placement,
+    layer_attention_class,
+    layer_attentions,
+)
 
 Config = Mapping[str, Any] | str
 """``dict(type='MRLALight', ...)``, or a name alone."""
 
-_KNOWN: dict[str, type] = {
-    name: cls
-    for name, cls in vars(layers).items()
-    if isinstance(cls, type) and issubclass(cls, LayerAttention) and cls is not LayerAttention
-}
+_KNOWN = layer_attentions()
 
 
 def build_attention(
