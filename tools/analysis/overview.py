@@ -1,4 +1,7 @@
-"""Draw how a layer reads earlier ones: the README's picture, with a result, and the family.
+"""Draw how a layer reads earlier ones, and write what was measured beside each layer attention.
+
+The README's picture, that of the family, and the last column of the table in
+docs/layer_attentions.md.
 
 Results come from docs/results.json, which `make results` writes.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -127,6 +130,40 @@ def draw_result(axis: Axes, runs: dict[str, dict[str, Any]]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+# A type, and its rows in docs/results.json.
+MEASURED = {
+    "DIAUnit": ("cifar", "DIA"),
+    "RecurrentLayerAggregation": ("cifar", "RLA_g"),
+    "MRLABase": ("cifar", "base"),
+    "MRLALight": ("cifar", "light"),
+    "DLALight": ("cifar", "DLA"),
+    "DenseFormer": ("cifar-vit", "DenseFormer"),
+    "KCLA": ("cifar", "KCLA"),
+    "AttnRes": ("cifar-vit", "AttnRes"),
+}
+
+
+def gain(record: dict[str, Any], experiment: str, name: str) -> str:
+    """Accuracy over the plain network of the same seeds: mean, spread and number of seeds."""
+    plain, runs = record[experiment]["plain"], record[experiment][name]
+    both = [seed for seed in runs if seed in plain]
+    if not both:
+        return "not run"
+    gains = [runs[seed]["curve"][-1][1][0] - plain[seed]["curve"][-1][1][0] for seed in both]
+    spread = f" ± {stdev(gains):.1f}" if len(gains) > 1 else ""
+    return f"{mean(gains):+.1f}{spread} ({len(gains)})"
+
+
+def write_gains(page: Path, record: dict[str, Any]) -> None:
+    """Fill the last column of the page's table of types."""
+    lines = page.read_text().splitlines()
+    for kind, row in MEASURED.items():
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(f"| `{kind}`"))
+        cells = lines[at].split(" |")
+        lines[at] = " |".join([*cells[:-2], " " + gain(record, *row), ""])
+    page.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images", help="folder")
@@ -139,7 +176,9 @@ def main() -> None:
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     idea, result = figure.subplots(1, 2, width_ratios=(2.3, 1))
     draw_idea(idea)
-    draw_result(result, json.loads((ROOT / "docs/results.json").read_text())["cifar"])
+    record = json.loads((ROOT / "docs/results.json").read_text())
+    draw_result(result, record["cifar"])
+    write_gains(ROOT / "docs/layer_attentions.md", record)
     print(save(figure, args.out / "overview.png"))
 
 
