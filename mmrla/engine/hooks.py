@@ -47,7 +47,9 @@ class CheckLoadHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Called by the runner between reading a checkpoint and filling the model."""
-        model = unwrapped(runner.model)
+        # Of spread weights a process has a part alone.
+        whole = getattr(getattr(runner, "strategy", None), "unsharded", None)
+        model = unwrapped(runner.model) if whole is None else whole
         state = state_dict_of(checkpoint)
         report, fitting = compare(model, state)
         # A runner that tests has no training loop built.

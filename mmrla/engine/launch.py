@@ -269,6 +269,8 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 
+        if cfg.launcher == "none" and type_name(cfg.get("strategy")) == "FSDPStrategy":
+            cfg.strategy = dict(type="SingleDeviceStrategy")  # nothing to spread weights over
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -84,3 +85,20 @@ class DigestHook(Hook):
         for _, value in sorted(runner.model.module.state_dict().items()):
             digest.update(value.numpy().tobytes())
         Path(runner.work_dir, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
+
+
+@HOOKS.register_module()
+class LossesHook(Hook):
+    """Writes the losses of each process to the work dir."""
+
+    def before_train(self, runner):
+        self.losses = []
+        kinds = [type(module).__name__ for module in runner.model.modules()]
+        print("FSDP units:", sum("FullyShardedDataParallel" in kind for kind in kinds))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(outputs["loss"].item())
+
+    def after_train(self, runner):
+        path = Path(runner.work_dir, f"losses{runner.rank}.json")
+        path.write_text(json.dumps(self.losses))
