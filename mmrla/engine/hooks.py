@@ -135,8 +135,8 @@ class LayerAttentionVisHook(Hook):
         max_images: Images of the batch to take the mean over.
 
     Raises:
-        ValueError: A number below 1; before training, a network without layer attention; with the
-            first picture, a head that a group does not have.
+        ValueError: A number below 1; before training, a network without layer attention or
+            with weights spread by FSDP; with the first picture, a head that a group does not have.
         TypeError: Before training, a layer attention that does not tell what it attends to.
     """
 
@@ -156,6 +156,8 @@ class LayerAttentionVisHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse a network that cannot be recorded before anything has been trained."""
+        if hasattr(getattr(runner, "strategy", None), "unsharded"):
+            raise ValueError("LayerAttentionVisHook: no process has all weights with FSDP")
         LayerAttentionRecorder(unwrapped(runner.model))
 
     @master_only

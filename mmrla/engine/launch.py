@@ -27,6 +27,7 @@ from mmrla.engine.data_check import (
     type_name,
 )
 from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
+from mmrla.engine.strategy import use_one_process
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -259,7 +260,7 @@ def build_runner(cfg: Config) -> Runner:
 
     Args:
         cfg: A config as :func:`load_config` returns it, with ``work_dir``; where there is no GPU
-            it gets a ``mmrla.TrimHeapHook``.
+            it gets a ``mmrla.TrimHeapHook``, and without a launcher loses its ``strategy``.
 
     Returns:
         mmengine's Runner, or what ``runner_type`` names; ``train()`` and ``test()`` start it.
@@ -269,8 +270,7 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 
-        if cfg.launcher == "none" and type_name(cfg.get("strategy")) == "FSDPStrategy":
-            cfg.strategy = dict(type="SingleDeviceStrategy")  # nothing to spread weights over
+        use_one_process(cfg)
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from mmengine import _strategy
-from torch import nn
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from mmrla.engine.data_check import type_name
 from mmrla.registry import STRATEGIES
 
 
@@ -17,16 +20,19 @@ from mmrla.registry import STRATEGIES
 class FSDPStrategy(_strategy.FSDPStrategy):
     """mmengine's strategy for its ``FlexibleRunner``, which trains with gloo where there is no GPU.
 
-    Checkpoints hold the whole network, in one file that every runner loads.
+    A checkpoint is one file with the whole network, which any runner loads. Weight decay and
+    clipping of gradients are those of one process: mmengine's strategy takes every weight for a
+    flat one, and each process clips by the norm of its own part.
 
     Args:
-        model_wrapper: As in :class:`mmengine._strategy.FSDPStrategy`; ``use_orig_params`` is True.
+        model_wrapper: As in :class:`mmengine._strategy.FSDPStrategy`; ``use_orig_params`` is always
+            True.
         state_dict_cfg: Likewise, but ``'full'`` by default.
         **kwargs: Likewise.
     """
 
     unsharded: nn.Module
-    """The network before it was spread, without values: keys and shapes of a checkpoint."""
+    """The network before its weights were spread, on the device ``meta``."""
 
     def __init__(
         self,
@@ -35,29 +41,43 @@ class FSDPStrategy(_strategy.FSDPStrategy):
         state_dict_cfg: str | dict = "full",
         **kwargs: Any,
     ) -> None:
-        default: dict = dict(type="MMFullyShardedDataParallel", use_orig_params=True)
+        model_wrapper = {"type": "MMFullyShardedDataParallel", **(model_wrapper or {})}
+        model_wrapper["use_orig_params"] = True
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
-            default["device_id"] = torch.device("cpu")  # mmengine names a GPU
-        super().__init__(
-            model_wrapper={**default, **(model_wrapper or {})},
-            state_dict_cfg=state_dict_cfg,
-            **kwargs,
-        )
+            model_wrapper["device_id"] = torch.device("cpu")  # mmengine names a GPU
+        super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
         if on_cpu:
-            # What is there already would not be copied, and its memory is freed: torch crashes.
+            # FSDP would not copy what is there already, free its memory, and crash.
             self.state_dict_config.offload_to_cpu = False
             self.optim_state_dict_config.offload_to_cpu = False
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """As the ancestor's; keeps the keys and shapes of the whole network."""
+        """As the ancestor's; keeps names and shapes of the whole network."""
         model = super().build_model(model)
-        tensors = (*model.parameters(), *model.buffers())
-        self.unsharded = copy.deepcopy(model, {id(t): t.detach().to("meta") for t in tensors})
+        empty: dict[int, Tensor] = {id(b): b.to("meta") for b in model.buffers()}
+        for p in model.parameters():
+            empty[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        self.unsharded = copy.deepcopy(model, empty)
         return model
 
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        """As the ancestor's, from shapes that FSDP has not made flat."""
+        wrapper = super().build_optim_wrapper(optim_wrapper, self.unsharded)
+        if isinstance(wrapper, OptimWrapper):
+            shards = {
+                name.replace("_fsdp_wrapped_module.", ""): p
+                for name, p in self.model.named_parameters()
+            }
+            of_whole = {id(p): shards[name] for name, p in self.unsharded.named_parameters()}
+            for group in wrapper.optimizer.param_groups:
+                group["params"] = [of_whole[id(p)] for p in group["params"]]
+            if wrapper.clip_grad_kwargs and wrapper.clip_func is nn.utils.clip_grad_norm_:
+                wrapper.clip_func = lambda _, **kwargs: self.model.clip_grad_norm_(**kwargs)
+        return wrapper
+
     def model_state_dict(self) -> dict:
-        """As the ancestor's, of plain tensors: what FSDP notes on its own is not safe to load."""
+        """As the ancestor's, of plain tensors: FSDP leaves marks that are not safe to load."""
         state = super().model_state_dict()
         if self._is_full_state_dict():
             for key, value in state.items():
@@ -70,3 +90,11 @@ class FSDPStrategy(_strategy.FSDPStrategy):
             model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict
         )
         self.optim_wrapper.load_state_dict(own)
+
+
+def use_one_process(cfg: Config) -> None:
+    """Have a run that no launcher started do without a strategy for several processes, in place."""
+    if cfg.launcher == "none" and "strategy" in cfg:
+        cfg.strategy = dict(type="SingleDeviceStrategy")
+        if type_name(cfg.get("optim_wrapper")) == "DeepSpeedOptimWrapper":
+            cfg.optim_wrapper.type = "OptimWrapper"

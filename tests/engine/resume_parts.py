@@ -89,16 +89,16 @@ class DigestHook(Hook):
 
 @HOOKS.register_module()
 class LossesHook(Hook):
-    """Writes the losses of each process to the work dir."""
+    """Each process writes its losses, and how many units FSDP has made of the network."""
 
     def before_train(self, runner):
+        names = [type(module).__name__ for module in runner.model.modules()]
+        self.units = sum("FullyShardedDataParallel" in name for name in names)
         self.losses = []
-        kinds = [type(module).__name__ for module in runner.model.modules()]
-        print("FSDP units:", sum("FullyShardedDataParallel" in kind for kind in kinds))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.losses.append(outputs["loss"].item())
 
     def after_train(self, runner):
-        path = Path(runner.work_dir, f"losses{runner.rank}.json")
-        path.write_text(json.dumps(self.losses))
+        found = dict(losses=self.losses, units=self.units)
+        Path(runner.work_dir, f"losses{runner.rank}.json").write_text(json.dumps(found))
