@@ -54,12 +54,12 @@ class FSDPStrategy(_strategy.FSDPStrategy):
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """As the ancestor's; keeps names and shapes of the whole network."""
-        model = super().build_model(model)
-        empty: dict[int, Tensor] = {id(b): b.to("meta") for b in model.buffers()}
-        for p in model.parameters():
+        built: nn.Module = super().build_model(model)
+        empty: dict[int, Tensor] = {id(b): b.to("meta") for b in built.buffers()}
+        for p in built.parameters():
             empty[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        self.unsharded = copy.deepcopy(model, empty)
-        return model
+        self.unsharded = copy.deepcopy(built, empty)
+        return built
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
         """As the ancestor's, from shapes that FSDP has not made flat."""
