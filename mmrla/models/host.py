@@ -102,11 +102,11 @@ class LayerAttentionHost:
                 if isinstance(module, NORMS):
                     module.requires_grad_(True)
 
-    def _rest_unreached(self) -> None:
-        """For the end of constructors: see :func:`rest_unreached`."""
+    def _freeze_unused_parameters(self) -> None:
+        """For the end of constructors: see :func:`freeze_unused_parameters`."""
         stages = getattr(self, "res_layers", None) or self.layers
         if max(self.out_indices) < len(stages) - 1:
-            rest_unreached(self, (1, self._image_channels, 64, 64))
+            freeze_unused_parameters(self, (1, self._image_channels, 64, 64))
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
@@ -161,7 +161,7 @@ class LayerAttentionHost:
                 yield module
 
 
-def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
+def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> None:
     """Parameters that no output depends on no longer require a gradient, in place.
 
     Those behind the last of ``out_indices`` never get one, and DDP, without

@@ -91,7 +91,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
         self._free_fresh_norms()
         if self.frozen_stages > 0:
             self._freeze_stages()
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def _build_mrla(self, index: int, layer: Any, norm_cfg: Any, rate: float) -> nn.Module:
         cfg: Any = self.layer_attention

@@ -31,7 +31,7 @@ from mmrla.models.host import (
     _simple,
     branch_rate,
     check_drop_path_rate,
-    rest_unreached,
+    freeze_unused_parameters,
 )
 from mmrla.models.tracing import (
     PROJECTION,
@@ -248,7 +248,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
         self._free_fresh_norms()
         if hasattr(self.joined_from[1], "_freeze_stages"):
             self._freeze_stages()
-        rest_unreached(self, image_shape)
+        freeze_unused_parameters(self, image_shape)
 
     def init_weights(self) -> None:
         """As the backbone's. One that is none of mmengine's keeps the weights that it came with."""

@@ -92,7 +92,7 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
                     branch_rate(mrla_drop_path_rate, block.ffn),
                 )
         self._free_fresh_norms()
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def init_weights(self) -> None:
         """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.

@@ -348,7 +348,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         self._concatenates = self.mrla_output is not None and last.concat_output
         if self._concatenates:
             self.feat_dim += last.hidden_channels
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def _last_attention(self) -> Any:
         return getattr(self, self.res_layers[-1])[-1].mrla
