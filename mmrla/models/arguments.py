@@ -204,7 +204,7 @@ def check_patches(img_size: Any, patch_size: Any) -> None:
 
 
 @contextmanager
-def naming(owner: str, given: Mapping[str, Any]) -> Iterator[None]:
+def name_arguments_in_errors(owner: str, given: Mapping[str, Any]) -> Iterator[None]:
     """Have whatever a constructor raises name its arguments.
 
     A ValueError or TypeError that names one of them, or a part of mmrla, passes as it is; anything

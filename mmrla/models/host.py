@@ -17,7 +17,7 @@ from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
 from mmrla.layers.checks import check_bool
 from mmrla.layers.layer_attention import start_as_identity
-from mmrla.models.arguments import check_rate, naming
+from mmrla.models.arguments import check_rate, name_arguments_in_errors
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
@@ -87,7 +87,7 @@ class LayerAttentionHost:
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
             kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
         )
-        with naming(type(self).__name__, kwargs):
+        with name_arguments_in_errors(type(self).__name__, kwargs):
             super().__init__(*args, **kwargs)
         self._free_fresh_norms()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import OpenReLU
 from mmrla.layers.norm import is_plain
-from mmrla.models.arguments import check_arguments, naming
+from mmrla.models.arguments import check_arguments, name_arguments_in_errors
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
@@ -327,7 +327,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         given = {**kwargs, "mrla_act_cfg": mrla_act_cfg}
         check_arguments(ResNet, given, stages=stages, outputs=stages, frozen=stages)
         if mrla_act_cfg is not None:
-            with naming(type(self).__name__, dict(mrla_act_cfg=mrla_act_cfg)):
+            with name_arguments_in_errors(type(self).__name__, dict(mrla_act_cfg=mrla_act_cfg)):
                 build_activation_layer(mrla_act_cfg)
         self.plugins = check_plugins(plugins, stages, self.arch_settings[depth][0].convs)
         # Before the ancestor's constructor, which calls make_res_layer.
