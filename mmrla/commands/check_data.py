@@ -17,7 +17,7 @@ from mmrla.datasets.voc import read_set
 from mmrla.engine.check_sets import DataSet, print_report, sets_in, sets_of_config, write_json
 from mmrla.engine.config_check import OptionAction, read_config
 from mmrla.engine.data_check import set_data_root
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.launch import find_config
 
 
@@ -113,7 +113,7 @@ def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found; 1 if there are errors, else 0."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")

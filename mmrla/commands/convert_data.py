@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmrla.datasets.convert import convert_data
 from mmrla.engine.check_sets import print_report, sets_in
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert and check; 1 if the check finds errors, else 0."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         done = convert_data(args.source, args.out, args.val, args.seed, args.link)
         print(f"{args.source}: {done.format}, {len(done.classes)} classes: {done.classes}")
         for name, (images, objects) in done.counts.items():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.export import (
     PARTS,
     export_onnx,
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the graph and compare; exits with an error if it differs from torch."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if min(args.size) < 1:
             raise ValueError(f"--size must be positive, got {args.size[0]} {args.size[1]}")
         if args.int8 and args.size[0] != args.size[1]:

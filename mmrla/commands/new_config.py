@@ -12,7 +12,7 @@ from typing import Any
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.voc import read_set
 from mmrla.engine.check_sets import DataSet, sets_in
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 GPU_IMAGES, CPU_IMAGES = 48_000, 1_200
@@ -108,7 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the config; exits with status 2 and one line if the data does not allow it."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if args.out.suffix != ".py":
             raise ValueError(f"the config's name must end in .py, got {args.out.name!r}")
         if args.out.exists():

@@ -17,7 +17,7 @@ from mmengine.registry import DefaultScope
 from tqdm import tqdm
 
 from mmrla.engine.config_check import OptionAction
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import choose_device, find_images
 from mmrla.engine.network import Network, build_network, read_image
 from mmrla.engine.report import draw_sample
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict; exits with status 2 and one line if the input is wrong."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if args.score_thr is not None and not 0 <= args.score_thr <= 1:
             raise ValueError(f"--score-thr must be from 0 to 1, got {args.score_thr}")
         if args.json is not None and not args.json.absolute().parent.is_dir():

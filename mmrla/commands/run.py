@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 
 def find_script(name: str) -> Path:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rest", nargs=argparse.REMAINDER, metavar="...", help="what the program takes"
     )
     args = parser.parse_args(argv)
-    with reporting_errors(FileNotFoundError):
+    with exit_with_message(FileNotFoundError):
         script = find_script(args.script)
     before = sys.argv, list(sys.path)
     sys.argv = [str(script), *args.rest]

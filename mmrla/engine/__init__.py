@@ -2,7 +2,8 @@
 
 from mmrla.engine.amp import AmpOptimWrapper
 from mmrla.engine.data_check import check_data, set_data_root
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.errors import reporting_errors as reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
 from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, LogIntervalHook, TrimHeapHook
@@ -24,9 +25,9 @@ __all__ = [
     "TrimHeapHook",
     "build_runner",
     "check_data",
+    "exit_with_message",
     "init_cpu_distributed",
     "load_config",
-    "reporting_errors",
     "set_data_root",
     "use_channels_last",
 ]

@@ -18,7 +18,7 @@ _IN_WORKER = "Original Traceback (most recent call last)"
 
 
 @contextmanager
-def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
+def exit_with_message(*kinds: type[Exception]) -> Iterator[None]:
     """Turn what is wrong with the input into one line on stderr and exit status 2.
 
     ``MMRLA_TRACEBACK=1`` shows the traceback.
@@ -43,3 +43,6 @@ def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
             message = message.strip().splitlines()[-1]
         print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+reporting_errors = exit_with_message  # its name in earlier versions
