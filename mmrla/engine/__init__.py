@@ -5,7 +5,7 @@ from mmrla.engine.data_check import check_data, set_data_root
 from mmrla.engine.errors import exit_with_message
 from mmrla.engine.errors import reporting_errors as reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
-from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
+from mmrla.engine.finite_check import NonFiniteError, NonFiniteGuardHook
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, LogIntervalHook, TrimHeapHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 from mmrla.engine.layout import ChannelsLastHook, use_channels_last
