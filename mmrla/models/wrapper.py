@@ -47,30 +47,30 @@ from mmrla.registry import MODELS
 
 
 def _restore(mixin: type, base: type) -> Any:
-    return object.__new__(_joined(mixin, base))
+    return object.__new__(_mixed_class(mixin, base))
 
 
-_JOINED: dict[tuple[type, type], Any] = {}
+_MIXED: dict[tuple[type, type], Any] = {}
 
 
-def _joined(mixin: type, base: type) -> Any:
+def _mixed_class(mixin: type, base: type) -> Any:
     """``base`` with a mixin before it; the same class for the same two."""
-    if (mixin, base) not in _JOINED:
-        body = {"__module__": __name__, "joined_from": (mixin, base)}
+    if (mixin, base) not in _MIXED:
+        body = {"__module__": __name__, "mixed_from": (mixin, base)}
         name = f"{mixin.__name__}[{base.__name__}]"
-        _JOINED[mixin, base] = type(base)(name, (mixin, base), body)
-    return _JOINED[mixin, base]
+        _MIXED[mixin, base] = type(base)(name, (mixin, base), body)
+    return _MIXED[mixin, base]
 
 
-class _Joined:
-    joined_from: tuple[type, type]
+class MixedClass:
+    mixed_from: tuple[type, type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle could not find it by name.
-        return _restore, self.joined_from, self.__dict__
+        return _restore, self.mixed_from, self.__dict__
 
 
-class LayerWithAttention(_Joined):
+class LayerWithAttention(MixedClass):
     """Mixed in before the class of a layer that exists: the attention comes behind its forward."""
 
     mrla: LayerAttentionOnMap | LayerAttentionOnTokens | LayerAttention
@@ -114,7 +114,7 @@ class LayerWithAttention(_Joined):
 
 
 @MODELS.register_module()
-class LayerAttentionWrapper(_Joined, LayerAttentionHost):
+class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
     """A backbone of any package with a layer attention after each residual layer.
 
     What it returns *is* the backbone, its class extended: attributes, ``frozen_stages``,
@@ -178,7 +178,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             )
         if isinstance(built, LayerAttentionWrapper):
             raise ValueError(f"{name_of(built)} is wrapped already")
-        built.__class__ = _joined(LayerAttentionWrapper, type(built))
+        built.__class__ = _mixed_class(LayerAttentionWrapper, type(built))
         return built
 
     def __init__(
@@ -246,7 +246,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
                 f"outputs are {shapes_of(after)} with layer attention, {shapes_of(before)} without"
             )
         self._free_fresh_norms()
-        if hasattr(self.joined_from[1], "_freeze_stages"):
+        if hasattr(self.mixed_from[1], "_freeze_stages"):
             self._freeze_stages()
         freeze_unused_parameters(self, image_shape)
 
@@ -267,11 +267,11 @@ def _undo(backbone: Any) -> None:
         "keep_mrla_trainable",
     )
     for module in list(backbone.modules()):
-        if isinstance(module, _Joined):
+        if isinstance(module, MixedClass):
             module._modules.pop("mrla", None)
             for name in added:
                 module.__dict__.pop(name, None)
-            module.__class__ = module.joined_from[1]
+            module.__class__ = module.mixed_from[1]
 
 
 def _image_channels(backbone: Any) -> int:
@@ -282,7 +282,7 @@ def _image_channels(backbone: Any) -> int:
 
 def _norm_cfg_of(backbone: Any, cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the backbone takes for its norms: given, kept as an attribute, or its default."""
-    default = inspect.signature(backbone.joined_from[1].__init__).parameters.get("norm_cfg")
+    default = inspect.signature(backbone.mixed_from[1].__init__).parameters.get("norm_cfg")
     found = (
         cfg.get("norm_cfg"),
         getattr(backbone, "norm_cfg", None),
@@ -324,4 +324,4 @@ def _attach(
     layer.mrla_last = last
     layer.mrla_grid = call.grid() if with_grid else None
     layer.mrla_projects = call.projects
-    layer.__class__ = _joined(LayerWithAttention, type(layer))
+    layer.__class__ = _mixed_class(LayerWithAttention, type(layer))
