@@ -92,7 +92,7 @@ class Call:
 
 def name_of(backbone: Any) -> str:
     """The class of a wrapped backbone, for messages."""
-    return backbone.joined_from[1].__name__
+    return backbone.mixed_from[1].__name__
 
 
 def _matches(name: str, pattern: str) -> bool:

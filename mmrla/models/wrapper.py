@@ -54,7 +54,7 @@ _MIXED: dict[tuple[type, type], Any] = {}
 
 
 def _mixed_class(mixin: type, base: type) -> Any:
-    """``base`` with a mixin before it; the same class for the same two."""
+    """``base`` with a mixin before it: one class per pair, made once."""
     if (mixin, base) not in _MIXED:
         body = {"__module__": __name__, "mixed_from": (mixin, base)}
         name = f"{mixin.__name__}[{base.__name__}]"
@@ -63,6 +63,8 @@ def _mixed_class(mixin: type, base: type) -> Any:
 
 
 class MixedClass:
+    """Base of the mixins; pickles an object whose class was made by :func:`_mixed_class`."""
+
     mixed_from: tuple[type, type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
