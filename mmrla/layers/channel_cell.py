@@ -52,7 +52,7 @@ class ChannelCell(nn.Module):
         )
 
     def forward(self, y: Tensor, state: CellState | None) -> CellState:
-        """Map a summary ``[B, C]`` and the state, None for zeros, to the new state."""
+        """Map the channel means ``[B, C]`` and the state, None for zeros, to the new state."""
         hidden, cell = (torch.zeros_like(y),) * 2 if state is None else state
         gates = self.from_input(y) + self.from_hidden(hidden)
         write, forget, candidate, *output = gates.chunk(4 if self.output_gate else 3, dim=1)

@@ -24,8 +24,8 @@ class QueryKeyValue(LayerAttention):
         channels: C of the layer it sits after.
         head_channels: d_k, channels of one head, which divides C; or ``'all'``: C, one head.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
-        projection: ``'conv1d'``: query and key are Conv1D of the summary along its channels.
-            ``'fc'``: each is a fully connected layer, C x C.
+        projection: ``'conv1d'``: query and key are a Conv1D along the
+            channel means. ``'fc'``: each is a fully connected layer, C x C.
         value_conv: Whether the value is a depthwise 3x3 convolution of x; else it is x.
 
     Raises:

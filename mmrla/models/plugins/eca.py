@@ -52,8 +52,8 @@ class ECA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``[B, C, H, W]`` channel by channel."""
-        summary = x.mean((2, 3))
-        gate = torch.sigmoid(self.conv(summary[:, None])[:, 0])
+        means = x.mean((2, 3))
+        gate = torch.sigmoid(self.conv(means[:, None])[:, 0])
         if self.drop_path is not None:
             gate = 1 + self.drop_path(gate - 1)
         return x * gate[:, :, None, None]
