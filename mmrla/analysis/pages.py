@@ -32,11 +32,11 @@ def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> Non
 def merge_tables(old: str, new: str) -> str:
     """Table ``old`` with the rows of table ``new``, known by their configs, in it.
 
-    A row that ``old`` lacks goes behind the one before it in ``new``, or to the top; the operators
+    A row that ``old`` lacks goes after the one before it in ``new``, or to the top; the operators
     that are not counted are those of both. Rows without a config stay as they are.
     """
     (*lines, _, old_skipped), (*added, _, new_skipped) = old.splitlines(), new.splitlines()
-    place = 2  # behind titles and rule
+    place = 2  # after titles and rule
     for line in added[2:]:
         link = line.split("|")[-2]
         if not link.strip():

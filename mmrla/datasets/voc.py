@@ -60,7 +60,7 @@ def voc_to_coco(
         folder: The VOC folder.
         split: Which images: a list in ``ImageSets/`` by its path, or by name, as ``'train'``, in
             ``ImageSets/Main/``. Default: all that have an annotation, in the order of their names.
-        classes: Categories in their order, where any of them occurs; other names come behind.
+        classes: Categories in their order, where any of them occurs; other names come after.
             Default: the names that occur, sorted.
         annotations: The name of the folder of annotations, below ``folder``.
         images: The name of the folder of images.
@@ -127,7 +127,7 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
         listed = folder / LISTS / "Main" / f"{split}.txt"
     if not listed.is_file():
         raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} is not there")
-    # Lists of one class have 1 or -1 behind each name.
+    # Lists of one class have 1 or -1 after each name.
     return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
 
 

@@ -25,7 +25,7 @@ class DetectorGraph(nn.Module):
     """A detector of mmdet whose outputs have the same shapes for every image.
 
     What mmdet drops, proposals and boxes that NMS suppresses or that score too little, keeps its
-    row here with a score of 0, behind the rows that count. Boxes, scores and labels are those of
+    row here with a score of 0, after the rows that count. Boxes, scores and labels are those of
     mmdet, except that no more than :data:`CANDIDATES` pairs of proposal and class enter a
     two-stage detector's NMS.
 

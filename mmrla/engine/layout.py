@@ -44,7 +44,7 @@ def use_channels_last(model: nn.Module) -> None:
 class ChannelsLastHook(Hook):
     """Trains and evaluates in channels_last, the layout that tensor cores and AMX want.
 
-    It turns the network once its weights are there, and every batch behind the data preprocessor.
+    It turns the network once its weights are there, and every batch after the data preprocessor.
     Results are those of NCHW up to rounding. Checkpoints are written in the ordinary layout, so
     that a run with or without this hook goes on from either's. The tools add it to each run.
 

@@ -103,7 +103,7 @@ def check_added(cls: type[LayerAttention], drop_path_rate: float | None) -> None
     """Raise ValueError on stochastic depth around a type that adds nothing to a layer's output."""
     if cls.placement in ("output", "sublayer") and drop_path_rate:
         raise ValueError(
-            "mrla_drop_path_rate is for what a layer attention adds behind a layer, and "
+            "mrla_drop_path_rate is for what a layer attention adds after a layer, and "
             f"{cls.__name__} adds nothing there: must be 0, got {drop_path_rate!r}"
         )
 

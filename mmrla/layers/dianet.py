@@ -18,7 +18,7 @@ class DIAUnit(LayerAttention):
     """DIANet's unit: scales the channels of each residual branch by the state of a shared LSTM.
 
     ``o_t = h_t * r_t`` with ``(h_t, c_t) = DIA-LSTM(GAP(r_t), h_{t-1}, c_{t-1})``, where ``r_t`` is
-    the residual branch behind its last norm. As its factors are below 1, a network that starts
+    the residual branch after its last norm. As its factors are below 1, a network that starts
     from plain weights does not start as the plain network.
 
     Args:

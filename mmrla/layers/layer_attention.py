@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from mmrla.layers.checks import check_count
 
 PLACEMENTS: dict[str, str] = {
-    "after": "behind a layer",
+    "after": "after a layer",
     "branch": "on the residual branch, before the addition",
     "input": "at the input of a layer's first convolution and on its residual branch",
     "output": "at a layer's output, which it replaces",
-    "sublayer": "behind each sub-layer of a transformer, in place of the residual stream",
+    "sublayer": "after each sub-layer of a transformer, in place of the residual stream",
 }
 """What a layer attention's ``placement`` may be.
 
 ``after``: ``x`` is the layer's output, and the host adds ``drop_path(norm(o))`` to it. ``branch``:
-``x`` is the residual branch behind its last norm, and ``o`` takes its place. ``input``: as
+``x`` is the residual branch after its last norm, and ``o`` takes its place. ``input``: as
 ``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution. ``output``:
 as ``after``, but ``o`` takes the place of ``x``. ``sublayer``: ``x`` is what an attention or an MLP
 gives, without the addition, ``shortcut`` what it read in front of its norm, and ``o`` what the next
@@ -40,7 +40,7 @@ class Retrieval(NamedTuple):
     """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
     sources: Sequence[int] | None = None
     """What the scores are of, where not of layers 1 to t: the last layer that each source holds,
-    which begins behind the source before; 0 for what entered the group."""
+    which begins after the source before; 0 for what entered the group."""
 
 
 class Carried(NamedTuple):
@@ -213,7 +213,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
     def start_as_identity(self) -> None:
         """Lose all effect on the layer, where ``placement`` is not ``'after'``; for warm starts.
 
-        Default: nothing. Behind a layer, hosts see to it by the norm.
+        Default: nothing. After a layer, hosts see to it by the norm.
         """
 
     def fuses_tail(
@@ -225,7 +225,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             z: As in :meth:`tail`.
             norm: Likewise.
             out_norm: Likewise.
-            act: The class of the activation behind ``out_norm``, which :meth:`tail` then includes.
+            act: The class of the activation after ``out_norm``, which :meth:`tail` then includes.
         """
         return False
 
@@ -247,8 +247,8 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             z: The output of the block's last convolution, ``[B, C, H, W]``.
             shortcut: The block's identity branch, shaped like ``z``.
             state: As in :meth:`forward`.
-            norm: The norm behind the last convolution.
-            out_norm: The norm behind the attention.
+            norm: The norm after the last convolution.
+            out_norm: The norm after the attention.
             scale: ``[B]``, drop path's factors, or None for 1.
 
         Returns:

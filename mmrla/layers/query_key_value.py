@@ -39,7 +39,7 @@ class QueryKeyValue(LayerAttention):
     tail_op: Op | None = None
     """What :meth:`tail` runs; None: there is no fused tail."""
     tail_act: type[nn.Module] = nn.Identity
-    """Class of the activation behind the out norm that ``tail_op`` includes."""
+    """Class of the activation after the out norm that ``tail_op`` includes."""
 
     def __init__(
         self,

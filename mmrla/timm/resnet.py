@@ -19,7 +19,7 @@ from mmrla.timm.common import Config, build_attention, check_checkpointing, drop
 
 
 class _LayerAttentionBlock:
-    """Mixed in before a residual block of timm: the layer attention comes behind it.
+    """Mixed in before a residual block of timm: the layer attention comes after it.
 
     ``y = act(residual(x) + shortcut)``, then ``out = y + drop_path(bn_mrla(o_t))`` with
     ``(o_t, state) = mrla(y, shortcut, state)``. The last block of a stage gives ``out``, the others
@@ -92,7 +92,7 @@ class _LayerAttentionBlock:
 
 @register_notrace_module
 class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
-    """timm's basic block with a layer attention behind it."""
+    """timm's basic block with a layer attention after it."""
 
     def _before_last_norm(self, x: Tensor) -> Tensor:
         return self.conv2(self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x))))))
@@ -108,7 +108,7 @@ class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
 
 @register_notrace_module
 class MRLABottleneck(_LayerAttentionBlock, Bottleneck):
-    """timm's bottleneck with a layer attention behind it."""
+    """timm's bottleneck with a layer attention after it."""
 
     def _before_last_norm(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
@@ -141,7 +141,7 @@ class MRLAResNet(ResNet):
             arguments; None for the plain network.
         mrla_drop_path_rate: Stochastic depth of the attention branch, the same in all layers.
             Default None: the rate that ``drop_path_rate`` gives the layer.
-        zero_init_mrla: Start as exactly the plain network: the norm behind the attention gives
+        zero_init_mrla: Start as exactly the plain network: the norm after the attention gives
             zeros. False: the start of the released code, where it gives the attention in full.
         block_args: Of the blocks, as of timm's.
         **kwargs: As of timm's.

@@ -25,7 +25,7 @@ from mmrla.timm.common import Config, build_attention, check_checkpointing, drop
 
 
 class _LayerAttentionTransformer:
-    """Mixed in before a ViT of timm: a layer attention behind each of its blocks."""
+    """Mixed in before a ViT of timm: a layer attention after each of its blocks."""
 
     _placement = "after"
 

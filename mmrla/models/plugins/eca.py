@@ -24,7 +24,7 @@ class ECA(nn.Module):
         in_channels: C.
         kernel_size: k, odd. Default None: from C, as above (5 for 256 to 1024 channels, 7 for
             2048 in ResNet-50).
-        drop_path_rate: Stochastic depth of the module: in training a sample passes it by with this
+        drop_path_rate: Stochastic depth of the module: in training a sample bypasses it with this
             probability, ``out = x * (1 + drop_path(gate - 1))``.
 
     Raises:
