@@ -18,20 +18,20 @@ def pooled(x: Tensor) -> Tensor:
 
 
 class ChannelCell(nn.Module):
-    """An LSTM-like cell whose gates come from bottlenecks of the width of an SE block.
+    """An LSTM-like cell whose gates come from bottlenecks as narrow as in an SE block.
 
     ``gates = W2 relu(W1 y) + U2 relu(U1 h)``; ``c' = sigmoid(f) * c + sigmoid(i) * tanh(g)``;
     ``h' = sigmoid(c')``, times ``sigmoid(o)`` with an output gate. The hidden state is a sigmoid
-    where an LSTM has tanh, because it scales channels.
+    instead of an LSTM's tanh, because it scales channels.
 
     Args:
         channels: C.
         reduction: The bottlenecks have ``C // reduction`` channels.
-        output_gate: Whether there is a gate o, as in the DIA unit; the dynamic sharing unit has
-            none.
+        output_gate: Whether there is a gate o, as in the DIA unit but not in the dynamic sharing
+            unit.
 
     Raises:
-        TypeError: ``reduction`` is no int.
+        TypeError: ``reduction`` is not an int.
         ValueError: It is not from 1 to C.
     """
 

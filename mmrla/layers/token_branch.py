@@ -14,8 +14,8 @@ from mmrla.layers.layer_attention import LayerAttention
 class TokenBranch(nn.Module):
     """A layer attention after a transformer block, with the norms around it.
 
-    ``xn = LN(x)``, ``sn = LN'(shortcut)`` where the attention takes the shortcut; the patch tokens
-    form a map and go through the attention, extra tokens (class, distillation) pass through:
+    ``xn = LN(x)``, ``sn = LN'(shortcut)`` if the attention uses the shortcut; the patch tokens form
+    a map and go through the attention, extra tokens (class, distillation) bypass it:
     ``out = x + drop_path(concat(xn_extra, o_p))``.
 
     Args:
@@ -34,9 +34,9 @@ class TokenBranch(nn.Module):
         self.drop_path = drop_path
 
     def start_as_identity(self) -> None:
-        """Make what is added zero: norms of zeros give a value, shortcut and extra tokens of zeros.
+        """Make the branch add zero: zero norms give zero value, shortcut and extra tokens.
 
-        Their own gradients are not zero, so that all of it grows in.
+        Their own gradients are not zero, so all parts learn.
         """
         for norm in (self.norm, self.shortcut_norm):
             for parameter in norm.parameters() if norm is not None else ():
