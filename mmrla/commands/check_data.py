@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, str]]:
-    """The sets that the options name, and why others cannot be checked."""
+    """The sets selected by the options, and the reasons why others cannot be checked."""
     if (args.ann is None) != (args.images is None):
         raise ValueError("--ann FILE and --images DIR go together")
     if sum([args.ann is not None, args.config is not None or args.dir is not None]) != 1:
@@ -90,7 +90,7 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
 
 
 def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
-    """Write the mended annotation file of the one set there is, and say what was mended."""
+    """Write the repaired annotation file of the only set, and print the repairs."""
     if len(sets) != 1 or not sets[0].is_json:
         raise ValueError(
             f"--fix mends one annotation file in COCO's format, got {len(sets)} set(s); name it "
@@ -111,7 +111,7 @@ def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was found; 1 if there are errors, else 0."""
+    """Print the findings; returns 1 if there are errors, else 0."""
     args = parse_args(argv)
     with exit_with_message():
         for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):

@@ -1,4 +1,4 @@
-"""Turn a released MRLA checkpoint, or a plain one, into mmrla's key names, or back."""
+"""Convert a released MRLA checkpoint, or a plain one, to mmrla's key names, or back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pascal VOC, YOLO, labelme, CVAT or Roboflow's COCO as a folder in COCO's layout, then checked."""
+"""Convert Pascal VOC, YOLO, labelme, CVAT or Roboflow's COCO to COCO's layout, and check it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert and check; 1 if the check finds errors, else 0."""
+    """Convert and check; returns 1 if the check finds errors, else 0."""
     args = parse_args(argv)
     with exit_with_message():
         done = convert_data(args.source, args.out, args.val, args.seed, args.link)

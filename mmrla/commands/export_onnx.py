@@ -1,4 +1,4 @@
-"""Write a backbone, a classifier or a detector with its boxes as ONNX, and compare with torch."""
+"""Export a backbone, a classifier or a detector with its boxes to ONNX, and compare with torch."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _detector(args: argparse.Namespace, network: Network) -> str:
-    """Write the graph with boxes and compare it with mmdet; says what is wrong with it, if any."""
+    """Write the graph with boxes and compare it with mmdet; returns the problem, if any."""
     from mmrla.engine.detection_graph import DetectorGraph, detection_errors, export_detector
 
     images = find_images(args.images)

@@ -1,4 +1,4 @@
-"""Make a checkpoint to hand out: weights only, averaged ones if there, with a hash in its name."""
+"""Make a checkpoint for publication: weights only, averaged if any, with a hash in its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mmrla run``: a Python program of another project, in a process that knows mmrla."""
+"""``mmrla run``: run a Python program of another project in a process with mmrla imported."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmrla.engine.errors import exit_with_message
 
 
 def find_script(name: str) -> Path:
-    """The file of a program: a path, or ``PACKAGE:TOOL`` of what an mm package installs.
+    """The file of a program: a path, or ``PACKAGE:TOOL`` for a tool that an mm package installs.
 
     Args:
         name: Such as ``tools/my.py`` or ``mmdet:analysis_tools/confusion_matrix.py``.
 
     Raises:
-        FileNotFoundError: It is not there; the message lists a package's tools.
+        FileNotFoundError: It does not exist; the message lists a package's tools.
     """
     package, colon, tool = name.partition(":")
     if not colon or Path(name).is_file():

@@ -1,6 +1,6 @@
 """Train networks of configs/cifar with the data on the device, and print a table of accuracies.
 
-Each network is trained with each seed; a run that has finished before is not repeated.
+Each network is trained with each seed; finished runs are not repeated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What commands are made of: from a config file and options to a run, checked before it starts."""
+"""Building blocks of the commands: from a config file and options to a checked run."""
 
 from mmrla.engine.amp import AmpOptimWrapper
 from mmrla.engine.data_check import check_data, set_data_root

@@ -1,4 +1,4 @@
-"""One clear line for what is wrong with the input."""
+"""Reports errors in the input as one clear line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _IN_WORKER = "Original Traceback (most recent call last)"
 
 @contextmanager
 def exit_with_message(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what is wrong with the input into one line on stderr and exit status 2.
+    """Turn errors in the input into one line on stderr and exit status 2.
 
     ``MMRLA_TRACEBACK=1`` shows the traceback.
 
     Args:
-        *kinds: Which exceptions; by default all that constructors and readers raise about their
-            input, which fits what happens before a run starts.
+        *kinds: Exceptions to catch; by default all that constructors and readers raise about their
+            input, which is suitable before a run starts.
 
     Raises:
         SystemExit: With status 2, in place of the exception.
