@@ -145,7 +145,7 @@ def to_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = state_dict_of(state_dict)
     family, found = _recognise(state)
     if found.style != "mmrla":
-        raise CheckpointError(f"these are no mmrla key names: {found.description}")
+        raise CheckpointError(f"these are not mmrla key names: {found.description}")
     if family.to_released is None or found.layer_attention not in (None, "MRLALight", "MRLABase"):
         raise CheckpointError(f"there are no released names for this: {found.description}")
     return family.to_released(state)

@@ -71,7 +71,7 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
     if args.ann is not None:
         for path, there in ((args.ann, args.ann.is_file()), (args.images, args.images.is_dir())):
             if not there:
-                raise FileNotFoundError(f"not there: {path.absolute()}")
+                raise FileNotFoundError(f"no such file or folder: {path.absolute()}")
         return [DataSet(args.images, args.ann)], {}
     if args.config is None:
         return sets_in(args.dir), {}
@@ -83,9 +83,9 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
     sets, unchecked = sets_of_config(cfg)
     for one in sets:
         if one.ann_file is not None and not one.ann_file.is_file():
-            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.ann_file.absolute()}")
+            raise FileNotFoundError(f"{one.used_as[0]}: no such file: {one.ann_file.absolute()}")
         if not one.images.is_dir():
-            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.images.absolute()}")
+            raise FileNotFoundError(f"{one.used_as[0]}: no such folder: {one.images.absolute()}")
     return sets, unchecked
 
 
@@ -98,7 +98,7 @@ def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
         )
     (one,) = sets
     if out.exists():
-        raise FileExistsError(f"--fix: already there: {out.absolute()}")
+        raise FileExistsError(f"--fix: already exists: {out.absolute()}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--fix: no such folder: {out.absolute().parent}")
     assert one.ann_file is not None

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out.suffix != ".py":
             raise ValueError(f"the config's name must end in .py, got {args.out.name!r}")
         if args.out.exists():
-            raise FileExistsError(f"already there: {args.out.absolute()}")
+            raise FileExistsError(f"already exists: {args.out.absolute()}")
         if args.cpu and args.detector != "retinanet":
             raise ValueError(f"--cpu is a RetinaNet, got --detector {args.detector}")
         if args.epochs is not None and args.epochs < 1:

@@ -60,11 +60,11 @@ def convert_data(
     """
     source, out = Path(source), Path(out)
     if not source.exists():
-        raise FileNotFoundError(f"not there: {source.absolute()}")
+        raise FileNotFoundError(f"no such file or folder: {source.absolute()}")
     if not 0 <= val < 1:
         raise ValueError(f"val must be a fraction from 0 to below 1, got {val}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"already there and not empty: {out.absolute()}")
+        raise FileExistsError(f"already exists and is not empty: {out.absolute()}")
     with _unpacked(source, link) as root:
         reading = read(root)
         if val and "val" not in reading.splits:

@@ -66,7 +66,7 @@ def image_fault(
     if size is not None and (fault := _size_fault(stored, orientation, tuple(size), turns)):
         return fault
     if deep:
-        return "deep-image", "has more than 8 bits a channel, of which the upper 8 are read"
+        return "deep-image", "has more than 8 bits per channel, of which the upper 8 are read"
     return None
 
 

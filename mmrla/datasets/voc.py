@@ -126,7 +126,7 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
     if not listed.is_file():
         listed = folder / LISTS / "Main" / f"{split}.txt"
     if not listed.is_file():
-        raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} is not there")
+        raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} does not exist")
     # Lists of one class have 1 or -1 after each name.
     return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
 
@@ -137,7 +137,7 @@ def _parse(path: Path) -> ElementTree.Element:
     except FileNotFoundError:
         raise DataError(f"no annotation of a listed image: {path.absolute()}") from None
     except ElementTree.ParseError as error:
-        raise DataError(f"{path}: no XML ({error})") from error
+        raise DataError(f"{path}: not XML ({error})") from error
 
 
 def _size(root: ElementTree.Element, path: Path, image: Path) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
                     yield name, folder
                     break
             else:
-                raise DataError(f"{root}: its YAML file says {key}: {text}, which is not there")
+                raise DataError(f"{root}: its YAML file has {key}: {text}, which does not exist")
         if not given:
             for folder in (root / "images" / key, root / key / "images"):
                 if folder.is_dir():

@@ -98,7 +98,7 @@ def set_test_amp(cfg: Config) -> None:
         if cfg.get("default_scope") != "mmpretrain":
             raise ValueError(
                 "--amp on a CPU evaluates classifiers only: a detector's boxes would be bfloat16, "
-                "which comes in steps of 4 px from 512 px on; leave it out"
+                "in which coordinates above 512 px are multiples of 4; leave it out"
             )
         warn_of_slow_bfloat16()
     cfg.test_cfg = {**(cfg.get("test_cfg") or {}), "fp16": True}

@@ -254,7 +254,7 @@ def run(
         # What earlier logs do not tell had one value.
         earlier = {"channels_last": True, "images": None, "compiled": False}
         if lines and earlier | lines[0] != settings:
-            raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
+            raise ValueError(f"{log} has other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
     # torch.compile gives up a function that it has compiled for eight networks.
@@ -300,7 +300,7 @@ def read_log(log: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{log}: line {number} is no JSON: {error}") from error
+                raise ValueError(f"{log}: line {number} is not JSON: {error}") from error
     return found
 
 

@@ -173,8 +173,8 @@ def _check_masks(dataset: Any, where: str, after: tuple[tuple[str, Any], ...] = 
     place, step = next((s for s in steps if type_name(s[1]) in _BOXES_ALONE), ("", None))
     if with_masks and step is not None:
         raise ValueError(
-            f"{place}: {type_name(step)} moves boxes and leaves masks where they were, and masks "
-            "are loaded; take CachedMosaic or CachedMixUp, or load boxes alone (with_mask=False)"
+            f"{place}: {type_name(step)} moves boxes but not masks, and masks "
+            "are loaded; use CachedMosaic or CachedMixUp, or load only boxes (with_mask=False)"
         )
 
 

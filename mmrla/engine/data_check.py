@@ -108,7 +108,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
                 continue
             else:
                 raise ValueError(
-                    f"--data-root: {where}.ann_file={ann_file!r} does not lie in the dataset's "
+                    f"--data-root: {where}.ann_file={ann_file!r} is not in the dataset's "
                     f"data_root ({', '.join(map(repr, sorted(old_roots)))}); set it with "
                     f"--cfg-options {where}.ann_file=..."
                 )
@@ -126,9 +126,9 @@ def _check_one_root(cfg: Config) -> None:
     if len(places) > 1:
         keys = [re.sub(r"\[(\d+)\]", r".\1", where) for where in places.values()]
         raise ValueError(
-            "--data-root: the datasets of this config lie in different folders ("
+            "--data-root: the datasets of this config are in different folders ("
             + "; ".join(f"{where}: {root or 'no root'}" for root, where in places.items())
-            + "), and one would be read in place of the others. Set each: --cfg-options "
+            + "), and --data-root would replace all of them by one. Set each: --cfg-options "
             + " ".join(f"{key}.data_root=..." for key in keys)
         )
 
@@ -174,7 +174,7 @@ def _check_inside(root: str, path: Any, where: str) -> None:
     if not root or not path or _is_remote(str(path)) or Path(path).is_absolute():
         return
     if os.path.normpath(path).startswith(".."):
-        raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; name it absolutely")
+        raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; use an absolute path")
 
 
 def path_under(root: str, path: str) -> str:

@@ -35,12 +35,12 @@ class FasterCocoMetric(CocoMetric):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "FasterCocoMetric needs faster-coco-eval, which is not installed: "
-                'pip install "mmrla[fast-eval]", or take type="CocoMetric"'
+                'pip install "mmrla[fast-eval]", or use type="CocoMetric"'
             ) from error
         super().__init__(*args, **kwargs)
         if self.use_mp_eval:
             raise ValueError(
-                "FasterCocoMetric has no use_mp_eval=True; take type='CocoMetric' for that"
+                "FasterCocoMetric has no use_mp_eval=True; use type='CocoMetric' for that"
             )
         self._evaluator = COCOeval_faster
 

@@ -128,7 +128,7 @@ class NonFiniteGuardHook(Hook):
         found = f"of {len(bad)} parameters, {bad[-1]!r} nearest to the loss" if bad else ""
         raise NonFiniteError(
             f"iteration {runner.iter + 1}: gradients are not finite "
-            f"({found or 'in another process'}), the weights were left as they are; "
+            f"({found or 'in another process'}), the weights are unchanged; "
             f"{self._reason(runner)}"
         )
 

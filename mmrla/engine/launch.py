@@ -160,7 +160,7 @@ def check_schedule(cfg: Config) -> None:
         if last is not None and scheduler.get("by_epoch", True) and begin >= last:
             raise ValueError(
                 f"param_scheduler[{index}] ({scheduler['type']}) begins at epoch {begin}, but "
-                f"train_cfg.max_epochs={last}; a shorter run wants a shorter schedule, such as "
+                f"train_cfg.max_epochs={last}; a shorter run needs a shorter schedule, such as "
                 f"--cfg-options param_scheduler.{index}.begin=0"
             )
 
@@ -215,7 +215,7 @@ def check_processes(launcher: str) -> None:
     gpus = torch.cuda.device_count()
     if launcher in ("slurm", "mpi") and gpus == 0:
         raise ValueError(
-            f"--launcher {launcher} needs GPUs and this node shows none; on CPU use "
+            f"--launcher {launcher} needs GPUs and this node has none; on CPU use "
             "tools/dist_train.sh (launcher pytorch)"
         )
     variable = {"slurm": "SLURM_NTASKS_PER_NODE", "mpi": "OMPI_COMM_WORLD_LOCAL_SIZE"}.get(
@@ -226,7 +226,7 @@ def check_processes(launcher: str) -> None:
         raise ValueError(f"the number of processes must be at least 1, got {processes}")
     if gpus and processes > gpus:
         raise ValueError(
-            f"{processes} processes asked for on a node that shows {gpus} GPU(s); allowed: 1 to "
+            f"{processes} processes requested on a node with {gpus} GPU(s); allowed: 1 to "
             f"{gpus} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
         )
 
@@ -355,7 +355,7 @@ def use_tta(cfg: Config) -> None:
     if "tta_model" not in cfg:
         if (cfg.model.get("roi_head") or {}).get("mask_head") is not None:
             raise ValueError(
-                "--tta: mmdet merges boxes alone, and this detector finds masks too; leave them "
+                "--tta: mmdet merges only boxes, and this detector predicts masks too; leave them "
                 "out with --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox"
             )
         nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)

@@ -158,7 +158,7 @@ def plain_model(model: ConfigDict) -> ConfigDict:
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     if cls is None or not issubclass(cls, LayerAttentionHost):
         raise ValueError(
-            f"model.backbone {kind!r} has no layer attention to leave out; take a config whose "
+            f"model.backbone {kind!r} has no layer attention to leave out; use a config whose "
             "backbone is one of mmrla's"
         )
     return without_layer_attention(model)
@@ -311,7 +311,7 @@ def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
     if size is None and rgb and not any("scale" in s or "crop_size" in s for s in steps):
         crops = [step["crop_size"] for step in _steps(cfg, "train") if "crop_size" in step]
         if not crops or not isinstance(crops[-1], int):
-            raise ValueError(f"{cfg.filename}: its pipelines tell no size of images; give --size")
+            raise ValueError(f"{cfg.filename}: its pipelines do not set an image size; pass --size")
         size = crops[-1]
     if size is not None:
         if size < 1:

@@ -164,8 +164,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             return done
         # Another batch size or number of processes: there is no such place.
         print_log(
-            f"iteration {self._iter} does not lie in epoch {self._epoch + 1} of {length} batches: "
-            "the checkpoint is of a run with other batches. The epoch starts from its beginning.",
+            f"iteration {self._iter} is not in epoch {self._epoch + 1} of {length} batches: "
+            "the checkpoint is from a run with other batches. The epoch starts from its beginning.",
             logger="current",
             level=logging.WARNING,
         )
@@ -303,7 +303,7 @@ class AtomicCheckpointHook(CheckpointHook):
         elif saved["world_size"] != runner.world_size:
             reasons.append(f"it was saved by {saved['world_size']} processes")
         elif saved["batches"] != len(runner.train_dataloader):
-            reasons.append(f"it was saved with {saved['batches']} batches an epoch")
+            reasons.append(f"it was saved with {saved['batches']} batches per epoch")
         if reasons:
             runner.logger.warning(
                 "The run goes on, but not as if it had never been stopped: " + "; ".join(reasons)

@@ -74,7 +74,7 @@ class WarmStart:
         elif self.freeze_mrla is None and getattr(module, "keep_mrla_trainable", False):
             raise CheckpointError(
                 f"{self.checkpoint}: holds MRLA weights, which could not be known when the network "
-                "was built; say freeze_mrla=True (as the paper) or freeze_mrla=False in init_cfg"
+                "was built; set freeze_mrla=True (as in the paper) or freeze_mrla=False in init_cfg"
             )
         plugins = plugin_keys(module)
         has_plugins = any(f"backbone.{key}" in converted for key in plugins)
@@ -82,7 +82,7 @@ class WarmStart:
         if has_plugins and keeps:
             raise CheckpointError(
                 f"{self.checkpoint}: holds weights of plugins, which could not be known when the "
-                "network was built; say freeze_mrla=True or freeze_mrla=False in init_cfg"
+                "network was built; set freeze_mrla=True or freeze_mrla=False in init_cfg"
             )
         load_into(
             module,
@@ -92,9 +92,11 @@ class WarmStart:
         )
         fresh = sorted(k for k in own if is_mrla_key(k) and f"backbone.{k}" not in converted)
         if fresh:
-            print_log(f"{len(fresh)} tensors of layer attentions start fresh", logger="current")
+            print_log(
+                f"{len(fresh)} tensors of layer attentions are newly initialised", logger="current"
+            )
         if plugins and not has_plugins:
-            print_log(f"{len(plugins)} tensors of plugins start fresh", logger="current")
+            print_log(f"{len(plugins)} tensors of plugins are newly initialised", logger="current")
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"

@@ -243,7 +243,7 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
             raise ValueError(f"with layer attention, {error}") from error
         if shapes_of(after) != shapes_of(before):
             raise ValueError(
-                f"backbone {name_of(self)} looks at features between the layers of a group: its "
+                f"backbone {name_of(self)} reads features between the layers of a group: its "
                 f"outputs are {shapes_of(after)} with layer attention, {shapes_of(before)} without"
             )
         self._free_fresh_norms()

@@ -107,7 +107,7 @@ def test_the_dataset_holds_what_mmdets_reads(voc):
     ("text", "message"),
     [
         (None, "no annotation of a listed image: .*b.xml"),
-        ("<annotation>", "b.xml: no XML"),
+        ("<annotation>", "b.xml: not XML"),
         ("<annotation><size><width>wide</width></size></annotation>", r"numbers, got \['wide', N"),
         ("<annotation><object><name>RBC</name></object></annotation>", "four numbers, got <object"),
         ("<annotation><object><bndbox/></object></annotation>", "needs a name and a bndbox"),
