@@ -1,4 +1,4 @@
-"""Key names of the networks that can be converted, a family at a time."""
+"""Key names of the networks that can be converted, by family."""
 
 from __future__ import annotations
 

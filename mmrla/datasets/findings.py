@@ -1,4 +1,4 @@
-"""What can be wrong with a set: kinds of findings, and one finding."""
+"""Kinds of findings about a dataset, and the class of a finding."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ FATAL = (
     "not-json", "not-coco", "no-annotations", "only-crowds", "duplicate-category", "class-order",
     "no-class",
 )  # fmt: skip
-"""Kinds that concern the whole file, so that leaving something out does not help."""
+"""Kinds that concern the whole file, so dropping records does not help."""
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on as it is; the message lists the first findings."""
+    """Data that is not fit for training; the message lists the first findings."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem in a dataset."""
 
     kind: str
     """One of :data:`KINDS`."""
@@ -92,7 +92,7 @@ class Finding:
 
 
 def count_kinds(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many findings there are of each kind, in the order of :data:`KINDS`."""
+    """Number of findings of each kind, in the order of :data:`KINDS`."""
     counts = Counter(finding.kind for finding in findings)
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
@@ -110,7 +110,7 @@ def class_names(value: Any, where: str = "classes") -> tuple[str, ...]:
         where: Its place, for messages.
 
     Raises:
-        ValueError: It is a string that is no file: most likely one class without its comma.
+        ValueError: It is a string that is not a file: most likely a single class without its comma.
         TypeError: It is neither.
     """
     if isinstance(value, str):
