@@ -2,6 +2,7 @@
 #   make demo    train and evaluate a small Mask R-CNN with an MRLA backbone
 #   make test    the test suite
 # and: make bench (what MRLA costs beside the plain network), make config-table, make model-index,
+#      make model-zoo (the table of the main configs; with ZOO_ARGS="--rounds 0" nothing is timed anew),
 #      make results (train what docs/results.md compares, and write it; resumable),
 #      make docs (the site of docs/, into build/docs; default stack)
 #
@@ -38,7 +39,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help env demo test test-essential test-slow lint format config-table model-index bench results docs clean
+.PHONY: help env demo test test-essential test-slow lint format config-table model-index model-zoo bench results docs clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -83,6 +84,9 @@ config-table: $(STAMP)
 
 model-index: $(STAMP)
 	$(PY) tools/analysis/model_index.py
+
+model-zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) tools/analysis/model_zoo.py $(ZOO_ARGS)
 
 $(DOCS_STAMP): requirements/docs.txt | $(STAMP)
 ifneq ($(STACK),onedl)

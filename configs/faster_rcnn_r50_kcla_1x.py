@@ -3,7 +3,6 @@ _base_ = "./faster_rcnn_r50_mrla_1x.py"
 
 model = dict(
     backbone=dict(
-        layer_attention=dict(type="KCLA", head_channels=64),
-        mrla_act_cfg=dict(type="ReLU"),
+        layer_attention=dict(type="KCLA", head_channels=64), mrla_act_cfg=dict(type="ReLU")
     )
 )

@@ -1,9 +1,4 @@
 # ResNet-110 of basic blocks + MRLA-light, CIFAR-100, 180 epochs.
 _base_ = "./_base_/cifar100.py"
 
-model = dict(
-    backbone=dict(
-        depth=110,
-        layer_attention=dict(type="MRLALight", head_channels=32),
-    )
-)
+model = dict(backbone=dict(depth=110, layer_attention=dict(type="MRLALight", head_channels=32)))

@@ -1,9 +1,4 @@
 # ResNet-20 of basic blocks + MRLA-light, CIFAR-10, 180 epochs.
 _base_ = "./_base_/cifar10.py"
 
-model = dict(
-    backbone=dict(
-        depth=20,
-        layer_attention=dict(type="MRLALight", head_channels=32),
-    )
-)
+model = dict(backbone=dict(depth=20, layer_attention=dict(type="MRLALight", head_channels=32)))

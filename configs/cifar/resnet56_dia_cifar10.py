@@ -1,9 +1,4 @@
 # ResNet-56 of basic blocks + DIANet's unit, CIFAR-10, 180 epochs.
 _base_ = "./_base_/cifar10.py"
 
-model = dict(
-    backbone=dict(
-        depth=56,
-        layer_attention=dict(type="DIAUnit", reduction=4),
-    ),
-)
+model = dict(backbone=dict(depth=56, layer_attention=dict(type="DIAUnit", reduction=4)))

@@ -2,8 +2,5 @@
 _base_ = "./_base_/cifar10.py"
 
 model = dict(
-    backbone=dict(
-        depth=56,
-        layer_attention=dict(type="DLALight", head_channels=32, reduction=4),
-    ),
+    backbone=dict(depth=56, layer_attention=dict(type="DLALight", head_channels=32, reduction=4))
 )

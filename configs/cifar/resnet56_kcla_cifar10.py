@@ -6,5 +6,5 @@ model = dict(
         depth=56,
         layer_attention=dict(type="KCLA", head_channels=16),
         mrla_act_cfg=dict(type="ReLU"),
-    ),
+    )
 )

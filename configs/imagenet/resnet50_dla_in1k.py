@@ -2,8 +2,5 @@
 _base_ = "./_base_/resnet.py"
 
 model = dict(
-    backbone=dict(
-        depth=50,
-        layer_attention=dict(type="DLALight", head_channels=32, reduction=16),
-    ),
+    backbone=dict(depth=50, layer_attention=dict(type="DLALight", head_channels=32, reduction=16))
 )

@@ -6,5 +6,5 @@ model = dict(
         depth=50,
         layer_attention=dict(type="KCLA", head_channels=64),
         mrla_act_cfg=dict(type="ReLU"),
-    ),
+    )
 )

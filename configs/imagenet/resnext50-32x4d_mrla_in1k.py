@@ -3,8 +3,6 @@ _base_ = "./_base_/resnet.py"
 
 model = dict(
     backbone=dict(
-        type="mmrla.MRLAResNeXt",
-        depth=50,
-        layer_attention=dict(type="MRLALight", head_channels=32),
-    ),
+        type="mmrla.MRLAResNeXt", depth=50, layer_attention=dict(type="MRLALight", head_channels=32)
+    )
 )

@@ -1,17 +1,8 @@
 """Networks: hosts of layer attention, built on networks of mmpretrain and mmdet."""
 
 from mmrla.compat import log_ops_in_use, warn_about_versions
-from mmrla.models.backbones import (
-    CeiT,
-    MRLACeiT,
-    MRLADistilledVisionTransformer,
-    MRLAEfficientNet,
-    MRLAPyramidVisionTransformerV2,
-    MRLAResNet,
-    MRLAResNetCIFAR,
-    MRLAResNeXt,
-    MRLAVisionTransformer,
-)
+from mmrla.models import backbones
+from mmrla.models.backbones import *  # noqa: F403
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.heads import DropoutLinearClsHead
 from mmrla.models.necks import SimpleFeaturePyramid
@@ -34,22 +25,14 @@ __all__ = [
     "TDAM",
     "AttentionAugmentedConv",
     "BridgeAttention",
-    "CeiT",
     "DoubleAttention",
     "DropoutLinearClsHead",
     "LayerAttentionWrapper",
-    "MRLACeiT",
-    "MRLADistilledVisionTransformer",
-    "MRLAEfficientNet",
-    "MRLAPyramidVisionTransformerV2",
-    "MRLAResNeXt",
-    "MRLAResNet",
-    "MRLAResNetCIFAR",
-    "MRLAVisionTransformer",
     "SimpleFeaturePyramid",
     "WarmStart",
     "build_layer_attention",
 ]
+__all__ += backbones.__all__
 
 log_ops_in_use()
 warn_about_versions()

@@ -18,6 +18,7 @@ from mmrla.layers import LayerAttention
 from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS
 from tests.conftest import ROOT
+from tests.zygote import run_command
 
 LIGHT = dict(type="MRLALight", head_channels=32)
 BASE = dict(type="MRLABase", head_channels=16)
@@ -468,3 +469,17 @@ def test_plain_hosts_beside_layer_interactions(tool):
     dense = Config.fromfile(imagenet / "densenet161_in1k.py").model
     assert tool.without_layer_attention(dense) == dense
     assert tool.backbone_name(dense.backbone) == "DenseNet-161"
+
+
+@pytest.mark.slow
+def test_model_zoo_is_up_to_date(tmp_path):
+    page = tmp_path / "zoo.md"
+    text = (ROOT / "docs/model_zoo.md").read_text()
+    # A count that is wrong, and what must come back without being timed again.
+    page.write_text(text.replace("| 0.27 |", "| 0.99 |"))
+    assert page.read_text() != text
+    done = run_command(
+        ROOT / "tools/analysis/model_zoo.py", "--groups", "cifar", "--rounds", "0", "--page", page
+    )
+    assert done.returncode == 0, done.stderr
+    assert page.read_text() == text

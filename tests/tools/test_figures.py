@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -452,3 +453,19 @@ def test_what_the_docs_show_is_there(name, monkeypatch, capsys):
     listed = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out))
     section = TEXT[TEXT.index(line) :].split("\n## ")[0]
     assert set(re.findall(r"`(--[a-z-]+)", section)) <= listed
+
+
+def test_what_the_overview_writes_is_up_to_date(tmp_path):
+    spec = importlib.util.spec_from_file_location("overview", ROOT / "tools/analysis/overview.py")
+    overview = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(overview)
+    assert len(overview.facts()) == 3
+    for label, value in overview.facts().items():
+        assert (ROOT / f"docs/images/{label}.svg").read_text() == overview.badge(label, value)
+    page = ROOT / "docs/layer_attentions.md"
+    (tmp_path / "page.md").write_text(
+        re.sub(r"[+-][\d.]+( ± [\d.]+)? \(\d\) \|", "|", page.read_text())
+    )
+    record = json.loads((ROOT / "docs/results.json").read_text())
+    overview.write_gains(tmp_path / "page.md", record)
+    assert (tmp_path / "page.md").read_text() == page.read_text()

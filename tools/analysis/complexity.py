@@ -176,10 +176,10 @@ def measure_all(paths: Iterable[Path], size: tuple[int, int] | None = None) -> l
             hosts[key].schedule = row.schedule
         row.plain = hosts[key]
         rows.append(row)
-    return sorted([*rows, *hosts.values()], key=_position)
+    return sorted([*rows, *hosts.values()], key=position)
 
 
-def _position(row: Row) -> tuple:
+def position(row: Row) -> tuple:
     """Detector, family, size, then the plain network before its layer attentions."""
     families, attentions = list(BACKBONES.values()), list(ATTENTIONS)
     family = row.backbone.replace("DeiT", "ViT").split("-")[0]
@@ -194,7 +194,8 @@ def _position(row: Row) -> tuple:
     )
 
 
-def _name(row: Row) -> str:
+def title_of(row: Row) -> str:
+    """The network as tables call it."""
     parts = row.attention.split(" + ") if row.attention else []
     name = " + ".join([row.backbone, *(ATTENTIONS.get(part, part) for part in parts)])
     size = row.options.get("block_size")
@@ -224,7 +225,7 @@ def _variant(row: Row, rows: Sequence[Row] = ()) -> str:
             value = "as the layer"
         word = WORDS.get(value, value) if isinstance(value, (str, bool, type(None))) else value
         shown.append(OPTIONS.get(key, key + " = {}").format(word))
-    name = ", ".join([_name(row), *shown])
+    name = ", ".join([title_of(row), *shown])
     if row.config and any(other is not row and _variant(other) == name for other in rows):
         name += f" ({row.config.stem.split('_', 1)[1].removesuffix('_in1k')})"
     return name
@@ -237,7 +238,8 @@ def _source(row: Row) -> str:
     return row.config.read_text().splitlines()[0].removeprefix("# ").split(": ")[0]
 
 
-def _link(row: Row) -> str:
+def link_of(row: Row) -> str:
+    """The config as a link from the checkout's root."""
     if row.config is None:
         return ""
     path = row.config.resolve()
@@ -267,7 +269,7 @@ def _classifier(row: Row, ablations: Sequence[Row] = ()) -> list[str]:
     with_paper = row.group == "imagenet" and not ablations
     paper = PAPER.get((row.backbone, row.attention), ("", "")) if with_paper else None
     return [
-        *([_source(row), _variant(row, ablations)] if ablations else [_name(row)]),
+        *([_source(row), _variant(row, ablations)] if ablations else [title_of(row)]),
         f"{row.whole.params / 1e6:.3f} M",
         added,
         *([paper[0]] if paper else []),
@@ -276,13 +278,13 @@ def _classifier(row: Row, ablations: Sequence[Row] = ()) -> list[str]:
         *([paper[1]] if paper else []),
         inside,
         *_memory(row),
-        _link(row),
+        link_of(row),
     ]
 
 
 def _detector(row: Row) -> list[str]:
     return [
-        _name(row),
+        title_of(row),
         DETECTORS.get(row.detector, row.detector),
         row.schedule,
         f"{row.whole.params / 1e6:.2f} M",
@@ -292,7 +294,7 @@ def _detector(row: Row) -> list[str]:
         *_memory(row),
         "not yet reproduced",
         "not yet reproduced" if row.detector == "MaskRCNN" else "",
-        _link(row),
+        link_of(row),
     ]
 
 

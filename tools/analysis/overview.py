@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -164,6 +166,35 @@ def write_gains(page: Path, record: dict[str, Any]) -> None:
     page.write_text("\n".join(lines) + "\n")
 
 
+def facts() -> dict[str, str]:
+    """What the badges say, as pyproject.toml has it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    versions = re.findall(r"Python :: (3\.\d+)", text)
+    (licence,) = re.findall(r'license = { text = "(.+)" }', text)
+    (torch,) = re.findall(r'dependencies = \["torch(.+)"\]', text)
+    return {
+        "license": licence,
+        "python": f"{versions[0]} to {versions[-1]}",
+        "torch": torch.replace(">=", "≥ "),
+    }
+
+
+def badge(label: str, value: str) -> str:
+    """Two words as SVG, which needs no network and no font."""
+    left, right = (12 + 6.5 * len(text) for text in (label, value))
+    boxes = ((0, left, "#555", label), (left, right, BLUE, value))
+    parts = "".join(
+        f'<rect x="{x}" width="{width}" height="20" fill="{fill}"/>'
+        f'<text x="{x + width / 2}" y="14" fill="#fff" text-anchor="middle" '
+        f'font-family="Verdana,sans-serif" font-size="11">{escape(text)}</text>'
+        for x, width, fill, text in boxes
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
+        f'aria-label="{label}: {escape(value)}">{parts}</svg>\n'
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images", help="folder")
@@ -180,6 +211,8 @@ def main() -> None:
     draw_result(result, record["cifar"])
     write_gains(ROOT / "docs/layer_attentions.md", record)
     print(save(figure, args.out / "overview.png"))
+    for label, value in facts().items():
+        (args.out / f"{label}.svg").write_text(badge(label, value))
 
 
 if __name__ == "__main__":
