@@ -64,7 +64,7 @@ def any_key(state: State, pattern: str) -> bool:
     return any(re.search(pattern, key) for key in state)
 
 
-# What may stand behind a host's name for its layer attention.
+# Suffixes of a host's name for its layer attention.
 ATTENTION = r"(lambda_t|(query|key|value)\.weight)"
 RELEASED_ATTENTION: list[Rule] = [
     (r"\.mrla\.m[rl]+a\.Wq\.", ".mrla.query."),
