@@ -17,31 +17,31 @@ from mmrla.version import __version__
 COMMANDS: dict[str, str] = {
     "train": "train the network of a config",
     "test": "evaluate a checkpoint",
-    "predict": "detect or classify what is in images",
+    "predict": "detect objects in images, or classify them",
     "check-data": "find bad data before a run",
-    "convert-data": "data in another format as COCO's",
-    "new-config": "a config for such data, filled in from it",
-    "convert": "released or plain checkpoints to mmrla's key names",
+    "convert-data": "convert data in another format to COCO's",
+    "new-config": "write a config for such data",
+    "convert": "convert released or plain checkpoints to mmrla's key names",
     "publish": "make a checkpoint to hand out",
     "export-onnx": "write a network as ONNX and compare it with torch",
-    "train-cifar": "train networks of configs/cifar, data on the device",
+    "train-cifar": "train networks of configs/cifar with the data on the device",
     "run": "run a program of another project, such as mmdet's analysis tools",
-    "check-gpu": "whether the fused operations are right on this GPU, and how fast",
+    "check-gpu": "check that the fused operations are correct on this GPU, and time them",
 }
 # Each is what `python tools/SCRIPT` is, in a checkout and in a wheel.
 SCRIPTS: dict[str, tuple[str, str]] = {
-    "demo": ("demo.py", "generate a small set, train a detector on it and draw what it finds"),
-    "complexity": ("analysis/complexity.py", "what configs cost beside their plain hosts"),
+    "demo": ("demo.py", "generate a small dataset, train a detector on it and draw predictions"),
+    "complexity": ("analysis/complexity.py", "cost of configs compared with their plain hosts"),
 }
 OWN: dict[str, str] = {
-    "list": "names of the configs",
-    "check-env": "what is installed, and what is wrong with it",
+    "list": "list the names of configs",
+    "check-env": "installed versions, and problems with them",
 }
 
 
 @ends_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Run a command; ``argv`` is by default what stands behind ``mmrla``."""
+    """Run a command; ``argv`` defaults to the program's arguments."""
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {**COMMANDS, **{name: text for name, (_, text) in SCRIPTS.items()}, **OWN}
     parser = argparse.ArgumentParser(
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     parser.add_argument("--version", action="version", version=f"mmrla {__version__}")
     parser.add_argument("command", choices=commands, metavar="COMMAND")
-    # What comes behind the command is the command's.
+    # Arguments after the command belong to the command.
     command = parser.parse_args(args[:1]).command
     rest = args[1:]
     if command in COMMANDS:
@@ -99,8 +99,8 @@ def _list(argv: Sequence[str]) -> None:
 def _check_env(argv: Sequence[str]) -> None:
     argparse.ArgumentParser(
         "mmrla check-env",
-        description="Print versions and where they come from, what stands behind mmcv's "
-        "operations, GPU and driver, and a line for each thing that is wrong.",
+        description="Print package versions and their origin, the implementation of mmcv's "
+        "operations, GPU and driver, and a line for each problem.",
     ).parse_args(argv)
     from mmrla.compat.environment import report
 

@@ -1,7 +1,7 @@
 """The configs that ship with the package, by name.
 
-In a wheel they lie in ``mmrla/.mim``, where mim and mmengine look; in a checkout that folder links
-to ``configs/``, ``tools/`` and ``model-index.yml`` at the top.
+In a wheel they are in ``mmrla/.mim``, where mim and mmengine look; in a checkout that folder links
+to ``configs/``, ``tools/`` and ``model-index.yml``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find_config(name: str) -> str | None:
             with or without ``.py`` and ``mmrla::``. Case does not matter.
 
     Returns:
-        A name as :func:`list_configs` gives it, None where there is none.
+        A name as in :func:`list_configs`, or None.
     """
     wanted = name.removeprefix(SCOPE).removesuffix(".py").lower()
     return next(
@@ -59,7 +59,7 @@ def config_path(name: str) -> str:
         name: As :func:`list_configs` gives it, with or without ``.py`` and ``mmrla::``.
 
     Returns:
-        Its absolute path; in a checkout that of the file in ``configs/``.
+        Its absolute path; in a checkout, that of the file in ``configs/``.
 
     Raises:
         FileNotFoundError: There is no such config; the message names similar ones.
@@ -86,7 +86,7 @@ def get_config(name: str) -> Config:
         name: As :func:`list_configs` gives it, with or without ``.py``.
 
     Returns:
-        mmengine's Config, with all that it inherits.
+        mmengine's Config, including everything inherited.
 
     Raises:
         FileNotFoundError: There is no such config; the message names similar ones.

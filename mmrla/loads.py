@@ -1,10 +1,10 @@
-"""mmengine's loading of weights, which takes "nothing fits" for success.
+"""Extends mmengine's loading of weights, which does not fail if nothing matches.
 
 ``load_checkpoint``, ``init_cfg=dict(type='Pretrained', ...)`` of any part of a model, the runner,
 inferencers and ``get_model`` all end in ``mmengine.runner.checkpoint.load_state_dict``. With
-``strict=False``, their default, it logs keys that do not fit and goes on, even if that is all of
-them. As soon as mmrla is imported it finds the prefix that a part of a model has in the checkpoint
-of a whole one, and raises where nothing was loaded.
+``strict=False``, their default, it logs keys that do not match and continues, even if no key
+matches. Once mmrla is imported, it finds the prefix of a part in the checkpoint of a whole model,
+and raises an error if nothing was loaded.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def unwrapped(model: Any) -> Any:
 
 
 def fit_keys(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Bring a state dict of which no key is the model's to the model's keys.
+    """Convert a state dict without any of the model's keys to the model's keys.
 
     Args:
-        model: What is to be filled: a model, or any part of one.
+        model: The module to load: a model, or any part of one.
         state: Tensors by key, or a checkpoint that holds such a dict. A part's tensors may have the
             prefix of that part in a whole model, as in a detector's checkpoint; a model may get
             its backbone's.
 
     Returns:
-        What fits, under the model's keys; ``state`` itself if a key of it is the model's, or if
-        nothing fits.
+        Matching tensors, under the model's keys; ``state`` itself if it has a key of the model, or
+        if nothing matches.
 
     Raises:
-        mmrla.checkpoints.files.CheckpointError: Several parts of the checkpoint fit equally well.
+        mmrla.checkpoints.files.CheckpointError: Several parts of the checkpoint match equally well.
     """
     from mmrla.checkpoints.files import CheckpointError, state_dict_of
     from mmrla.checkpoints.report import compare
@@ -134,5 +134,5 @@ def _nothing_loaded(model: Any, state: Mapping[str, Any]) -> Exception:
 
 
 def install_loads() -> None:
-    """Extend mmengine's functions, now or when they are imported. Again: does nothing."""
+    """Extend mmengine's functions, now or when they are imported; idempotent."""
     after_import("mmengine.runner.checkpoint", _extend_loading)

@@ -1,8 +1,8 @@
-"""mmrla's names where users of mm packages type them: ``mmrla::...``, model hubs, inferencers.
+"""Makes mmrla's names work in mm packages: ``mmrla::...``, model hubs, inferencers.
 
-mmengine keeps a closed list of packages, and mmpretrain and mmdet look up models in their own index
-alone. The functions that resolve names are extended when their modules are imported. Only processes
-in which somebody imports mmrla know the names; :mod:`mmrla.startup` lets all of them do so.
+mmengine has a fixed list of packages, and mmpretrain and mmdet look up models only in their own
+index. The functions that resolve names are extended when their modules are imported. This only
+works in processes that import mmrla; :mod:`mmrla.startup` enables it in all.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _extend_model_hub(model: ModuleType) -> None:
 
 
 def _refuse_unpublished() -> None:
-    """Where ``weights`` is None, mmpretrain warns and goes on with random weights."""
+    """If ``weights`` is None, mmpretrain would warn and continue with random weights."""
     from mmengine.runner.checkpoint import CheckpointLoader
 
     def refuse(filename: str, map_location: Any = None, **kwargs: Any) -> None:
@@ -138,7 +138,7 @@ def _refuse_unpublished() -> None:
 def install_names() -> None:
     """Extend the functions of mm packages that resolve names. Calling it again does nothing.
 
-    Imports nothing: what is imported already changes now, the rest when it is.
+    Imports nothing: modules already imported are extended now, others when they are imported.
     """
     after_import("mmengine.config.utils", _extend_table)
     after_import("mmengine.config.config", _extend_config)

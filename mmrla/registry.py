@@ -1,8 +1,8 @@
 """mmrla's registries: children of mmengine's, scope ``mmrla``.
 
-mmengine imports this module when it meets the prefix ``mmrla.`` in a config, so nobody needs
-``custom_imports`` to reach what is registered here. ``locations`` keep that import cheap: the
-modules themselves load on first use.
+mmengine imports this module when it meets the prefix ``mmrla.`` in a config, so ``custom_imports``
+is not needed for the classes registered here. ``locations`` keep that import cheap: the modules are
+loaded on first use.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -43,20 +43,20 @@ def _child(name: str, parent: Registry, location: str) -> Registry:
 MODELS = _child("model", MMENGINE_MODELS, "mmrla.models")
 """Hosts, the wrapper, necks, heads and within-layer attentions."""
 LAYER_ATTENTIONS = Registry("layer attention", scope="mmrla", locations=["mmrla.models"])
-"""What ``layer_attention=dict(type=...)`` of a host may name.
+"""Types for ``layer_attention=dict(type=...)`` of a host.
 
-It has no parent, so that an unknown name can be answered with exactly the names that are allowed.
+It has no parent, so the error for an unknown name lists exactly the allowed names.
 ``@LAYER_ATTENTIONS.register_module()`` before a subclass of ``mmrla.layers.LayerAttention`` adds
 one.
 """
 WEIGHT_INITIALIZERS = _child("weight initializer", MMENGINE_WEIGHT_INITIALIZERS, "mmrla.models")
-"""What ``init_cfg`` may name: ``WarmStart``."""
+"""Types for ``init_cfg``: ``WarmStart``."""
 DATASETS = _child("dataset", MMENGINE_DATASETS, "mmrla.datasets")
 """CIFAR from folders of images."""
 TRANSFORMS = _child("transform", MMENGINE_TRANSFORMS, "mmrla.datasets")
-"""Transforms of data; mmrla has none of its own."""
+"""Data transforms; mmrla has none."""
 HOOKS = _child("hook", MMENGINE_HOOKS, "mmrla.engine")
-"""Hooks: checkpoints written whole, the guard against NaN, pictures of layer attention, ..."""
+"""Hooks: atomic checkpoints, the check for NaN, pictures of layer attention, ..."""
 LOOPS = _child("loop", MMENGINE_LOOPS, "mmrla.engine")
 """Training loops: ``ResumableTrainLoop``."""
 OPTIM_WRAPPERS = _child("optim_wrapper", MMENGINE_OPTIM_WRAPPERS, "mmrla.engine")
@@ -66,6 +66,6 @@ STRATEGIES = _child("strategy", MMENGINE_STRATEGIES, "mmrla.engine")
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
 """Evaluators: ``FasterCocoMetric``."""
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")
-"""Visualizers; mmrla has none of its own."""
+"""Visualizers; mmrla has none."""
 VISBACKENDS = _child("vis_backend", MMENGINE_VISBACKENDS, "mmrla.engine")
-"""Their backends; mmrla has none of its own."""
+"""Visualizer backends; mmrla has none."""

@@ -1,8 +1,8 @@
-"""``python -m mmrla.startup on``: programs that do not import mmrla know its names all the same.
+"""``python -m mmrla.startup on``: makes mmrla's names known to programs that do not import it.
 
-mmdet's ``tools/train.py`` reads its config before it imports anything that could be told of mmrla.
-A ``.pth`` file beside the installed packages imports mmrla whenever this environment's Python
-starts. mmrla writes none unless asked. ``off`` removes it.
+mmdet's ``tools/train.py`` reads its config before it could import mmrla. A ``.pth`` file next to
+the installed packages imports mmrla whenever this environment's Python starts. mmrla only writes it
+on request. ``off`` removes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LINE = "import importlib.util; importlib.util.find_spec('mmrla') and __import__(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Switch it on or off, or say which it is."""
+    """Switch it on or off, or print its status."""
     parser = argparse.ArgumentParser("python -m mmrla.startup", description=__doc__)
     parser.add_argument("action", choices=["on", "off", "status"])
     action = parser.parse_args(argv).action

@@ -258,7 +258,7 @@ def test_paths_of_a_dataset_stay_in_its_root(changes, place, tmp_path):
 
 
 def test_report_replaces_a_link(tmp_path):
-    from mmrla.engine.check_sets import write_json
+    from mmrla.engine.find_datasets import write_json
 
     other, out = tmp_path / "other.txt", tmp_path / "report.json"
     other.write_text("untouched")

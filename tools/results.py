@@ -29,7 +29,7 @@ from mmrla.analysis.pages import replace_part
 from mmrla.datasets import generate_shapes
 from mmrla.engine import set_data_root
 from mmrla.engine.cifar import read_log, run
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.report import newest, read_scalars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,7 +369,7 @@ def main() -> None:
         for row in EXPERIMENTS[name].rows
         if not args.rows or row.name in args.rows
     ]
-    with reporting_errors():
+    with exit_with_message():
         done = collect(place)
         for name, row, seed in tqdm([] if args.write_only else planned):
             if str(seed) in done[name][row.name]:

@@ -1,4 +1,4 @@
-"""Looking at networks that carry a layer attention: what they cost, what they attend to."""
+"""Analysis of networks with layer attention: their cost, and what they attend to."""
 
 from mmrla.analysis.complexity import Complexity, activation_memory, complexity
 from mmrla.analysis.recorder import (

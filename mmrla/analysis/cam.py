@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 
 class Logits(nn.Module):
-    """A classifier of mmpretrain as a function of images alone."""
+    """A classifier of mmpretrain as a function of images only."""
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
@@ -29,16 +29,16 @@ class Logits(nn.Module):
 
 
 def feature_layer(model: Any, name: str, inputs: Tensor) -> nn.Module:
-    """The module whose output a class activation map is made of.
+    """The module whose output is used for a class activation map.
 
     Args:
         model: A classifier.
         name: Of the module, in the backbone or in the whole model.
-        inputs: ``[B, 3, H, W]``, run once to see what the module puts out.
+        inputs: ``[B, 3, H, W]``, run once to inspect the module's output.
 
     Raises:
-        ValueError: There is no such module, it is not called, or puts out neither a map nor tokens
-            of a square grid.
+        ValueError: There is no such module, it is not called, or its output is neither a map nor
+            tokens of a square grid.
     """
     for root in (model.backbone, model):
         modules = dict(root.named_modules())
@@ -94,19 +94,19 @@ def _extra_tokens(model: Any) -> int:
 def score_cam(
     model: Any, layer: nn.Module, inputs: Tensor, target: int, batch_size: int = 32
 ) -> np.ndarray:
-    """ScoreCAM of one image: each channel of the layer masks the image, and its score weighs it.
+    """ScoreCAM of one image: channels of the layer mask it and are weighted by their scores.
 
-    Runs the model once for each channel. The model is left in evaluation mode, as it must be.
+    Runs the model once for each channel.
 
     Args:
         model: A classifier of mmpretrain in evaluation mode.
         layer: As :func:`feature_layer` gives it.
         inputs: ``[1, 3, H, W]``.
         target: The class.
-        batch_size: Masked images that go through the model at once.
+        batch_size: Number of masked images per forward.
 
     Returns:
-        ``[H, W]`` in [0, 1]: how much each place adds to the class, over the most.
+        ``[H, W]`` in [0, 1]: contribution of each position to the class, over the maximum.
 
     Raises:
         ImportError: grad-cam is not installed.

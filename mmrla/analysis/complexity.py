@@ -1,6 +1,6 @@
-"""What a network costs: parameters, multiply-adds, memory kept for backward.
+"""Cost of a network: parameters, multiply-adds, memory kept for backward.
 
-The layer attention's own work is counted, and what the counter has no rule for is named.
+The layer attention's operations are counted, and operators without a counting rule are listed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from mmrla.ops.dispatch import ENV_VAR
 
 
 class Complexity(NamedTuple):
-    """What :func:`complexity` counts."""
+    """Result of :func:`complexity`."""
 
     params: int
     """Parameters."""
     macs: int
-    """Multiply-adds of one forward; divided by 1e9, what papers call GFLOPs."""
+    """Multiply-adds of one forward; divided by 1e9, papers call them GFLOPs."""
     attention_macs: int
     """Multiply-adds inside the layer attentions, element-wise ones included."""
     elementwise_macs: int
     """Those of ``attention_macs`` that ``macs`` leaves out: gate and lambda of MRLA-light."""
     skipped: Counter[str]
-    """Operators without a rule, whose work is in no number here, and how often each ran."""
+    """Operators without a rule, which are not counted, and how often each ran."""
 
 
 # Kept apart from what makes up `macs`: element-wise products, and calls of skipped operators.
@@ -98,7 +98,7 @@ _HANDLES = {
 
 @contextmanager
 def _visible_attention() -> Iterator[None]:
-    """Keep ``nn.MultiheadAttention`` off its inference kernel, which shows no products."""
+    """Disable the inference kernel of ``nn.MultiheadAttention``, which hides its products."""
     mha = getattr(torch.backends, "mha", None)  # newer than torch 2.1
     before = mha.get_fastpath_enabled() if mha else None
     try:
@@ -127,18 +127,18 @@ def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
     means (one for each element averaged) and for the products of scaled dot-product attention.
     The weighted sum of MRLA-base, one for each element of each value, is counted in both.
     That is how the released networks count, whose pooling is a module and whose weighted sum is a
-    matrix product. As there, ``macs`` is without element-wise work: activations, residual
-    additions, MRLA-light's gate and lambda. The latter (one multiply-add an element each) is in
-    ``attention_macs``, which holds all work inside :class:`mmrla.layers.LayerAttention` modules:
-    GAP, Conv1D of query and key, heads, depthwise convolution, gate or weighted sum, lambda; not
-    the host's norm around them. All work with the attention's element-wise part:
-    ``macs + elementwise_macs``.
+    matrix product. As there, ``macs`` excludes element-wise operations: activations, residual
+    additions, MRLA-light's gate and lambda. The latter (one multiply-add per element each) are in
+    ``attention_macs``, which includes everything inside :class:`mmrla.layers.LayerAttention`
+    modules: GAP, Conv1D of query and key, heads, depthwise convolution, gate or weighted sum,
+    lambda; not the host's norm around them. The total including the attention's element-wise part
+    is ``macs + elementwise_macs``.
 
-    The model is left as it was.
+    The model is not changed.
 
     Args:
         model: Any module.
-        *inputs: What ``model.forward`` takes.
+        *inputs: Arguments of ``model.forward``.
 
     Returns:
         Parameters, multiply-adds, the attention's, and what was not counted.
@@ -171,17 +171,17 @@ def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
 def activation_memory(model: nn.Module, *inputs: torch.Tensor) -> int:
     """Bytes that a training forward keeps for the backward pass, per image.
 
-    Counted are distinct storages that autograd saves, parameters and buffers left out, with each
-    operation's backend as it would be chosen (``MMRLA_BACKEND`` counts), frozen stages as the model
-    freezes them, and without a loss. Nothing is computed: the forward runs on a copy of the model
-    made of fake tensors, which have a shape and a device, and no data. So the model is left as it
-    was, and its size does not matter. A forward whose course depends on the data, as that of a
-    two-stage detector, cannot be measured: measure its backbone.
+    It counts the distinct storages that autograd saves, except parameters and buffers, with each
+    operation's usual backend (``MMRLA_BACKEND`` is respected), with the model's frozen stages, and
+    without a loss. Nothing is computed: the forward runs on a copy of the model made of fake
+    tensors, which have a shape and a device but no data. So the model is not changed, and its size
+    does not matter. Forwards with data-dependent control flow, as in two-stage detectors, cannot be
+    measured: measure the backbone.
 
     Args:
         model: Any module; its mode does not matter.
-        *inputs: What ``model.forward`` takes, images first, on the model's device. Two images or
-            more, where batch norm would see a single value a channel otherwise.
+        *inputs: Arguments of ``model.forward``, images first, on the model's device. At least two
+            images if batch norm would otherwise get a single value per channel.
 
     Returns:
         Bytes, divided by the number of images.

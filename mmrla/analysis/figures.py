@@ -1,4 +1,4 @@
-"""Figures of what :mod:`mmrla.analysis` finds, in one style; no screen and no pyplot needed."""
+"""Figures for the results of :mod:`mmrla.analysis`, in one style, without a screen or pyplot."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def choose_heads(groups: Sequence[GroupRecord], heads: Sequence[int] | int) -> l
 
     Args:
         groups: The groups.
-        heads: The heads themselves; or how many, spread evenly over those that a group has.
+        heads: Indices of heads; or their number, spread evenly over those of a group.
 
     Raises:
         ValueError: A head that a group does not have, or a number below 1.
@@ -98,7 +98,7 @@ def _scale(
 ) -> tuple[Normalize, str]:
     """The colours' scale and its label, in lines that fit beside a figure of this height in inches.
 
-    From 0 to 1 for shares, else to the largest value that is drawn, and from the least below 0.
+    From 0 to 1 for shares, else to the largest value drawn, and from the minimum if below 0.
     """
     label = groups[0].label
     if all(group.sum_to_one for group in groups):
@@ -114,7 +114,7 @@ def _scale(
 
 
 def _heat_map(axis: Any, scores: np.ndarray, group: GroupRecord, norm: Normalize) -> Any:
-    """One map ``[T, S]``: the querying layer downwards, the layer it attends to to the right."""
+    """One map ``[T, S]``: rows are querying layers, columns the layers they attend to."""
     aspect = "auto" if 2 * len(group.sources) < len(group.layers) else "equal"
     drawn = axis.imshow(scores, cmap=HEAT, norm=norm, aspect=aspect)
     for names, set_ticks in ((group.sources, axis.set_xticks), (group.layers, axis.set_yticks)):
@@ -141,7 +141,7 @@ def layer_attention_figure(
 ) -> Figure:
     """Scores of layers over layers as heat maps, mean over images: Fig. 1a of the paper.
 
-    For each group the mean over all heads, then single heads; the colour scale is one for all.
+    For each group the mean over all heads, then single heads, all with the same colour scale.
 
     Args:
         groups: As recorded.
@@ -255,14 +255,14 @@ def flops_figure(
     added: Mapping[str, Sequence[float]],
     title: str = "",
 ) -> Figure:
-    """GFLOPs against resolution: whole networks left, what layer attention adds right: Fig. 5.
+    """GFLOPs against resolution: whole networks left, the share of layer attention right: Fig. 5.
 
-    The axis is even in pixels, so that what is linear in them is a straight line.
+    The axis is linear in pixels, so linear cost gives a straight line.
 
     Args:
         sizes: Sides of square images, px.
         whole: GFLOPs by network, one for each size.
-        added: GFLOPs by what they are of, one for each size.
+        added: GFLOPs of layer attention by label, one for each size.
         title: Of the figure.
     """
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
@@ -344,10 +344,10 @@ def overlay_figure(
     notes: Sequence[Sequence[str]] | None = None,
     boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
 ) -> Figure:
-    """Images with maps over them, a row an image and a column a map.
+    """Images with maps over them, one row per image and one column per map.
 
     Args:
-        rows: Of each image its name, its pixels ``[H, W, 3]`` and maps in [0, 1], one a column.
+        rows: For each image its name, its pixels ``[H, W, 3]`` and maps in [0, 1], one per column.
         columns: Of each map the network, which neighbours share, and what it is of.
         label: Of the colour bar.
         title: Of the figure.

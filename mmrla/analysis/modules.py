@@ -1,4 +1,4 @@
-"""The layer attentions of a model, and its mode for a while."""
+"""The layer attentions of a model, and temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmrla.layers import LayerAttention
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode again afterwards."""
+    """Switch to evaluation mode, and restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -27,6 +27,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def layer_attentions(model: nn.Module) -> list[str]:
-    """Names of the layer attentions that are in no other one."""
+    """Names of the layer attentions that are not inside another one."""
     names = [name for name, m in model.named_modules() if isinstance(m, LayerAttention)]
     return [n for n in names if not any(n != o and n.startswith(f"{o}.") for o in names)]

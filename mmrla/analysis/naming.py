@@ -1,4 +1,4 @@
-"""What papers call the network of a config."""
+"""Names of a config's network, as in papers."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ PLUGINS = {
 
 
 def short_type(cfg: dict) -> str:
-    """The class that a part of a config names, without its package."""
+    """The class name of a part of a config, without its package."""
     kind = cfg["type"]
     return (kind if isinstance(kind, str) else kind.__name__).split(".")[-1]
 
 
 def group_of(cfg: Config) -> str:
-    """imagenet, cifar or coco: what the model is and what it is trained on."""
+    """imagenet, cifar or coco, from the model and its training set."""
     if short_type(cfg.model) != "ImageClassifier":
         return "coco"
     dataset = cfg.get("test_dataloader", {}).get("dataset", {})
@@ -79,7 +79,7 @@ def image_size(cfg: Config) -> tuple[int, int]:
 
 
 def backbone_name(cfg: dict) -> str:
-    """ResNet-50, ResNeXt-50 (32x4d), DeiT-T, ...: the class and what tells its size."""
+    """ResNet-50, ResNeXt-50 (32x4d), DeiT-T, ...: the class and its size."""
     kind = short_type(cfg).removeprefix("MRLA")
     name = BACKBONES.get(kind, kind)
     size = cfg.get("depth", cfg.get("arch", ""))
@@ -111,7 +111,7 @@ def attention_of(model: nn.Module) -> str:
 
 
 def options_of(backbone: ConfigDict) -> dict[str, Any]:
-    """What a config says of its layer attention beside the type."""
+    """Options of a config's layer attention other than the type."""
     attention = backbone.get("layer_attention")
     if not attention:
         return {}

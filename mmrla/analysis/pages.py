@@ -1,4 +1,4 @@
-"""Parts of documentation pages that tools write."""
+"""Generated parts of documentation pages."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> None:
-    """Replace what stands between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+    """Replace the text between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 
     Args:
         page: The Markdown file.
         name: Of the part.
-        text: What goes there.
-        whole: False: of the table there, only the rows that ``text`` has, see
+        text: The new text.
+        whole: False: replace only the rows of the table that ``text`` has, see
             :func:`merge_tables`.
 
     Raises:
@@ -30,13 +30,13 @@ def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> Non
 
 
 def merge_tables(old: str, new: str) -> str:
-    """Table ``old`` with the rows of table ``new``, known by their configs, in it.
+    """Table ``old`` with rows replaced by those of table ``new``, matched by config.
 
-    A row that ``old`` lacks goes behind the one before it in ``new``, or to the top; the operators
-    that are not counted are those of both. Rows without a config stay as they are.
+    A row that is missing in ``old`` is inserted after its predecessor in ``new``, or at the top;
+    the lists of operators without a rule are merged. Rows without a config are unchanged.
     """
     (*lines, _, old_skipped), (*added, _, new_skipped) = old.splitlines(), new.splitlines()
-    place = 2  # behind titles and rule
+    place = 2  # after titles and rule
     for line in added[2:]:
         link = line.split("|")[-2]
         if not link.strip():

@@ -1,4 +1,4 @@
-"""Figures of papers and model zoos that ours stand beside in tables."""
+"""Figures of papers and model zoos, for comparison with ours in tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLE_1 = "MRLA, table 1"
 
 @dataclass(frozen=True)
 class Published:
-    """Figures as a source states them, in its digits; None where it states none."""
+    """Figures as stated by a source, with its digits; None if it states none."""
 
     params: str | None = None
     gflops: str | None = None

@@ -1,4 +1,4 @@
-"""Recording what the layers of a network attend to while it runs."""
+"""Records what the layers of a network attend to while it runs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from mmrla.ops.fused import is_compiling
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What was recorded of one group of layers: a stage, or so many blocks of a transformer."""
+    """The record of one group of layers: a stage, or several blocks of a transformer."""
 
     name: str
-    """Path of the modules that it is made of (``layer1``), with the blocks where several groups
-    share it (``layers 0-3``)."""
+    """Path of its modules (``layer1``), with the blocks if several groups share it
+    (``layers 0-3``)."""
     layers: tuple[str, ...]
-    """The name of each layer's block within that path, T of them: ``('0', '1', '2')``; where a
-    block has several, with their own: ``('0 attn', '0 ffn', '1 attn')``."""
+    """Names of the T layers' blocks within that path: ``('0', '1', '2')``; if a block has several
+    layers, with their names: ``('0 attn', '0 ffn', '1 attn')``."""
     modules: tuple[str, ...]
     """The names of the layer attentions in the model."""
     queries: Tensor
     """``[N, T, heads, d_k]`` in float32 on the CPU, N images."""
     scores: Tensor
-    """``[N, heads, T, T]``: what layer t (second last axis) takes from layer s; NaN for s > t.
-    ``[N, heads, T, S]`` where layers look at S sources that are no layers."""
+    """``[N, heads, T, T]``: the weight of layer s for layer t (second last axis); NaN for s > t.
+    ``[N, heads, T, S]`` if layers attend to S sources that are not layers."""
     sources: tuple[str, ...]
-    """The names of what is attended to: ``layers``, or ``in`` for the group's input and
-    ``0 attn - 1 ffn`` for a sum of layers."""
+    """Names of the sources: ``layers``, or ``in`` for the group's input and ``0 attn - 1 ffn`` for
+    a sum of layers."""
     label: str = "attention score"
-    """What the scores are."""
+    """A description of the scores."""
     sum_to_one: bool = True
-    """Whether the scores of a layer are shares."""
+    """Whether the scores of a layer sum to one."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Pass:
 
 
 class LayerAttentionRecorder:
-    """What :func:`record_layer_attention` gives; holds all that was recorded.
+    """The recorder returned by :func:`record_layer_attention`, with all records.
 
     Args:
         model: Any module with layer attentions in it.
@@ -94,7 +94,7 @@ class LayerAttentionRecorder:
         self._forget()
 
     def _forget(self) -> None:
-        """Let go of what the last group's next layer would have needed."""
+        """Release data that the last group's next layer would have needed."""
         if self._passes:
             self._passes[-1].memory = None
 
@@ -208,9 +208,9 @@ def _sources(layers: Sequence[str], ends: Sequence[int] | None) -> tuple[str, ..
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Of an attention's name the path to its block, and the block's number within that.
+    """Path to an attention's block, from its name, and the block's number within that path.
 
-    The number is the last part that is one: ``layer1.0.mrla`` is block 0 of ``layer1``.
+    The number is the last numeric part: ``layer1.0.mrla`` is block 0 of ``layer1``.
     """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -230,17 +230,17 @@ def _without_wrappers(path: str) -> str:
 def record_layer_attention(model: nn.Module) -> Iterator[LayerAttentionRecorder]:
     """Record what every layer attention in ``model`` attends to in the forwards inside.
 
-    Works in any mode, without and with gradients, under autocast and with activation
-    checkpointing, for a backbone, a classifier or a detector. Forward hooks on the layer attentions
-    do it, which are gone on exit, by an exception too; the model is not changed. While they are
-    there, residual blocks do not take the fused operation for their end, so a forward takes more
-    memory and differs in rounding. Networks compiled with torch.compile record nothing.
+    Works in any mode, with and without gradients, under autocast and with activation checkpointing,
+    for a backbone, a classifier or a detector. It uses forward hooks on the layer attentions, which
+    are removed on exit, even after an exception; the model is not changed. While recording,
+    residual blocks do not use the fused operation for their end, so a forward takes more memory and
+    differs by rounding. Networks compiled with torch.compile record nothing.
 
     Args:
         model: Any module with layer attentions in it, each of a type that has ``retrieval``.
 
     Yields:
-        The recorder: ``rec.groups`` tells what was recorded so far, inside and afterwards.
+        The recorder: ``rec.groups`` has the records so far, during and after the context.
 
     Raises:
         ValueError: There is no layer attention in the model.
@@ -269,8 +269,8 @@ def query_similarity(group: GroupRecord, include_first: bool = False) -> Tensor:
 
     Args:
         group: Of one group of layers.
-        include_first: Take the group's first layer too, which the paper leaves out because it
-            attends to itself alone.
+        include_first: Include the group's first layer, which the paper leaves out because it
+            attends only to itself.
 
     Returns:
         ``[N, pairs, heads]``: T - 2 pairs of layers, or T - 1 with the first; the last pairs are

@@ -1,4 +1,4 @@
-"""Attention between the tokens of a vision transformer, as its own blocks compute it."""
+"""Attention between the tokens of a vision transformer, as computed by its blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class TokenAttentionRecorder:
-    """What :func:`record_token_attention` gives: filled by each forward."""
+    """The recorder returned by :func:`record_token_attention`, updated by each forward."""
 
     def __init__(self) -> None:
         self.attention: Tensor | None = None
@@ -24,7 +24,7 @@ class TokenAttentionRecorder:
         """How many tokens come before the patches: class, distillation."""
 
     def of_token(self, index: int) -> Tensor:
-        """What the extra token ``index`` (0: class) takes of each patch: ``[B, heads, h, w]``.
+        """Attention of the extra token ``index`` (0: class) to each patch: ``[B, heads, h, w]``.
 
         Raises:
             ValueError: No forward has run.
@@ -32,7 +32,7 @@ class TokenAttentionRecorder:
         return self._map(index)
 
     def of_patch(self, row: int, column: int) -> Tensor:
-        """What a patch takes of each patch: ``[B, heads, h, w]``.
+        """Attention of a patch to each patch: ``[B, heads, h, w]``.
 
         Raises:
             ValueError: No forward has run, or there is no such patch.
@@ -58,18 +58,18 @@ class TokenAttentionRecorder:
 def record_token_attention(backbone: Any, layer: int = -1) -> Iterator[TokenAttentionRecorder]:
     """Record the self-attention of one block of a vision transformer with a class token.
 
-    ``softmax(q k^T / sqrt(head dims))``, from what goes into the block's attention, by hooks that
-    are gone on exit; the backbone is not changed.
+    ``softmax(q k^T / sqrt(head dims))``, computed from the input of the block's attention by hooks
+    that are removed on exit; the backbone is not changed.
 
     Args:
         backbone: A ViT, DeiT or CeiT of mmpretrain or mmrla.
-        layer: Which block, negative from the last.
+        layer: Index of the block, negative from the end.
 
     Yields:
         The recorder.
 
     Raises:
-        TypeError: The backbone is no such transformer.
+        TypeError: The backbone is not such a transformer.
         ValueError: It has no class token, or no such block.
     """
     name = type(backbone).__name__

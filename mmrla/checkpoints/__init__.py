@@ -1,4 +1,4 @@
-"""Weights: reading files safely, saying what was loaded, converting, and starting warm."""
+"""Weights: reading files safely, load reports, conversion, and warm start."""
 
 from mmrla.checkpoints.convert import Conversion, convert_state_dict, detect, to_released
 from mmrla.checkpoints.files import load_file, state_dict_of

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill or a full disk cannot damage, and finding the newest intact one."""
+"""Atomic writing of checkpoints, safe against kills and full disks, and recovery."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _MIB = 2**20
 
 
 def write_atomically(data: bytes, path: str | Path) -> None:
-    """Write a file so that at every moment its name shows the old content or all of the new.
+    """Write a file so that its name always has either the old content or all of the new.
 
-    The data go to a temporary file in the same folder, onto the disk, and only then under the name.
+    The data are written to a temporary file in the same folder, flushed to disk, and then renamed.
 
     Args:
         data: The content.
-        path: A local file; its folder is made where it is not there.
+        path: A local file; its folder is created if necessary.
 
     Raises:
-        CheckpointError: It cannot be written, such as for want of space. What had the name before
-            is as it was, and the temporary file is gone.
+        CheckpointError: It cannot be written, for example because the disk is full. An existing
+            file is unchanged, and the temporary file is removed.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.mmrla-tmp")
@@ -51,7 +51,7 @@ def write_atomically(data: bytes, path: str | Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk; not every file system lets a folder be synchronised."""
+    """Flush a rename to disk; not every file system supports this for folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -69,7 +69,7 @@ def _cannot_write(target: Path, size: int, error: OSError) -> str:
 
 
 def remove_temporaries(folder: str | Path) -> list[Path]:
-    """Remove what writers that were killed have left in a folder.
+    """Remove temporary files that killed writers left in a folder.
 
     Returns:
         What was removed.
@@ -82,7 +82,7 @@ def remove_temporaries(folder: str | Path) -> list[Path]:
 
 @register_backend(BACKEND)
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's backend for local files, whose writes are all or nothing."""
+    """mmengine's backend for local files, with atomic writes."""
 
     def __init__(self) -> None:
         self._postponed: list[str] | None = None
@@ -104,11 +104,11 @@ class AtomicLocalBackend(LocalBackend):
 
     @contextmanager
     def removing_last(self, written: list[str]) -> Iterator[None]:
-        """Inside, files are removed only once everything has been written.
+        """In this context, files are only removed after everything has been written.
 
         Args:
-            written: Files that stay though someone asked to remove them, read at the end: they
-                have new content.
+            written: Files to keep although their removal was requested, because they have new
+                content; read at the end.
         """
         outer, self._postponed = self._postponed, []
         try:
@@ -123,10 +123,10 @@ class AtomicLocalBackend(LocalBackend):
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, found without running code from it.
+    """A description of a checkpoint file's damage, found without running code from it.
 
-    torch's files are zip archives, whose directory is written last and which carry a checksum of
-    every part, so a truncated file and a flipped bit both show.
+    torch's files are zip archives with a directory at the end and a checksum for every part, so
+    truncation and flipped bits are both detected.
 
     Args:
         path: A local file.
@@ -157,19 +157,19 @@ def damage(path: str | Path) -> str | None:
 
 
 def latest_intact(work_dir: str | Path) -> str | None:
-    """The checkpoint to go on from: what ``last_checkpoint`` names, or the newest intact one.
+    """The checkpoint to resume from: the one in ``last_checkpoint``, or the newest intact one.
 
-    A damaged one is passed over with a warning that names it. The file that ``last_checkpoint``
-    names is looked for in ``work_dir`` too, which may have moved.
+    Damaged ones are skipped with a warning that names them. The file in ``last_checkpoint`` is also
+    searched in ``work_dir``, which may have moved.
 
     Args:
         work_dir: Of the run.
 
     Returns:
-        Its path, None where there is no checkpoint at all.
+        Its path, None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: There are some and all are damaged.
+        CheckpointError: All checkpoints are damaged.
     """
     folder = Path(work_dir)
     named = folder / "last_checkpoint"

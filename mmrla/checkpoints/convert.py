@@ -1,4 +1,4 @@
-"""Checkpoints of others become mmrla's, and back.
+"""Converts checkpoints of other projects to mmrla's, and back.
 
 Recognised by their keys: released MRLA ResNets (``layer1.0.mrla.mrla.Wq.weight`` for light,
 ``stages.0.0.mrla...`` for base), vision transformers (``blocks.0.mrla...``) and EfficientNets
@@ -22,14 +22,14 @@ from mmrla.checkpoints.files import CheckpointError, state_dict_of
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a checkpoint was recognised as."""
+    """The network that a checkpoint was recognised as."""
 
     family: str
     """``'resnet'``, ``'vit'``, ``'ceit'``, ``'efficientnet'`` or ``'pvtv2'``."""
     layer_attention: str | None
     """``'MRLALight'`` (there is a lambda), ``'MRLABase'`` (query and key without one), ``'DWConv'``
-    (a value alone) or None. By its keys MRLABase cannot be told from MLA, LinearRLA and MRLALight
-    without a learned lambda."""
+    (only a value) or None. By its keys MRLABase cannot be distinguished from MLA, LinearRLA and
+    MRLALight without a learned lambda."""
     style: str
     """Whose key names it has: ``'released'`` (with MRLA), ``'torchvision'``, ``'timm'``,
     ``'efficientnet-pytorch'`` (the package of that name), ``'original'`` (of the network's authors)
@@ -48,7 +48,7 @@ def detect(state: Mapping[str, Tensor]) -> Conversion:
         What it is.
 
     Raises:
-        CheckpointError: It is none that is known here.
+        CheckpointError: It is unknown.
     """
     return _recognise(state)[1]
 
@@ -96,12 +96,12 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a known network to mmrla's names.
 
     Args:
-        state_dict: Tensors by key. Wrappers and ``module.`` prefixes are taken off.
+        state_dict: Tensors by key. Wrappers and ``module.`` prefixes are removed.
 
     Returns:
-        Tensors under ``backbone.*`` and ``head.*``, as classifiers of mmpretrain have them; the
-        values are those given, but for ``lambda_t``, which becomes ``[C]``. What already has these
-        names is returned as it is.
+        Tensors under ``backbone.*`` and ``head.*``, as classifiers of mmpretrain have them; values
+        are unchanged except ``lambda_t``, which becomes ``[C]``. Keys that already have these names
+        are unchanged.
 
     Raises:
         CheckpointError: The network, or one of its keys, is not known.
@@ -130,7 +130,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: mmrla's names become those of the released implementation.
+    """The reverse: convert mmrla's names to those of the released implementation.
 
     Args:
         state_dict: Tensors under ``backbone.*`` and ``head.*``.
@@ -145,7 +145,7 @@ def to_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = state_dict_of(state_dict)
     family, found = _recognise(state)
     if found.style != "mmrla":
-        raise CheckpointError(f"these are no mmrla key names: {found.description}")
+        raise CheckpointError(f"these are not mmrla key names: {found.description}")
     if family.to_released is None or found.layer_attention not in (None, "MRLALight", "MRLABase"):
         raise CheckpointError(f"there are no released names for this: {found.description}")
     return family.to_released(state)

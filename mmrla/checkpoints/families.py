@@ -1,4 +1,4 @@
-"""Key names of the networks that can be converted, a family at a time."""
+"""Key names of the networks that can be converted, by family."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _describe_resnet(state: State) -> str | None:
     if depth is None:
         kind = "bottlenecks" if bottleneck else "basic blocks"
         raise CheckpointError(
-            f"a ResNet of {list(stages.values())} {kind} a stage, which is none of "
+            f"a ResNet of {list(stages.values())} {kind} per stage, which is none of "
             "depth 18, 34, 50, 101 and 152, nor 20, 56 and 110 for CIFAR"
         )
     if bottleneck:

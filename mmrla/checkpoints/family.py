@@ -1,4 +1,4 @@
-"""What a family of networks is to the converter, and how keys are renamed."""
+"""Definition of a family of networks for the converter, and renaming of keys."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Family:
     """How the keys of one kind of network are recognised and renamed.
 
     Args:
-        name: What :class:`mmrla.checkpoints.convert.Conversion` calls it.
-        describe: From keys without ``backbone.`` and their tensors to a name with depth and width;
-            None where they are of another family.
+        name: Its name in :class:`mmrla.checkpoints.convert.Conversion`.
+        describe: Maps keys without ``backbone.`` and their tensors to a name with depth and width,
+            or to None if they are of another family.
         style: Whose names the keys are: ``'torchvision'``, ``'timm'``,
             ``'efficientnet-pytorch'`` (the package of that name), ``'original'`` (the network's
             authors') or ``'mmrla'`` (mmpretrain's, mmdet's).
         to_ours: Others' names to ours, under ``backbone.`` and ``head.``.
-        known: Regular expression that each converted key matches whole.
-        to_released: Ours to the released implementation's; None where it has none.
+        known: Regular expression that must match each converted key completely.
+        to_released: Ours to the released implementation's; None if it has none.
     """
 
     name: str
@@ -49,7 +49,7 @@ def rename_all(state: State, rules: Sequence[Rule]) -> dict[str, Tensor]:
 
 
 def count_layers(keys: State, pattern: str) -> dict[int, int]:
-    """Layers a stage (or in all, under 0) from keys that match ``pattern``."""
+    """Number of layers per stage (or in total, under 0) from keys that match ``pattern``."""
     found: dict[int, set[int]] = {}
     for key in keys:
         match = re.match(pattern, key)
@@ -64,7 +64,7 @@ def any_key(state: State, pattern: str) -> bool:
     return any(re.search(pattern, key) for key in state)
 
 
-# What may stand behind a host's name for its layer attention.
+# Suffixes of a host's name for its layer attention.
 ATTENTION = r"(lambda_t|(query|key|value)\.weight)"
 RELEASED_ATTENTION: list[Rule] = [
     (r"\.mrla\.m[rl]+a\.Wq\.", ".mrla.query."),

@@ -1,4 +1,4 @@
-"""Reading checkpoint files without running what is in them."""
+"""Reads checkpoint files without running code from them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _MMENGINE_RAW = "ema_state_dict"
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint; the message says why and what to do."""
+    """A file that cannot be read as a checkpoint; the message gives the reason and a fix."""
 
 
 class _Inert:
-    """Stands for an object of a checkpoint that nobody needs: takes anything, does nothing."""
+    """Placeholder for an unneeded object of a checkpoint: accepts anything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -49,7 +49,7 @@ class _Inert:
 
 
 class _LogFreeUnpickler(pickle.Unpickler):
-    """Reads tensors, and puts inert objects in the place of mmengine's log histories.
+    """Reads tensors, and replaces mmengine's log histories with inert objects.
 
     Training checkpoints hold those as numpy arrays in a class that torch's own safe reader refuses.
     No other name is looked up, so no code of a file can run.
@@ -88,7 +88,7 @@ class _LogFreePickle:
 
 
 def _local_path(path: str) -> Path:
-    """Where a checkpoint lies on this machine, downloaded first where it is a URL."""
+    """Local path of a checkpoint, downloaded first if it is a URL."""
     if path.startswith("torchvision://"):
         from mmengine.runner.checkpoint import get_torchvision_models
 
@@ -167,11 +167,11 @@ class _ResumingPickle(_LogFreePickle):
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Have mmengine read every checkpoint as :func:`load_file` does, while this is in force.
+    """Make mmengine read every checkpoint like :func:`load_file` within this context.
 
-    mmengine itself runs what is in a file that torch's safe reader refuses. Histories of the log
-    are kept, so that training can be resumed. What comes as ``open-mmlab://`` or another address
-    that only mmengine knows is refused; download it and name the file.
+    mmengine itself runs code from files that torch's safe reader refuses. Log histories are kept,
+    so that training can be resumed. ``open-mmlab://`` and other addresses that only mmengine
+    supports are refused; download the file and pass its path.
     """
     from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -191,16 +191,16 @@ def load_file(path: str | Path, *, histories: bool = False) -> Any:
 
     Args:
         path: A local file, ``torchvision://NAME``, an http(s) address (kept in torch's hub folder),
-            or another address that mmengine's file backends know, such as ``s3://...``.
-        histories: Whether histories of mmengine's log are needed, as a resumed run does.
+            or another address supported by mmengine's file backends, such as ``s3://...``.
+        histories: Whether mmengine's log histories are needed, as in a resumed run.
 
     Returns:
-        What the file holds.
+        The content of the file.
 
     Raises:
-        FileNotFoundError: A local file is not there.
-        CheckpointError: The file is empty, truncated, a web page, no checkpoint, or needs objects
-            besides tensors (``MMRLA_UNSAFE_LOAD=1`` loads those, and runs what is in them).
+        FileNotFoundError: A local file does not exist.
+        CheckpointError: The file is empty, truncated, a web page, not a checkpoint, or needs
+            objects other than tensors (``MMRLA_UNSAFE_LOAD=1`` loads these, which may run code).
     """
     text = str(path)
     if "://" in text and not text.startswith(("torchvision://", "http://", "https://")):
@@ -278,17 +278,17 @@ def state_dict_of(checkpoint: Any, weights: str = "default") -> dict[str, Tensor
     """The tensors of a checkpoint by name, without wrappers and the ``module.`` of DDP.
 
     Args:
-        checkpoint: What :func:`load_file` returned: a state dict, or a dict that holds one under
+        checkpoint: The result of :func:`load_file`: a state dict, or a dict that contains one under
             ``state_dict`` or ``model``.
-        weights: Where a checkpoint holds two copies: ``'default'`` takes what a test run would
+        weights: If a checkpoint contains two copies: ``'default'`` takes the one a test run would
             load, ``'averaged'`` the moving average if there is one, ``'raw'`` the other.
 
     Returns:
         Tensors by key, in the file's order.
 
     Raises:
-        CheckpointError: There are no tensors by name in it.
-        ValueError: ``weights`` is none of the three.
+        CheckpointError: It contains no named tensors.
+        ValueError: ``weights`` is invalid.
     """
     if weights not in ("default", "averaged", "raw"):
         raise ValueError(f"weights must be 'default', 'averaged' or 'raw', got {weights!r}")

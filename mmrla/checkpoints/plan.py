@@ -1,4 +1,4 @@
-"""Whether the parts of frozen stages that a plain network lacks stay trainable."""
+"""Decides whether parts of frozen stages that a plain network lacks stay trainable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_warm_start(init_cfg: Any) -> bool:
     """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class.
 
     Raises:
-        ValueError: It is one of several in a list: the others would undo it.
+        ValueError: It is one of several in a list: the others would overwrite it.
     """
     if isinstance(init_cfg, (list, tuple)):
         if any(is_warm_start(entry) for entry in init_cfg):
@@ -31,22 +31,22 @@ def is_warm_start(init_cfg: Any) -> bool:
 
 
 def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_key) -> bool:
-    """Tell from a host's ``init_cfg`` whether freezing leaves its MRLA parts out.
+    """Whether freezing excludes a host's MRLA parts, according to its ``init_cfg``.
 
-    That has to be known when the network is built: DDP and optimizers look at what is trainable
-    before weights are loaded. ``freeze_mrla`` in the ``init_cfg`` says it; by default a look into
-    the checkpoint does, at its keys alone, where it lies on this machine. ``torchvision://`` and
-    files that are not here (yet) count as plain networks.
+    This must be known when the network is built, because DDP and optimizers check which parameters
+    are trainable before weights are loaded. ``freeze_mrla`` in the ``init_cfg`` decides; by default
+    the keys of a local checkpoint do. ``torchvision://`` and files that do not exist locally (yet)
+    count as plain networks.
 
     Args:
-        init_cfg: What the host was given.
-        is_own: Which keys belong to the parts in question, by default those of layer attentions.
+        init_cfg: The host's argument.
+        is_own: Whether a key belongs to these parts, by default to layer attentions.
 
     Returns:
         True for a warm start from a checkpoint without such weights, unless the user froze them.
 
     Raises:
-        ValueError: ``freeze_mrla`` is none of True, False and None.
+        ValueError: ``freeze_mrla`` is not True, False or None.
     """
     if not is_warm_start(init_cfg):
         return False
@@ -62,7 +62,7 @@ def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_
 
 
 def _holds(path: str, is_own: Callable[[str], bool]) -> bool:
-    """Whether a local checkpoint holds keys of a kind."""
+    """Whether a local checkpoint contains keys of a kind."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # an old format or more than tensors: read it with all its checks

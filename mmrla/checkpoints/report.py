@@ -1,4 +1,4 @@
-"""Loading a state dict and saying exactly what was loaded."""
+"""Loads a state dict and reports exactly what was loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mmrla.compat import log
 
 
 def is_mrla_key(key: str) -> bool:
-    """Whether a state-dict key belongs to a layer attention: one of its name's parts has mrla."""
+    """Whether a state-dict key belongs to a layer attention: part of its name contains mrla."""
     return "mrla" in key
 
 
 def plugin_keys(model: nn.Module) -> set[str]:
-    """The state-dict keys of a model's plugins: what its modules name in ``plugin_names``."""
+    """The state-dict keys of a model's plugins, from ``plugin_names`` of its modules."""
     prefixes = tuple(
         f"{name}.{plugin}." if name else f"{plugin}."
         for name, module in model.named_modules()
@@ -29,18 +29,18 @@ def plugin_keys(model: nn.Module) -> set[str]:
 
 @dataclass
 class LoadReport:
-    """What became of each tensor of a load."""
+    """The outcome of a load for each tensor."""
 
     matched: list[str] = field(default_factory=list)
-    """Keys of the model that were filled."""
+    """Keys of the model that were loaded."""
     missing: list[str] = field(default_factory=list)
     """Keys of the model that the checkpoint lacks."""
     unexpected: list[str] = field(default_factory=list)
     """Keys of the checkpoint that the model lacks."""
     mismatched: list[str] = field(default_factory=list)
-    """``key: checkpoint shape -> model shape`` of those that were left out for it."""
+    """``key: checkpoint shape -> model shape`` of tensors that were skipped because of it."""
     prefix: str = ""
-    """What was taken off the checkpoint's keys (``backbone.``) or, with ``+``, put before them."""
+    """Prefix removed from the checkpoint's keys (``backbone.``) or, with ``+``, added to them."""
 
     @property
     def wrong_shape(self) -> list[str]:
@@ -48,7 +48,7 @@ class LoadReport:
         return [entry.split(":")[0] for entry in self.mismatched]
 
     def summary(self, limit: int = 8) -> str:
-        """One line of counts, and a line for each kind of key that was not loaded."""
+        """A line of counts, and a line for each kind of key that was not loaded."""
         lines = [
             f"{len(self.matched)} tensors loaded, {len(self.missing)} missing, "
             f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of the wrong shape"
@@ -70,18 +70,18 @@ class LoadReport:
         *,
         fresh_mrla: bool = False,
     ) -> None:
-        """Raise CheckpointError where nothing matches, or parts of the model would stay random.
+        """Raise CheckpointError if nothing matches, or parts of the model would stay random.
 
-        So it is where the checkpoint holds layer attentions that the model has no place for.
+        Also if the checkpoint contains layer attentions that the model has no place for.
 
         Args:
-            source: What the message calls the checkpoint.
-            allowed: Patterns (as in :mod:`fnmatch`) of keys that need not fit; counters of batch
-                norms never need to.
+            source: Name of the checkpoint in the message.
+            allowed: Patterns (as in :mod:`fnmatch`) of keys that may be missing; counters of batch
+                norms always may.
             model: The module that the report is about.
             state: The checkpoint that the report is about.
-            fresh_mrla: Whether layer attentions may start fresh, all of them together, and so may
-                plugins.
+            fresh_mrla: Whether layer attentions may be newly initialised, all of them together, and
+                plugins likewise.
         """
         if not self.matched:
             raise CheckpointError(
@@ -114,9 +114,9 @@ class LoadReport:
 
 
 def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], str]:
-    """The checkpoint's keys with or without ``backbone.``, whichever fits the model better.
+    """The checkpoint's keys with or without ``backbone.``, whichever matches the model better.
 
-    Or twice: mmdet's teacher-student detectors give both networks what a checkpoint has once.
+    Or twice: in mmdet's teacher-student detectors both networks get the checkpoint's weights.
     """
     keys = set(own)
     candidates: dict[str, dict[str, Tensor]] = {
@@ -140,22 +140,21 @@ def load_into(
     allow_missing: Iterable[str] = (),
     source: str = "checkpoint",
 ) -> LoadReport:
-    """Load what fits and report the rest; raise where a part that is not MRLA's stays random.
+    """Load matching tensors and report the rest; raise if a part other than MRLA's stays random.
 
     Works with and without a ``backbone.`` prefix on either side, from a detector's or classifier's
-    checkpoint into a backbone, and across classifier heads of another size (which are left as they
-    are).
+    checkpoint into a backbone, and across classifier heads of another size (which are not loaded).
 
     Args:
-        model: The module to fill.
+        model: The module to load.
         state: Tensors by key.
-        allow_missing: Patterns (as in :mod:`fnmatch`) of keys that need not fit. Counters of batch
-            norms never need to, nor do heads (see :func:`allowed_heads`), nor layer attentions if
-            the checkpoint has none, nor plugins in the same way.
-        source: What the messages call the checkpoint.
+        allow_missing: Patterns (as in :mod:`fnmatch`) of keys that may be missing. Counters of
+            batch norms always may, as may heads (see :func:`allowed_heads`), and layer attentions
+            and plugins if the checkpoint has none.
+        source: Name of the checkpoint in messages.
 
     Returns:
-        What became of each tensor; also logged.
+        The outcome for each tensor; also logged.
 
     Raises:
         CheckpointError: Nothing matches, or keys that may not be missing are.
@@ -169,18 +168,18 @@ def load_into(
 
 
 def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, dict[str, Tensor]]:
-    """Tell what a load would do, without doing it.
+    """Report what a load would do, without doing it.
 
     Args:
-        model: The module that would be filled.
+        model: The module that would be loaded.
         state: Tensors by key.
 
     Returns:
-        The report, and the tensors that fit under the model's keys; position embeddings of
+        The report, and the matching tensors under the model's keys, with position embeddings of
         vision transformers resized to the model's grid.
 
     Raises:
-        CheckpointError: A position embedding is of no grid that could be resized.
+        CheckpointError: A position embedding cannot be resized.
     """
     own = model.state_dict()
     aligned, prefix = _align(state, own)
@@ -204,7 +203,7 @@ def compare(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LoadReport, 
 
 
 def _fit_pos_embeds(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Bring position embeddings to the grids of those modules that know how, in place."""
+    """Resize position embeddings for modules that support it, in place."""
     for name, module in model.named_modules():
         fit = getattr(module, "fit_pos_embed", None)
         key = f"{name}.pos_embed" if name else "pos_embed"
@@ -222,13 +221,13 @@ _DETECTOR_PARTS = ("neck.*", "*_head.*")
 
 
 def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
-    """Patterns of what fine-tuning may leave random.
+    """Patterns of parts that fine-tuning may leave random.
 
-    Heads of another size; and where the checkpoint is of a backbone or a classifier, all that a
-    detector has besides. A detector's checkpoint that lacks a neck or a head is suspicious.
+    Heads of another size; and, if the checkpoint is of a backbone or a classifier, all other parts
+    of a detector. A detector's checkpoint without a neck or a head is suspicious.
 
     Args:
-        report: What :func:`compare` said.
+        report: The result of :func:`compare`.
         state: The checkpoint.
     """
     patterns = [key for key in report.wrong_shape if _matches(key, _HEADS)]

@@ -14,10 +14,10 @@ from pathlib import Path
 from mmrla.datasets.findings import ERRORS
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import read_set
-from mmrla.engine.check_sets import DataSet, print_report, sets_in, sets_of_config, write_json
 from mmrla.engine.config_check import OptionAction, read_config
 from mmrla.engine.data_check import set_data_root
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.find_datasets import DataSet, print_report, sets_in, sets_of_config, write_json
 from mmrla.engine.launch import find_config
 
 
@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, str]]:
-    """The sets that the options name, and why others cannot be checked."""
+    """The sets selected by the options, and the reasons why others cannot be checked."""
     if (args.ann is None) != (args.images is None):
         raise ValueError("--ann FILE and --images DIR go together")
     if sum([args.ann is not None, args.config is not None or args.dir is not None]) != 1:
@@ -71,7 +71,7 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
     if args.ann is not None:
         for path, there in ((args.ann, args.ann.is_file()), (args.images, args.images.is_dir())):
             if not there:
-                raise FileNotFoundError(f"not there: {path.absolute()}")
+                raise FileNotFoundError(f"no such file or folder: {path.absolute()}")
         return [DataSet(args.images, args.ann)], {}
     if args.config is None:
         return sets_in(args.dir), {}
@@ -83,14 +83,14 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
     sets, unchecked = sets_of_config(cfg)
     for one in sets:
         if one.ann_file is not None and not one.ann_file.is_file():
-            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.ann_file.absolute()}")
+            raise FileNotFoundError(f"{one.used_as[0]}: no such file: {one.ann_file.absolute()}")
         if not one.images.is_dir():
-            raise FileNotFoundError(f"{one.used_as[0]}: not there: {one.images.absolute()}")
+            raise FileNotFoundError(f"{one.used_as[0]}: no such folder: {one.images.absolute()}")
     return sets, unchecked
 
 
 def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
-    """Write the mended annotation file of the one set there is, and say what was mended."""
+    """Write the repaired annotation file of the only set, and print the repairs."""
     if len(sets) != 1 or not sets[0].is_json:
         raise ValueError(
             f"--fix mends one annotation file in COCO's format, got {len(sets)} set(s); name it "
@@ -98,7 +98,7 @@ def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
         )
     (one,) = sets
     if out.exists():
-        raise FileExistsError(f"--fix: already there: {out.absolute()}")
+        raise FileExistsError(f"--fix: already exists: {out.absolute()}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--fix: no such folder: {out.absolute().parent}")
     assert one.ann_file is not None
@@ -111,9 +111,9 @@ def fix(sets: Sequence[DataSet], out: Path) -> DataSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was found; 1 if there are errors, else 0."""
+    """Print the findings; returns 1 if there are errors, else 0."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")

@@ -1,13 +1,13 @@
-"""``mmrla check-gpu``: whether the fused operations are right on this device, and how fast.
+"""``mmrla check-gpu``: whether the fused operations are correct on this device, and how fast.
 
-Triton's compiler, a driver or a device can make something wrong of a kernel that is right
-elsewhere. This command compares every fused operation with plain torch in float64 on the device at
-hand, times them and ResNet-50, and prints a report to paste into an issue. It needs torch and
-Triton alone; ResNet-50 is timed if the mm packages are installed. Kernels take long to compile, so
-several processes share the comparisons, and one that crashes leaves the others alone.
+Triton's compiler, a driver or a device can break a kernel that is correct elsewhere. This command
+compares every fused operation with plain torch in float64 on this device, times them and ResNet-50,
+and prints a report to paste into an issue. It needs only torch and Triton; ResNet-50 is timed if
+the mm packages are installed. Kernels take long to compile, so several processes share the
+comparisons, and a crash of one does not affect the others.
 
-Without a GPU, Triton's interpreter runs the kernels at small shapes. That shows whether the
-algorithms are right, not whether compiled kernels are.
+Without a GPU, Triton's interpreter runs the kernels at small shapes. That tests the algorithms, but
+not the compiled kernels.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mmrla.ops import fused
 from mmrla.version import __version__
 
 SECONDS = 100.0
-"""How long comparisons may take on a GPU, and twice that in the interpreter. What is left then is
+"""Time limit of the comparisons on a GPU; twice as long in the interpreter. Remaining checks are
 reported as not checked."""
 GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if anything is wrong, else 0."""
+    """Print the report; returns 1 if anything is wrong, else 0."""
     parser = argparse.ArgumentParser(
         "mmrla check-gpu",
         description="Compare the fused operations with plain torch in float64 on this machine's "
@@ -142,7 +142,7 @@ def _processes(device: torch.device, asked: int | None, part: str) -> int:
 def _compare_all(
     checks: Sequence[Check], part: str, batch: int, device: torch.device, processes: int
 ) -> list[Outcome]:
-    """Outcomes in the order of ``checks``, by this process or by others."""
+    """Outcomes in the order of ``checks``, computed by this process or by others."""
     interpreted = part == "interpreter"
     if processes == 0 and not interpreted:
         return [_progress(compare(check, device), k, checks) for k, check in enumerate(checks)]
@@ -198,7 +198,7 @@ def _progress(outcome: Outcome, k: int, checks: Sequence[Check]) -> Outcome:
 
 
 def _work(share: str, part: str, batch: int | None, device: torch.device, interpreted: bool) -> int:
-    """Make every n-th check and print a line of JSON for each."""
+    """Run every n-th check and print a line of JSON for each."""
     k, n = map(int, share.split("/"))
     if interpreted:
         fused.uses_triton = lambda z: z.dtype != torch.float64  # on the CPU, by the interpreter
@@ -220,7 +220,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table_of_checks(outcomes: Sequence[Outcome]) -> str:
-    """A row per check: its worst relative error and whose it is."""
+    """A row per check: its worst relative error and the tensor it belongs to."""
     return markdown([{**outcome.check.columns(), **outcome.columns()} for outcome in outcomes])
 
 

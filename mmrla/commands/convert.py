@@ -1,4 +1,4 @@
-"""Turn a released MRLA checkpoint, or a plain one, into mmrla's key names, or back."""
+"""Convert a released MRLA checkpoint, or a plain one, to mmrla's key names, or back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmrla.checkpoints import convert_state_dict, detect, load_file, state_dict_of, to_released
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert the file."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         state = state_dict_of(load_file(args.src), "averaged" if args.ema else "default")
         print(f"found: {detect(state).description}, {len(state)} tensors")
         converted = convert_state_dict(state)

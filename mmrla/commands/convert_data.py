@@ -1,4 +1,4 @@
-"""Pascal VOC, YOLO, labelme, CVAT or Roboflow's COCO as a folder in COCO's layout, then checked."""
+"""Convert Pascal VOC, YOLO, labelme, CVAT or Roboflow's COCO to COCO's layout, and check it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrla.datasets.convert import convert_data
-from mmrla.engine.check_sets import print_report, sets_in
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.find_datasets import print_report, sets_in
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,9 +32,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert and check; 1 if the check finds errors, else 0."""
+    """Convert and check; returns 1 if the check finds errors, else 0."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         done = convert_data(args.source, args.out, args.val, args.seed, args.link)
         print(f"{args.source}: {done.format}, {len(done.classes)} classes: {done.classes}")
         for name, (images, objects) in done.counts.items():

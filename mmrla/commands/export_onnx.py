@@ -1,4 +1,4 @@
-"""Write a backbone, a classifier or a detector with its boxes as ONNX, and compare with torch."""
+"""Export a backbone, a classifier or a detector with its boxes to ONNX, and compare with torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.export import (
     PARTS,
     export_onnx,
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the graph and compare; exits with an error if it differs from torch."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if min(args.size) < 1:
             raise ValueError(f"--size must be positive, got {args.size[0]} {args.size[1]}")
         if args.int8 and args.size[0] != args.size[1]:
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _detector(args: argparse.Namespace, network: Network) -> str:
-    """Write the graph with boxes and compare it with mmdet; says what is wrong with it, if any."""
+    """Write the graph with boxes and compare it with mmdet; returns the problem, if any."""
     from mmrla.engine.detection_graph import DetectorGraph, detection_errors, export_detector
 
     images = find_images(args.images)

@@ -1,4 +1,4 @@
-"""What ``mmrla check-gpu`` compares: cases, their errors against plain torch, limits."""
+"""The comparisons of ``mmrla check-gpu``: cases, their errors against plain torch, limits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmrla.ops.reference import BaseWeights, LightWeights, eca_kernel_size
 from mmrla.ops.verify import Case
 
 LIMITS = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1}
-"""Of relative errors, norm of the difference over norm of what is expected. Rounding stays some
-times below them; a wrong tap, tile or statistic is far above."""
+"""Of relative errors, norm of the difference over norm of the expected value. Rounding errors are
+several times smaller; a wrong tap, tile or statistic gives a much larger error."""
 KINDS = {"light": LightWeights, "base": BaseWeights}
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 """ResNet-50's channels and heights."""
@@ -36,19 +36,19 @@ class Check(NamedTuple):
     dtype: str = "float32"
     channels_last: bool = True
     batch: tuple[bool, bool] = (True, True)
-    """Whether each of the two norms takes the batch's statistics."""
+    """Whether each of the two norms uses the batch's statistics."""
     drop: bool = False
     grad: bool = True
     layers: int = 1
     copies: int = 1
-    """How often the batch is repeated: statistics stay as they are, so that the result is known
-    from one copy. Maps that float64 has no memory for are checked in this way."""
+    """How often the batch is repeated: statistics stay the same, so the result is known from one
+    copy. This checks maps too large for float64."""
 
     def __str__(self) -> str:
         return ", ".join(f"{value}" for value in self.columns().values() if value)
 
     def columns(self) -> dict[str, str]:
-        """What is checked, as cells of a table."""
+        """The case, as cells of a table."""
         batch, *rest = self.shape
         norms = ["batch" if b else "frozen" for b in self.batch]
         return {
@@ -64,13 +64,13 @@ class Check(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a check found."""
+    """The result of a check."""
 
     check: Check
     errors: dict[str, float]
     """Relative errors by name."""
     note: str = ""
-    """Why it was not made, or how it failed."""
+    """Why it was not run, or how it failed."""
     failed: bool = False
     """Whether it raised or crashed."""
 
@@ -119,7 +119,7 @@ def checks_of(part: str, batch: int) -> list[Check]:
 
 
 def _all(batch: int) -> Iterator[Check]:
-    """Operations in turns and the most telling checks first, in case that time runs out."""
+    """Alternating operations, with the most informative checks first, in case time runs out."""
     pairs = zip(_each("light", 32, 1, batch), _each("base", 16, 3, batch), strict=True)
     yield from itertools.chain.from_iterable(pairs)
     yield Check("base", (2, 16, 5, 6), 8, "float32", layers=11)
@@ -163,7 +163,7 @@ def _small(batch: int) -> Iterator[Check]:
 
 
 def compare(check: Check, device: torch.device) -> Outcome:
-    """Make a check; whatever it raises becomes part of the outcome."""
+    """Run a check; exceptions become part of the outcome."""
     try:
         if device.type == "cuda":
             size = check.copies * math.prod(check.shape) * getattr(torch, check.dtype).itemsize
@@ -238,14 +238,14 @@ def repeated(case: Case, copies: int) -> Case:
 
 
 def _unbiased_as(x: Tensor, before: Tensor, shape: tuple[int, ...], copies: int) -> Tensor:
-    """What a running variance becomes if the batch is repeated: ``n / (n - 1)`` changes."""
+    """The running variance if the batch is repeated: ``n / (n - 1)`` changes."""
     n = shape[0] * shape[2] * shape[3]
     kept = (1 - MOMENTUM) * before
     return kept + (x - kept) * ((n - 1) / n) * (copies * n / (copies * n - 1))
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over that of what is expected."""
+    """Norm of the difference over that of the expected value."""
     # Rounding is all there is if the exact result is 0, as of a query in a group's first layer.
     floor = 1e-3 * math.sqrt(expected.numel())
     return ((got - expected).norm() / expected.norm().clamp(min=floor)).item()

@@ -1,4 +1,4 @@
-"""What ``mmrla check-gpu`` times: block ends and ResNet-50, in turns with the plain network."""
+"""The timings of ``mmrla check-gpu``: block ends and ResNet-50, next to the plain network."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def side_by_side(
     warm_up: int = 2,
     repeats: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs all of them, in turning order.
+    """Seconds of each step in each round; a round runs all of them, in rotating order.
 
-    A machine that slows down slows all of a round, so that ratios within rounds stand. On a CPU
-    with one thread it is the process's own time, without what else the machine does.
+    If the machine slows down, it affects a whole round, so ratios within rounds stay valid. On a
+    CPU with one thread the process's CPU time is measured, which excludes other work of the
+    machine.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -61,7 +62,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> 
 
 
 def device_work(step: Step, device: torch.device) -> tuple[float, int] | None:
-    """Sum of the times of a step's kernels and copies in seconds, and how many; None on a CPU."""
+    """Total time of a step's kernels and copies in seconds, and their number; None on a CPU."""
     if device.type != "cuda":
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -108,7 +109,7 @@ def columns(
 def operation_rows(
     device: torch.device, batch: int, small: bool = False
 ) -> Iterator[dict[str, object]]:
-    """Rows for the block ends of ResNet-50's stages, fused and naive beside the plain block's.
+    """Rows for the block ends of ResNet-50's stages: fused, naive and plain.
 
     A layer of MRLA-base is the third of its group.
     """
@@ -174,7 +175,7 @@ def _ends(
 
 
 class Classifier(nn.Module):
-    """A backbone of ``channels`` outputs with a loss: what a training step runs."""
+    """A backbone of ``channels`` outputs with a loss, for training steps."""
 
     def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class Classifier(nn.Module):
 def network_rows(
     device: torch.device, batch: int, small: bool = False
 ) -> Iterator[dict[str, object]]:
-    """Rows for ResNet-50, plain and with each layer attention, as the default backend runs it.
+    """Rows for ResNet-50, plain and with each layer attention, with the default backend.
 
     Raises:
         ImportError: the mm packages are not installed.
@@ -246,7 +247,7 @@ def _fastest_convolutions() -> Iterator[None]:
 
 
 def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Bytes that a step needs at most above what is there before it."""
+    """Peak memory of a step in bytes, above what was allocated before it."""
     if device.type != "cuda":
         return None
     _synchronize(device)

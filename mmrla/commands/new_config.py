@@ -1,4 +1,4 @@
-"""A config for data of your own in COCO's layout: classes, sizes and schedule filled in from it."""
+"""Write a config for your own data in COCO's layout, with classes, sizes and schedule filled in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.voc import read_set
-from mmrla.engine.check_sets import DataSet, sets_in
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.find_datasets import DataSet, sets_in
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 GPU_IMAGES, CPU_IMAGES = 48_000, 1_200
-"""Training images in all epochs together: 3,000 steps of 16; what a CPU does in ten minutes."""
+"""Total training images over all epochs: 3,000 steps of 16; as many as a CPU trains on in ten
+minutes."""
 
 HEAD = """# {title}
 _base_ = "mmrla::{detector}_r50_mrla_1x.py"
@@ -106,13 +107,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the config; exits with status 2 and one line if the data does not allow it."""
+    """Write the config; exits with status 2 and one line if the data is not suitable."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if args.out.suffix != ".py":
             raise ValueError(f"the config's name must end in .py, got {args.out.name!r}")
         if args.out.exists():
-            raise FileExistsError(f"already there: {args.out.absolute()}")
+            raise FileExistsError(f"already exists: {args.out.absolute()}")
         if args.cpu and args.detector != "retinanet":
             raise ValueError(f"--cpu is a RetinaNet, got --detector {args.detector}")
         if args.epochs is not None and args.epochs < 1:
@@ -130,11 +131,11 @@ def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tupl
         data: A folder with sets ``train`` and ``val`` in COCO's layout.
         detector: Of ``DETECTORS``.
         cpu: The small recipe.
-        epochs: None: so many that all have seen ``GPU_IMAGES`` or ``CPU_IMAGES`` images.
+        epochs: None: as many as needed for ``GPU_IMAGES`` or ``CPU_IMAGES`` images in total.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: A split is missing, or masks are asked for and missing.
+        ValueError: A split is missing, or masks are needed and missing.
     """
     sets = {_split_of(one): one for one in sets_in(data) if one.ann_file is not None}
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""What a command does when the reader of its output leaves, as in ``mmrla list | head -1``."""
+"""Handles a closed output pipe, as in ``mmrla list | head -1``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _reader_has_left() -> bool:
 
 @contextmanager
 def ends_with_its_reader() -> Iterator[None]:
-    """End without a traceback where nobody reads standard output any more; also a decorator.
+    """Exit without a traceback when standard output is closed; also a decorator.
 
     Raises:
-        SystemExit: With status 141, in place of BrokenPipeError. One from another pipe, such as a
-            dataloader's, passes.
+        SystemExit: With status 141, instead of BrokenPipeError. Errors of other pipes, such as a
+            dataloader's, are raised.
     """
     try:
         try:

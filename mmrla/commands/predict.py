@@ -1,4 +1,4 @@
-"""``mmrla predict``: detect or classify what is in images, as pictures and as JSON."""
+"""``mmrla predict``: detection or classification of images, as pictures and as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmengine.registry import DefaultScope
 from tqdm import tqdm
 
 from mmrla.engine.config_check import OptionAction
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import choose_device, find_images
 from mmrla.engine.network import Network, build_network, read_image
 from mmrla.engine.report import draw_sample
 
 TOP = 5
-"""Classes of a classifier that are drawn and written."""
+"""Number of classes of a classifier that are drawn and written."""
 MIN_SIDE = 480
 
 
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict; exits with status 2 and one line if the input is wrong."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if args.score_thr is not None and not 0 <= args.score_thr <= 1:
             raise ValueError(f"--score-thr must be from 0 to 1, got {args.score_thr}")
         if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pictures(images: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each image; those of one name get their folder's in front, then a number."""
+    """A PNG for each image; equal names are prefixed by the folder's name, then get a number."""
     chosen: dict[Path, None] = {}
     for path in images:
         names = [path.stem, f"{path.absolute().parent.name}_{path.stem}"]
@@ -102,7 +102,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def predictor_of(network: Network, score_thr: float | None) -> Any:
-    """What maps an image file and the file of its picture to what was found.
+    """A predictor for image files, which also writes the pictures.
 
     Args:
         network: Of a detector or a classifier, with a trained head.
@@ -119,7 +119,7 @@ def predictor_of(network: Network, score_thr: float | None) -> Any:
 
 
 class Predictor:
-    """Holds a network and names its classes."""
+    """A network with the names of its classes."""
 
     def __init__(self, network: Network, score_thr: float) -> None:
         self.network = network
@@ -127,14 +127,14 @@ class Predictor:
         self.names = list(network.dataset_meta.get("classes") or ())
 
     def name(self, label: int) -> str:
-        """The class of a label; its number where the checkpoint and the config name none."""
+        """The class name of a label; its number if checkpoint and config do not name it."""
         while len(self.names) <= label:
             self.names.append(f"class {len(self.names)}")
         return self.names[label]
 
 
 class Detector(Predictor):
-    """Boxes and, if the network has them, masks, in pixels of the file as it is shown."""
+    """Boxes and, if the network has them, masks, in pixels of the displayed image."""
 
     def __init__(self, network: Network, score_thr: float) -> None:
         from mmdet.visualization import DetLocalVisualizer

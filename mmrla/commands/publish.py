@@ -1,4 +1,4 @@
-"""Make a checkpoint to hand out: weights only, averaged ones if there, with a hash in its name."""
+"""Make a checkpoint for publication: weights only, averaged if any, with a hash in its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmrla.checkpoints import load_file, state_dict_of
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the file."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         checkpoint = load_file(args.src)
         state = state_dict_of(checkpoint, "raw" if args.no_ema else "averaged")
         kept = {"state_dict": {k: v.detach().cpu().clone() for k, v in state.items()}}

@@ -1,4 +1,4 @@
-"""``mmrla run``: a Python program of another project, in a process that knows mmrla."""
+"""``mmrla run``: run a Python program of another project in a process with mmrla imported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 
 
 def find_script(name: str) -> Path:
-    """The file of a program: a path, or ``PACKAGE:TOOL`` of what an mm package installs.
+    """The file of a program: a path, or ``PACKAGE:TOOL`` for a tool that an mm package installs.
 
     Args:
         name: Such as ``tools/my.py`` or ``mmdet:analysis_tools/confusion_matrix.py``.
 
     Raises:
-        FileNotFoundError: It is not there; the message lists a package's tools.
+        FileNotFoundError: It does not exist; the message lists a package's tools.
     """
     package, colon, tool = name.partition(":")
     if not colon or Path(name).is_file():
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rest", nargs=argparse.REMAINDER, metavar="...", help="what the program takes"
     )
     args = parser.parse_args(argv)
-    with reporting_errors(FileNotFoundError):
+    with exit_with_message(FileNotFoundError):
         script = find_script(args.script)
     before = sys.argv, list(sys.path)
     sys.argv = [str(script), *args.rest]

@@ -12,7 +12,7 @@ from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_test_amp
 from mmrla.engine.dry_run import build_only
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.launch import (
     add_common_arguments,
     build_runner,
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate; exits with status 2 and one line if the input is wrong."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         if not Path(args.checkpoint).is_file() and "://" not in args.checkpoint:
             raise FileNotFoundError(f"no such checkpoint: {Path(args.checkpoint).absolute()}")
         if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
@@ -79,5 +79,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(prediction_writer(cfg, args.out))
-    with reporting_errors(CheckpointError, DataError), safe_loading():
+    with exit_with_message(CheckpointError, DataError), safe_loading():
         runner.test()

@@ -11,7 +11,7 @@ from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_amp
 from mmrla.engine.dry_run import build_only
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.launch import (
     add_common_arguments,
     build_runner,
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; exits with status 2 and one line if the input is wrong."""
     args = parse_args(argv)
-    with reporting_errors():
+    with exit_with_message():
         cfg = load_config(args, ("train", "val"))
         set_amp(cfg, args.amp)
         if args.auto_scale_lr:
@@ -69,5 +69,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_weights(cfg)
         init_cpu_distributed(cfg)
         runner = build_runner(cfg)
-    with reporting_errors(CheckpointError, DataError), safe_loading():
+    with exit_with_message(CheckpointError, DataError), safe_loading():
         runner.train()

@@ -1,6 +1,6 @@
 """Train networks of configs/cifar with the data on the device, and print a table of accuracies.
 
-Each network is trained with each seed; a run that has finished before is not repeated.
+Each network is trained with each seed; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data_check import set_data_root
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.launch import add_layout_argument, find_config
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # mmengine would print how each parameter starts.
     MMLogger.get_instance("mmrla", log_level="WARNING")
-    with reporting_errors():
+    with exit_with_message():
         if args.epochs is not None and args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
         if args.threads is not None:

@@ -1,4 +1,4 @@
-"""Living with what is installed: mmcv without its compiled extension, and version checks."""
+"""Compatibility with installed packages: mmcv without its compiled extension, version checks."""
 
 from mmrla.compat.environment import warn_about_versions
 from mmrla.compat.logging import log

@@ -1,4 +1,4 @@
-"""What is installed, where it comes from, and what is wrong with it. Nothing here stops a run."""
+"""Installed packages, their origin, and problems with them. Nothing here stops a run."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ PYTHONS = ((3, 10), (3, 12))
 
 @dataclass
 class Environment:
-    """What :func:`examine` found."""
+    """Result of :func:`examine`."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     """What it is, and what was found."""
     problems: list[str] = field(default_factory=list)
-    """A line for each thing that is wrong."""
+    """A line for each problem."""
 
     def text(self) -> str:
         """Lines for people, the problems last."""
@@ -73,12 +73,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def report() -> str:
-    """What ``mmrla check-env`` prints."""
+    """The output of ``mmrla check-env``."""
     return examine().text()
 
 
 def examine() -> Environment:
-    """Look at interpreter, packages, mmcv's operations, GPU and driver."""
+    """Examine interpreter, packages, mmcv's operations, GPU and driver."""
     env = Environment()
     low, high = PYTHONS
     env.lines.append(("python", f"{platform.python_version()} ({sys.executable})"))
@@ -115,7 +115,7 @@ def _version(distribution: str) -> str:
 def _examine_package(
     name: str, found: Any, env: Environment, modules: dict[str, ModuleType]
 ) -> None:
-    """Version, origin and whether it imports."""
+    """Version, origin, and whether it can be imported."""
     distributions = sorted({d for d in found if d.lower().replace("_", "-") in TESTED[name]})
     distributions = distributions or sorted(set(found))
     try:
@@ -150,7 +150,7 @@ def _examine_package(
 
 
 def _examine_combination(env: Environment, modules: dict[str, ModuleType], providers: Any) -> None:
-    """What fits alone and not together."""
+    """Packages that are incompatible with each other."""
     families: dict[str, list[str]] = {}
     for name in ("mmengine", "mmcv", "mmdet", "mmpretrain"):
         for distribution in set(providers.get(name, ())):
@@ -179,7 +179,7 @@ def _examine_combination(env: Environment, modules: dict[str, ModuleType], provi
 
 
 def _examine_ops(env: Environment, modules: dict[str, ModuleType]) -> None:
-    """What stands behind mmcv's operations."""
+    """The implementation of mmcv's operations."""
     texts = {
         "compiled": "compiled extension",
         "fallback": "mmrla's fallback over torchvision's kernels",
@@ -283,7 +283,7 @@ def _driver() -> str | None:
 
 
 def warn_about_versions() -> None:
-    """Warn, once and without stopping, where a package that is in use is older than the tested."""
+    """Warn once if a package in use is older than the oldest tested version."""
     for name, least in MINIMUM.items():
         installed = getattr(sys.modules.get(name), "__version__", None)
         if installed is not None and numbers(str(installed)) < numbers(least):

@@ -1,4 +1,4 @@
-"""The C library's heap, which on a CPU holds the tensors."""
+"""The C library's heap, which contains CPU tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def give_back_free_memory() -> None:
-    """Return the free pages of the C heap to the system, where the C library can (glibc)."""
+    """Return free pages of the C heap to the system, if the C library supports it (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))

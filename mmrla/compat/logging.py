@@ -6,7 +6,7 @@ import logging
 
 
 def log(message: str) -> None:
-    """Log at level INFO, to the run's logger where mmengine is installed."""
+    """Log at level INFO, to the run's logger if mmengine is installed."""
     try:
         from mmengine.logging import print_log
     except ImportError:

@@ -1,4 +1,4 @@
-"""What mm packages get wrong on import in some environments."""
+"""Fixes for import problems of mm packages in some environments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def multimodal_obstacle() -> str | None:
     """Why mmpretrain's multimodal models cannot be imported with the installed transformers.
 
     Returns:
-        One line, or None where they can be imported or transformers is not installed.
+        One line, or None if they can be imported or transformers is not installed.
     """
     try:
         found = version("transformers")
@@ -45,13 +45,13 @@ def multimodal_obstacle() -> str | None:
 
 
 def _switch_off_multimodal(dependency: ModuleType) -> None:
-    """Let mmpretrain register placeholders, as it does where transformers is not installed."""
+    """Make mmpretrain register placeholders, as without transformers."""
     if dependency.WITH_MULTIMODAL and multimodal_obstacle():
         dependency.WITH_MULTIMODAL = False
 
 
 def _hush_onedl(logging: ModuleType) -> None:
-    """Drop one message that the forks print, at level DEBUG and yet past every logger."""
+    """Suppress a DEBUG message of the forks that bypasses every logger."""
     original = logging.print_log
 
     @functools.wraps(original)
@@ -63,9 +63,10 @@ def _hush_onedl(logging: ModuleType) -> None:
 
 
 def _count_sums_of_products(analysis: ModuleType) -> None:
-    """Give mmengine's counter rules for the two operators that add up products and have none.
+    """Add rules to mmengine's counter for the two operators that sum products and have none.
 
-    MRLA-base's weighted sum is the first, linear recurrent layer attention's state the second.
+    MRLA-base's weighted sum uses the first, the state of linear recurrent layer attention the
+    second.
     """
 
     def addcmul(inputs: list[Any], outputs: list[Any]) -> int:
@@ -80,7 +81,7 @@ def _count_sums_of_products(analysis: ModuleType) -> None:
 
 
 def mend_mm_packages() -> None:
-    """Prepare the changes; they are made when somebody imports the packages."""
+    """Register the changes, which are made when the packages are imported."""
     after_import("mmpretrain.utils.dependency", _switch_off_multimodal)
     after_import("mmengine.logging", _hush_onedl)
     after_import("mmengine.analysis.complexity_analysis", _count_sums_of_products)

@@ -1,8 +1,8 @@
-"""Answers ``import mmcv._ext`` where mmcv was installed without its compiled operations.
+"""Provides ``mmcv._ext`` if mmcv was installed without its compiled operations.
 
-The package index carries mmcv as source only, and mmdet's models do not import without
-``mmcv._ext``. A finder at the *end* of ``sys.meta_path`` is asked only when nobody else has the
-module, so a compiled extension is always preferred.
+The package index has mmcv only as source, and mmdet's models cannot be imported without
+``mmcv._ext``. A finder at the *end* of ``sys.meta_path`` is used only if no other finder has the
+module, so a compiled extension always takes precedence.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class _FallbackFinder(MetaPathFinder):
 
 
 def install_mmcv_fallback() -> None:
-    """Make ``mmcv._ext`` importable where it is not compiled. Calling it again does nothing.
+    """Make ``mmcv._ext`` importable if it is not compiled. Calling it again does nothing.
 
     Modules of mmdet, mmpretrain and mmseg that were imported before have replaced operations by
-    functions that raise, or by None; those are put right.
+    functions that raise, or by None; these are corrected.
     """
     if any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
         return
@@ -89,10 +89,10 @@ def _repair_earlier_imports() -> None:
 
 
 def ops_in_use() -> str:
-    """Tell what stands behind ``mmcv.ops``.
+    """The implementation of ``mmcv.ops``.
 
     Returns:
-        ``'compiled'``, ``'fallback'`` (torchvision's kernels), or ``'none'`` where mmcv is not
+        ``'compiled'``, ``'fallback'`` (torchvision's kernels), or ``'none'`` if mmcv is not
         installed or neither is available.
     """
     if importlib.util.find_spec("mmcv") is None:
@@ -104,7 +104,7 @@ def ops_in_use() -> str:
 
 
 def log_ops_in_use() -> None:
-    """Log in one line what stands behind ``mmcv.ops``."""
+    """Log the implementation of ``mmcv.ops``."""
     messages = {
         "compiled": "mmcv ops: compiled extension",
         "fallback": "mmcv ops: mmrla's fallback over torchvision's kernels (mmcv has no compiled "

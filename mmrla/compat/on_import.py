@@ -1,4 +1,4 @@
-"""Changes to modules of other packages, made when somebody imports them and not before."""
+"""Changes to modules of other packages, made when they are imported and not before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Change = Callable[[ModuleType], None]
 
 
 class _ChangeFinder(MetaPathFinder):
-    """Finds what the other finders find, and adds the changes to its execution."""
+    """Finds modules through the other finders, and applies the changes after execution."""
 
     def __init__(self) -> None:
         self.changes: dict[str, list[Change]] = {}
@@ -43,12 +43,11 @@ class _ChangeFinder(MetaPathFinder):
 def after_import(name: str, change: Change) -> None:
     """Call ``change(module)`` as soon as a module has been executed, now if it already has.
 
-    A second call with the same arguments does nothing. Nothing happens where there is no such
-    module.
+    A second call with the same arguments does nothing, as does a call for a missing module.
 
     Args:
         name: Full name of the module, such as ``'mmengine.config.config'``.
-        change: Gets the module before those who import it can copy names from it.
+        change: Called with the module before importers can copy names from it.
     """
     finder = next((f for f in sys.meta_path if isinstance(f, _ChangeFinder)), None)
     if finder is None:

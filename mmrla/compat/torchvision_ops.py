@@ -1,8 +1,8 @@
-"""The functions of ``mmcv._ext`` that detectors need, on torchvision's kernels.
+"""The functions of ``mmcv._ext`` that detectors need, based on torchvision's kernels.
 
-Signatures and in-place outputs are those that mmcv's Python wrappers (mmcv 2.1 to 2.3) call.
-Kernels run in float32 or float64; half precision tensors are converted around them, as torchvision
-has no bfloat16 kernels.
+Signatures and in-place outputs are those of mmcv's Python wrappers (mmcv 2.1 to 2.3). Kernels run
+in float32 or float64; half-precision tensors are converted, because torchvision has no bfloat16
+kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HOW_TO_COMPILE = (
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of kept boxes ``[K]``, by falling score; ``offset`` 1 counts x2 - x1 + 1 pixels."""
+    """Indices of kept boxes ``[K]``, best first; ``offset`` 1 counts x2 - x1 + 1 pixels."""
     boxes = wide(boxes)
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
@@ -51,7 +51,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (ICCV 2017): fills ``dets`` [N, 5] and returns the indices of what is kept.
+    """Soft-NMS (ICCV 2017): fills ``dets`` [N, 5] and returns the indices of kept boxes.
 
     ``method``: 0 drops, 1 decays linearly, 2 decays with a Gaussian of the overlap.
     """
@@ -93,7 +93,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign into ``output`` [R, C, h, w]; ``pool_mode`` 1 averages, 0 (max) is not here."""
+    """RoIAlign into ``output`` [R, C, h, w]; ``pool_mode`` 1 averages, 0 (max) is not supported."""
     if pool_mode != 1:
         raise _not_implemented("roi_align with pool_mode='max'")
     pooled = torch.ops.torchvision.roi_align(
@@ -197,7 +197,7 @@ def sigmoid_focal_loss_forward(
 ) -> None:
     """Focal loss (ICCV 2017, Eq. 5) of sigmoids into ``output`` [N, C]; ``target`` [N] in 0 .. C.
 
-    C stands for background.
+    C is the background.
     """
     logits = wide(input)
     one_hot, scale = _sigmoid_focal_terms(logits, target, wide(weight), alpha)
@@ -257,7 +257,7 @@ def _not_implemented(name: str) -> NotImplementedError:
 
 
 def _missing_op(name: str) -> Callable[..., Any]:
-    """Mmcv's wrappers check at import that a function is there, so it fails only when called."""
+    """Mmcv's wrappers check at import that a function exists, so it fails only when called."""
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise _not_implemented(name)
@@ -267,7 +267,7 @@ def _missing_op(name: str) -> Callable[..., Any]:
 
 
 def populate(module: ModuleType) -> None:
-    """Turn an empty module into a stand-in for ``mmcv._ext``."""
+    """Turn an empty module into a replacement of ``mmcv._ext``."""
     module.__doc__ = __doc__
     for function in PROVIDED:
         setattr(module, function.__name__, function)

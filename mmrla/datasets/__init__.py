@@ -1,4 +1,4 @@
-"""Data: the generated demo set, CIFAR, COCO's format with a check, Pascal VOC's as COCO's."""
+"""Datasets: the generated demo set, CIFAR, checked COCO, and Pascal VOC converted to COCO."""
 
 from mmrla.datasets.checked_coco import CheckedCocoDataset
 from mmrla.datasets.cifar import FolderCIFAR10, FolderCIFAR100

@@ -1,4 +1,4 @@
-"""mmdet's COCO dataset, which does not train on bad data without saying so."""
+"""mmdet's COCO dataset with checks, so that bad data is reported and not silently trained on."""
 
 from __future__ import annotations
 
@@ -40,26 +40,28 @@ class CheckedCocoDataset(CocoDataset):
     """mmdet's ``CocoDataset`` with a check of the annotation file and the images.
 
     When it is built, the annotation file is checked (see :data:`mmrla.datasets.findings.ERRORS`)
-    and each image looked for, by one listing of its folder. Each image file is looked at right
-    before it is read in training: format, size and end of the file.
+    and the presence of each image, by listing its folder. In training each image file is checked
+    right before it is read: format, size and end of the file.
 
-    On a set without errors it holds what mmdet's does. A Pascal VOC folder is read as it is, with a
-    list below its ``ImageSets/`` as ``ann_file``, see :func:`mmrla.datasets.voc_to_coco`.
+    For a set without errors its contents equal those of mmdet's dataset. A Pascal VOC folder is
+    read directly, with a list below its ``ImageSets/`` as ``ann_file``, see
+    :func:`mmrla.datasets.voc_to_coco`.
 
     Args:
         on_bad: ``'skip'`` leaves out images and annotations with errors, with a count for each
-            kind in the log. ``'raise'`` stops with the first few. What concerns the whole file
-            always stops: not JSON or COCO's format, categories that would shift labels. In
-            ``test_mode`` a bad image always stops: without it the metrics would be of another set.
+            kind in the log. ``'raise'`` stops and shows the first few. Errors of the whole file
+            always stop: not JSON or COCO's format, categories that would shift labels. In
+            ``test_mode`` a bad image always stops: without it the metrics would refer to another
+            set.
         allow: Kinds of errors to leave to mmdet, such as ``('zero-area',)``.
-        files: How closely to look at image files when the dataset is built, as in
+        files: How thoroughly to check image files when the dataset is built, as in
             :func:`mmrla.datasets.coco_check.check_coco`: ``'names'`` (default), ``'headers'`` or
             ``'decode'``.
         **kwargs: As in mmdet's.
 
     Raises:
         ValueError: An unknown ``on_bad``, ``files`` or kind in ``allow``.
-        mmrla.datasets.findings.DataError: Bad data, as said above, or nothing is left.
+        mmrla.datasets.findings.DataError: Bad data, as described above, or nothing is left.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class CheckedCocoDataset(CocoDataset):
             raise DataError(_message(self.ann_file, images, "evaluation needs every image"))
 
     def filter_data(self) -> list[dict]:
-        """As the ancestor's, and an error where nothing is left, which mmengine cannot hold."""
+        """As the ancestor's, but an error if nothing is left, which mmengine does not support."""
         kept = super().filter_data()
         if kept and not self.test_mode and not any(_is_trained_on(info) for info in kept):
             raise DataError(
@@ -152,14 +154,13 @@ class CheckedCocoDataset(CocoDataset):
         return kept
 
     def prepare_data(self, idx: int) -> Any:
-        """As the ancestor's, after a look at the image file.
+        """As the ancestor's, after a check of the image file.
 
         Returns:
-            What the pipeline makes of it; None for an image that is skipped, so that the caller
-            takes another one.
+            Output of the pipeline; None for a skipped image, so that the caller takes another one.
 
         Raises:
-            DataError: The image is bad, and is not to be skipped.
+            DataError: The image is bad, and must not be skipped.
         """
         info = self.get_data_info(idx)
         path = info["img_path"]
@@ -206,7 +207,7 @@ def loads_masks(pipeline: Sequence[Any]) -> bool:
 
 
 def reads_turned(pipeline: Sequence[Any]) -> bool:
-    """Whether a pipeline reads images turned as their EXIF data ask for: unless told otherwise."""
+    """Whether a pipeline rotates images by their EXIF data, which is the default."""
     colors = (step.get("color_type") for step in pipeline if isinstance(step, Mapping))
     return not any(str(color).endswith("_ignore_orientation") for color in colors)
 

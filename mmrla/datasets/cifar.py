@@ -15,13 +15,13 @@ from mmrla.registry import DATASETS
 
 
 class _Folders:
-    """Reads ``<data_root>/<split>/<class>/*.jpg`` where it is there; mixed in before a dataset."""
+    """Reads ``<data_root>/<split>/<class>/*.jpg`` if it exists; a mixin before a dataset."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Images in RGB, ``[32, 32, 3]`` of uint8, with their labels.
 
         Raises:
-            FileNotFoundError: Neither the official files nor folders of images are there.
+            FileNotFoundError: There are neither the official files nor folders of images.
             ValueError: A class has no folder, or an image is not 32 x 32.
         """
         root = Path(self.data_prefix["root"])
@@ -53,12 +53,12 @@ class _Folders:
 class FolderCIFAR10(_Folders, CIFAR10):
     """mmpretrain's CIFAR-10, which also takes folders of images.
 
-    ``data_root`` holds ``cifar-10-batches-py/`` or ``{train,test}/<class>/*.jpg``.
+    ``data_root`` contains ``cifar-10-batches-py/`` or ``{train,test}/<class>/*.jpg``.
 
     Args:
         data_root: The folder.
         split: ``'train'`` or ``'test'``.
-        download: Fetch the official files where nothing is there. Default False.
+        download: Download the official files if there are none. Default False.
         **kwargs: As in :class:`mmpretrain.datasets.CIFAR10`.
     """
 

@@ -1,6 +1,6 @@
-"""What is wrong with a set in COCO's format: its annotation file and its folder of images.
+"""Checks a dataset in COCO's format: its annotation file and its image folder.
 
-:func:`check_coco` finds it, :func:`drop_bad` takes it out. Nothing here writes a file, and nothing
+:func:`check_coco` finds errors, :func:`drop_bad` removes bad records. Nothing here writes a file or
 needs an mm package.
 """
 
@@ -33,8 +33,8 @@ def read_annotations(path: str | Path) -> Any:
     """Parse an annotation file.
 
     Raises:
-        DataError: It is not JSON, with where it stops being so.
-        FileNotFoundError: It is not there.
+        DataError: It is not JSON; the message gives the position.
+        FileNotFoundError: It does not exist.
     """
     raw = Path(path).read_bytes()
     try:
@@ -56,24 +56,24 @@ def check_coco(
     workers: int = 1,
     turns: bool = True,
 ) -> list[Finding]:
-    """Find what is wrong with a set.
+    """Find the errors of a dataset.
 
     Args:
         content: The parsed annotation file, see :func:`read_annotations`.
         ann_file: Its path, for messages.
-        images: Folder that ``file_name`` is relative to; None leaves image files alone.
+        images: Folder that ``file_name`` is relative to; None: do not check image files.
         classes: Names that will be trained on; None: all categories.
-        need_masks: Whether masks will be learned: True: every annotation must have a segmentation;
-            False: segmentations do not matter; None: those that are there must be right, and all
-            annotations or none have one.
-        files: How closely to look at image files: ``'names'``: whether they are there;
-            ``'headers'``: also format, size and the end of the file, which shows most truncated
-            JPEGs and PNGs; ``'decode'``: also every pixel.
-        workers: Processes that look at image files.
-        turns: Whether images are read turned as their EXIF data ask for.
+        need_masks: Whether masks will be learned. True: every annotation must have a segmentation;
+            False: segmentations are ignored; None: existing ones must be valid, and either all
+            annotations have one or none does.
+        files: How thoroughly to check image files: ``'names'``: whether they exist; ``'headers'``:
+            also format, size and the end of the file, which detects most truncated JPEGs and PNGs;
+            ``'decode'``: also every pixel.
+        workers: Number of processes that check image files.
+        turns: Whether images are rotated by their EXIF data when read.
 
     Returns:
-        The findings, those about the whole file first.
+        The findings, beginning with those about the whole file.
 
     Raises:
         ValueError: An unknown value of ``files``.
@@ -88,7 +88,7 @@ def check_coco(
 
 
 def climbs_out(file_name: str) -> bool:
-    """Whether a name from a file leads out of the folder that it is to be found in."""
+    """Whether a file name leads out of its folder."""
     # Backslashes too: what is a name here is a path elsewhere.
     name = file_name.replace("\\", "/")
     drive = len(name) > 1 and name[1] == ":"
@@ -96,7 +96,7 @@ def climbs_out(file_name: str) -> bool:
 
 
 class _Check:
-    """One annotation file, walked through once."""
+    """One pass through an annotation file."""
 
     def __init__(
         self, ann_file: str, classes: Sequence[str] | None, need_masks: bool | None
@@ -322,12 +322,12 @@ class _Check:
 def drop_bad(content: Mapping[str, Any], findings: Iterable[Finding]) -> dict[str, Any]:
     """The set without the images and annotations that findings of severity error are about.
 
-    Of records with one id the first stays if the others equal it, else none of them does: nobody
-    can tell what is whose. What an image loses, its annotations lose too.
+    Of records with the same id the first is kept if the others equal it; otherwise none is, because
+    references to it are ambiguous. If an image is dropped, so are its annotations.
 
     Args:
-        content: In COCO's format; left as it is.
-        findings: Of :func:`check_coco`, none of :data:`FATAL`.
+        content: In COCO's format; not modified.
+        findings: Of :func:`check_coco`, without those in :data:`FATAL`.
     """
     bad_images: set[Any] = set()
     bad_annotations: set[Any] = set()

@@ -1,4 +1,4 @@
-"""Sets in other formats, written in COCO's layout."""
+"""Converts datasets in other formats to COCO's layout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mmrla.datasets.reading import Reading
 
 
 class Converted(NamedTuple):
-    """What :func:`convert_data` wrote."""
+    """Result of :func:`convert_data`."""
 
     format: str
-    """For people, as ``'YOLO'``."""
+    """For display, such as ``'YOLO'``."""
     classes: list[str]
     counts: dict[str, tuple[int, int]]
     """Images and objects of each split."""
@@ -31,40 +31,41 @@ class Converted(NamedTuple):
     boxes: int
     """Objects without a polygon or mask."""
     left_out: Counter[str]
-    """Shapes that COCO's format cannot hold, by kind."""
+    """Shapes that COCO's format cannot represent, by kind."""
 
 
 def convert_data(
     source: str | Path, out: str | Path, val: float = 0.0, seed: int = 0, link: bool = False
 ) -> Converted:
-    """Write a set in COCO's layout, so that the detectors' configs read it with ``--data-root``.
+    """Write a dataset in COCO's layout, for the detector configs with ``--data-root``.
 
-    Annotations become ``annotations/instances_SPLIT2017.json``, images ``SPLIT2017/``, under the
-    names that they have. Image files are copied as they are; boxes and sizes are of images as
-    shown, turned by their EXIF data.
+    Annotations become ``annotations/instances_SPLIT2017.json``, images ``SPLIT2017/``, with their
+    original names. Image files are copied unchanged; boxes and sizes refer to images as displayed,
+    rotated by their EXIF data.
 
     Args:
         source: A folder, CVAT's XML, or a zip of a folder. See
             :func:`mmrla.datasets.formats.read`.
         out: The new folder, which must be absent or empty.
         val: If the set has no ``val`` split: the fraction of ``train`` that becomes one.
-        seed: Which images that are.
-        link: Write symbolic links to the images in place of copies.
+        seed: Selects these images.
+        link: Create symbolic links to the images instead of copies.
 
     Raises:
         FileNotFoundError: There is no ``source``.
-        FileExistsError: ``out`` holds something.
+        FileExistsError: ``out`` is not empty.
         ValueError: The format is unknown, ``val`` is not from 0 to below 1 or cannot be split off,
-            or a zip is to be linked.
-        mmrla.datasets.findings.DataError: Something cannot be read, or two images have one name.
+            or ``link`` is True for a zip.
+        mmrla.datasets.findings.DataError: Something cannot be read, or two images have the same
+            name.
     """
     source, out = Path(source), Path(out)
     if not source.exists():
-        raise FileNotFoundError(f"not there: {source.absolute()}")
+        raise FileNotFoundError(f"no such file or folder: {source.absolute()}")
     if not 0 <= val < 1:
         raise ValueError(f"val must be a fraction from 0 to below 1, got {val}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"already there and not empty: {out.absolute()}")
+        raise FileExistsError(f"already exists and is not empty: {out.absolute()}")
     with _unpacked(source, link) as root:
         reading = read(root)
         if val and "val" not in reading.splits:

@@ -11,7 +11,7 @@ from mmrla.datasets.reading import Reading, split_of
 
 
 def read_cvat(root: Path) -> Reading:
-    """Read CVAT's boxes, turned or not, and polygons, from a file or a folder with ``images/``.
+    """Read CVAT's boxes, rotated or not, and polygons, from a file or a folder with ``images/``.
 
     Raises:
         mmrla.datasets.findings.DataError: A file cannot be read.
@@ -23,7 +23,7 @@ def read_cvat(root: Path) -> Reading:
         try:
             tree = ElementTree.parse(path).getroot()
         except ElementTree.ParseError as error:
-            raise DataError(f"{path}: no XML ({error})") from error
+            raise DataError(f"{path}: not XML ({error})") from error
         for label in tree.iterfind("meta//labels/label/name"):
             if label.text and label.text not in reading.classes:
                 reading.classes.append(label.text)

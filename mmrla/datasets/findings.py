@@ -1,4 +1,4 @@
-"""What can be wrong with a set: kinds of findings, and one finding."""
+"""Kinds of findings about a dataset, and the class of a finding."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ ERRORS: dict[str, str] = {
     "not-coco": "the annotation file is not in COCO's format",
     "no-annotations": "there is no annotation at all",
     "only-crowds": "all annotations are crowds or marked ignore, so there is nothing to train on",
-    "bad-record": "a record lacks a field or has a wrong type in it",
-    "duplicate-image-id": "several images have one id",
-    "duplicate-annotation-id": "several annotations have one id",
-    "duplicate-category": "several categories have one id or one name",
-    "path-escape": "a file_name leads out of the folder of images",
-    "missing-image": "an image file is not there",
-    "unreadable-image": "an image file is no image, or empty",
+    "bad-record": "a record lacks a field or a field has a wrong type",
+    "duplicate-image-id": "several images have the same id",
+    "duplicate-annotation-id": "several annotations have the same id",
+    "duplicate-category": "several categories have the same id or name",
+    "path-escape": "a file_name leads out of the image folder",
+    "missing-image": "an image file does not exist",
+    "unreadable-image": "an image file is empty or not an image",
     "truncated-image": "an image file ends too early or is damaged",
-    "size-mismatch": "an image is of another size than its record says",
-    "exif-stored": "a record has the stored size of an image that is read turned by its EXIF data",
-    "unknown-image": "an annotation is of an image that has no record",
-    "unknown-category": "an annotation is of a category that has no record",
+    "size-mismatch": "an image's size differs from its record",
+    "exif-stored": "a record has the stored size of an image that is rotated by its EXIF data",
+    "unknown-image": "an annotation's image has no record",
+    "unknown-category": "an annotation's category has no record",
     "bad-box": "a box is not four finite numbers",
-    "zero-area": "a box or area is of no size (a side below a pixel)",
-    "outside-box": "a box lies outside its image",
+    "zero-area": "a box has zero width, height or area (a side below a pixel)",
+    "outside-box": "a box is outside its image",
     "bad-segmentation": "a segmentation is neither polygons nor an RLE of the image's size",
-    "missing-segmentation": "an annotation has no segmentation where others have or it is needed",
+    "missing-segmentation": "an annotation lacks a segmentation that is needed or that others have",
     "class-order": "the classes are in another order than the categories, which shifts labels",
     "no-class": "no category is one of the classes",
 }
-"""Kinds of findings that are wrong data, with what they mean."""
+"""Kinds of findings that are errors, with descriptions."""
 
 WARNINGS: dict[str, str] = {
     "empty-image": "an image has no annotations",
     "crowd-only": "all annotations of an image are crowds",
     "tiny-image": "an image has a side below 32 pixels, which filter_cfg leaves out",
     "extreme-image": "an image is more than 50 times as long as it is wide, or very large",
-    "exif-unclear": "an image is turned by its EXIF data; its size does not show whether boxes are",
-    "deep-image": "an image has more than 8 bits a channel; they are cut to 8 when it is read",
-    "beyond-image": "a box reaches out of its image by more than a pixel",
-    "mixed-segmentation": "single objects are RLEs beside polygons; poly2mask=False ignores those",
+    "exif-unclear": "EXIF data rotates an image; its size does not show whether boxes are rotated",
+    "deep-image": "an image has more than 8 bits per channel and is reduced to 8 when it is read",
+    "beyond-image": "a box extends beyond its image by more than a pixel",
+    "mixed-segmentation": "single objects are RLEs next to polygons; poly2mask=False ignores RLEs",
     "marked-ignore": "an annotation is marked ignore, and mmdet leaves it out",
-    "duplicate-file": "several images have one file",
+    "duplicate-file": "several images have the same file",
     "missing-class": "a class has no category",
-    "unnamed-category": "a category is none of the classes; its annotations are left out",
-    "empty-folder": "a folder of a class has no images",
+    "unnamed-category": "a category is not among the classes; its annotations are left out",
+    "empty-folder": "a class folder has no images",
 }
-"""Kinds of findings that training copes with."""
+"""Kinds of findings that training can handle."""
 
 KINDS: dict[str, str] = {**ERRORS, **WARNINGS}
 
@@ -58,16 +58,16 @@ FATAL = (
     "not-json", "not-coco", "no-annotations", "only-crowds", "duplicate-category", "class-order",
     "no-class",
 )  # fmt: skip
-"""Kinds that concern the whole file, so that leaving something out does not help."""
+"""Kinds that concern the whole file, so dropping records does not help."""
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on as it is; the message lists the first findings."""
+    """Data that is not fit for training; the message lists the first findings."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem in a dataset."""
 
     kind: str
     """One of :data:`KINDS`."""
@@ -92,7 +92,7 @@ class Finding:
 
 
 def count_kinds(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many findings there are of each kind, in the order of :data:`KINDS`."""
+    """Number of findings of each kind, in the order of :data:`KINDS`."""
     counts = Counter(finding.kind for finding in findings)
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
@@ -110,7 +110,7 @@ def class_names(value: Any, where: str = "classes") -> tuple[str, ...]:
         where: Its place, for messages.
 
     Raises:
-        ValueError: It is a string that is no file: most likely one class without its comma.
+        ValueError: It is a string that is not a file: most likely a single class without its comma.
         TypeError: It is neither.
     """
     if isinstance(value, str):

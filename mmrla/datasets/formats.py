@@ -1,4 +1,4 @@
-"""Which format a set is in, and reading it as COCO's."""
+"""Recognises the format of a dataset, and reads it as COCO's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mmrla.datasets.voc import ANNOTATIONS, IMAGES, LISTS, voc_to_coco
 from mmrla.datasets.yolo import read_yolo, yolo_names
 
 NAMES = {"voc": "Pascal VOC", "yolo": "YOLO", "labelme": "labelme", "cvat": "CVAT", "coco": "COCO"}
-"""Formats by the short names that :func:`recognise` gives."""
+"""Formats by the short names that :func:`recognise` returns."""
 
 
 def recognise(root: str | Path) -> str | None:
-    """Which format a folder, or a CVAT file, is in: a key of :data:`NAMES`, None if nobody knows.
+    """The format of a folder, or of a CVAT file: a key of :data:`NAMES`, or None.
 
-    The first entries of folders are looked at, nothing is read whole but small files.
+    Only the first entries of folders are checked, and only small files are read completely.
     """
     root = Path(root)
     if root.is_file():
@@ -50,7 +50,7 @@ def coco_files(root: Path) -> list[Path]:
 
 
 def read(root: str | Path) -> Reading:
-    """Read a set, in whichever of :data:`NAMES` it is.
+    """Read a dataset in any of the formats in :data:`NAMES`.
 
     Raises:
         mmrla.datasets.findings.DataError: A file cannot be read; the message names it.
@@ -83,7 +83,7 @@ def _root_tag(path: Path) -> str | None:
 
 
 def _read_coco(root: Path) -> Reading:
-    """Sets as Roboflow writes them, a JSON in each folder of images; or COCO's own layout."""
+    """Read Roboflow's layout, a JSON in each image folder, or COCO's own layout."""
     reading = Reading()
     for path in coco_files(root):
         beside = path.name == "_annotations.coco.json"
@@ -143,7 +143,7 @@ def _voc_folders(root: Path) -> list[tuple[str, Path, str, str]]:
 
 
 def voc_lists(root: Path) -> list[Path]:
-    """The lists of images of a VOC folder that are splits; trainval where it is all there is."""
+    """The image lists of a VOC folder that are splits; trainval if there is no other."""
     lists = root / LISTS / "Main"
     found = [lists / f"{name}.txt" for name in (*SPLITS, "trainval")]
     found = [path for path in found if path.is_file()]

@@ -1,4 +1,4 @@
-"""What is wrong with image files."""
+"""Checks of image files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Fault = tuple[str, str]
 def image_fault(
     path: str, size: tuple[int, int] | None = None, *, decode: bool = False, turns: bool = True
 ) -> Fault | None:
-    """What is wrong with an image file, None if nothing; errors before warnings.
+    """The error or warning about an image file, errors first, or None.
 
     Args:
         path: A local file.
         size: Width and height that it should have when it is read.
-        decode: Whether to decode all pixels. Without, a JPEG or PNG is decoded only if it does not
-            end as such a file does; other formats are trusted once their header is right.
-        turns: Whether it is read turned as its EXIF data ask for, as OpenCV does by default, or as
+        decode: Whether to decode all pixels. Otherwise a JPEG or PNG is decoded only if its end is
+            unexpected, and for other formats only the header is checked.
+        turns: Whether it is rotated by its EXIF data when read, as by OpenCV's default, or read as
             stored.
     """
     try:
@@ -66,12 +66,12 @@ def image_fault(
     if size is not None and (fault := _size_fault(stored, orientation, tuple(size), turns)):
         return fault
     if deep:
-        return "deep-image", "has more than 8 bits a channel, of which the upper 8 are read"
+        return "deep-image", "has more than 8 bits per channel, of which the upper 8 are read"
     return None
 
 
 def stored_size(image: Image.Image) -> tuple[tuple[int, int], int]:
-    """Size as stored, and EXIF orientation 1 to 8 where OpenCV heeds it."""
+    """Size as stored, and EXIF orientation 1 to 8 if OpenCV applies it."""
     if image.format in ("JPEG", "MPO", "PNG"):
         # Asking a PNG without EXIF data for them would decode it.
         return image.size, image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
@@ -82,7 +82,7 @@ def stored_size(image: Image.Image) -> tuple[tuple[int, int], int]:
 
 
 def turned(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """The size that an image has as it is shown."""
+    """The size of an image as displayed."""
     return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
 
@@ -92,7 +92,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def _bits(image: Image.Image, head: bytes) -> int:
-    """Bits a channel; Pillow's mode does not tell of a PNG with 3 x 16."""
+    """Bits per channel; Pillow's mode does not show it for a PNG with 3 x 16."""
     if image.format == "PNG":
         return head[24]
     if image.format == "TIFF":
@@ -124,7 +124,7 @@ def _size_fault(
 
 
 def _ends_well(kind: str | None, tail: bytes) -> bool | None:
-    """Whether a file ends as one of its format does; None where that says nothing."""
+    """Whether a file ends correctly for its format; None if this cannot be determined."""
     if kind in ("JPEG", "MPO"):
         return tail.endswith(b"\xff\xd9")
     if kind == "PNG":
@@ -158,12 +158,12 @@ def look_at(
 def check_class_folders(
     folder: str | Path, *, decode: bool = False, workers: int = 1
 ) -> list[Finding]:
-    """Find what is wrong with a folder of class folders of images, as ImageNet has them.
+    """Find errors in a folder with class folders of images, like ImageNet.
 
     Args:
-        folder: Holds one folder for each class.
+        folder: Contains one folder per class.
         decode: As in :func:`image_fault`.
-        workers: Processes that look at files.
+        workers: Number of processes that check files.
     """
     findings: list[Finding] = []
     paths: list[str] = []
@@ -180,7 +180,7 @@ def check_class_folders(
 
 
 def names_in(folder: str, names: Collection[str]) -> set[str]:
-    """Which of the names are files there, by listing each folder once."""
+    """The names that exist as files, by listing each folder once."""
     by_parent: dict[str, set[str]] = defaultdict(set)
     for name in names:
         by_parent[os.path.dirname(name)].add(name)
@@ -196,7 +196,7 @@ def names_in(folder: str, names: Collection[str]) -> set[str]:
 
 
 def other_spelling(path: str) -> str:
-    """A hint where the file is there under the same letters in other code points, or in case."""
+    """A hint if the file exists with another Unicode normalisation or case."""
     folder, name = os.path.split(path)
     wanted = unicodedata.normalize("NFC", name).casefold()
     if not os.path.isdir(folder):

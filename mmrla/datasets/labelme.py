@@ -1,4 +1,4 @@
-"""labelme's folders: a JSON beside each image."""
+"""labelme's folders: a JSON next to each image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmrla.datasets.reading import Reading, shown_size, split_of
 
 
 def read_labelme(root: Path) -> Reading:
-    """Read labelme's rectangles, polygons and circles; the parts of a group are one object.
+    """Read labelme's rectangles, polygons and circles; shapes of a group form one object.
 
     Raises:
         mmrla.datasets.findings.DataError: A file cannot be read.

@@ -1,8 +1,8 @@
-"""A set in another format, read as COCO's.
+"""A dataset in another format, read as COCO's.
 
-Readers keep everything that COCO's format can hold, polygons with their fractions, and count what
-it cannot. Sizes are of images as shown, turned by their EXIF data: YOLO's and labelme's tools
-annotate those.
+Readers keep everything that COCO's format can represent, polygons with subpixel precision, and
+count the rest. Sizes are of images as displayed, rotated by their EXIF data, because YOLO's and
+labelme's tools annotate those.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mmrla.datasets.images import stored_size, turned
 SPLITS = ("train", "val", "test")
 _ALIASES = {"valid": "val", "validation": "val"}
 FOLDERS = (*SPLITS, *_ALIASES)
-"""Names of a split's folder."""
+"""Possible folder names of a split."""
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder of this name holds, None if the name says none."""
+    """The split of a folder with this name, or None."""
     return _ALIASES.get(name, name) if name in FOLDERS else None
 
 
 class Reading:
-    """A set in COCO's format that is being filled, split by split."""
+    """A dataset in COCO's format under construction, split by split."""
 
     def __init__(self, classes: Iterable[str] = ()) -> None:
         self.format = ""
@@ -74,23 +74,23 @@ class Reading:
         self.add(name, image, label, box, segmentation=rounded, area=area)
 
     def contents(self) -> dict[str, dict[str, Any]]:
-        """What COCO's annotation files of the splits hold."""
+        """Contents of COCO's annotation files for the splits."""
         categories = [dict(id=i, name=label) for i, label in enumerate(self.classes, 1)]
         return {name: dict(**split, categories=categories) for name, split in self.splits.items()}
 
 
 def area_of(polygon: Sequence[float]) -> float:
-    """The area in a polygon ``[x1, y1, x2, y2, ...]``."""
+    """The area of a polygon ``[x1, y1, x2, y2, ...]``."""
     points = list(zip(polygon[::2], polygon[1::2], strict=True))
     turned = zip(points, points[1:] + points[:1], strict=True)
     return abs(sum(a * d - b * c for (a, b), (c, d) in turned)) / 2
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, turned by its EXIF data.
+    """Width and height of an image, rotated by its EXIF data.
 
     Raises:
-        mmrla.datasets.findings.DataError: It is no image.
+        mmrla.datasets.findings.DataError: It is not an image.
     """
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""What of a COCO annotation file can be mended without a guess."""
+"""Repairs of COCO annotation files that need no guessing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mmrla.datasets.segmentations import are_numbers
 
 
 def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
-    """Mend a copy of an annotation file's content.
+    """Repair a copy of an annotation file's content.
 
-    Ids of annotations that are missing or occur twice are numbered anew; boxes and areas that are
-    strings become numbers; a polygon that is a flat list is nested; missing areas, ``iscrowd`` and
-    sizes of images are filled in; backslashes of file names become slashes, and the name of the
-    folder of images is taken off where the file lies without it.
+    Missing or repeated annotation ids are renumbered; boxes and areas given as strings become
+    numbers; a polygon that is a flat list is nested; missing areas, ``iscrowd`` and image sizes are
+    filled in; backslashes in file names become slashes, and the name of the image folder is removed
+    if the file exists without it.
 
     Args:
-        content: What the JSON file holds.
+        content: Content of the JSON file.
         images: The folder of images.
 
     Returns:
-        The mended content, and how many records each repair has changed.
+        The repaired content, and the number of records changed by each repair.
 
     Raises:
-        mmrla.datasets.findings.DataError: It does not hold lists of images and annotations.
+        mmrla.datasets.findings.DataError: It does not contain lists of images and annotations.
     """
     lists = [content.get(key) for key in ("images", "annotations")] if _is_dict(content) else []
     if not lists or not all(isinstance(one, list) and all(map(_is_dict, one)) for one in lists):

@@ -1,4 +1,4 @@
-"""What is wrong with a segmentation, and with single values of an annotation file."""
+"""Checks of segmentations and of single values in an annotation file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def is_id(value: Any) -> bool:
-    """Whether it can be an id: a whole number or a string."""
+    """Whether it can be an id: an integer or a string."""
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
@@ -18,12 +18,12 @@ def is_number(value: Any) -> bool:
 
 
 def are_numbers(values: list[Any]) -> bool:
-    """Whether all are finite numbers; of hundreds of thousands of lists, so the quick way."""
+    """Whether all are finite numbers; fast, for hundreds of thousands of lists."""
     return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
 def is_size(value: Any) -> bool:
-    """Whether it is a number of whole pixels from 1."""
+    """Whether it is a positive integer number of pixels."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -34,7 +34,7 @@ def shorten(value: Any, limit: int = 80) -> str:
 
 
 def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with a segmentation that is not empty, None if nothing.
+    """The error of a non-empty segmentation, or None.
 
     Args:
         segmentation: Polygons ``[[x1, y1, x2, y2, ...], ...]`` or an RLE
@@ -68,7 +68,7 @@ def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> st
 
 
 def _uncompressed(text: str) -> list[int] | None:
-    """Counts of a compressed RLE, None if it is none.
+    """Counts of a compressed RLE, None if it is invalid.
 
     Each number is cut in groups of 5 bits, the lowest first, one character of value 48 + group,
     plus 32 if another follows; from the third on it is the difference to the count two before.

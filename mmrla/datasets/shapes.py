@@ -1,7 +1,8 @@
-"""A small COCO-format instance-segmentation set of drawn shapes, made in seconds from a seed.
+"""A small COCO-format instance-segmentation dataset of drawn shapes, generated from a seed.
 
-Circles, squares and triangles of any colour, size and turn overlap on textured backgrounds, so a
-network has to tell outlines, not colours, and order of depth. Annotations hold what is visible.
+Circles, squares and triangles of any colour, size and rotation overlap on textured backgrounds, so
+a network has to distinguish outlines, not colours, and depth order. Annotations cover the visible
+parts.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
     """COCO polygons around a binary mask, one for each part.
 
     Contours run through pixel centres while COCO's polygons bound areas; drawing at twice the size
-    puts the corners half a pixel outwards, so that the polygon rasterises to the mask again. A
-    polygon cannot have a hole, so a part that has one is cut in two through it.
+    puts the corners half a pixel outwards, so that the polygon rasterises to the mask again.
+    Polygons cannot have holes, so a part with a hole is cut in two through it.
     """
     big = mask.repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -130,13 +131,13 @@ def generate_shapes(
 ) -> Path:
     """Write the set in COCO's layout; the same arguments give the same files.
 
-    Image i of a split depends on ``seed``, the split and i alone, so a larger set begins with the
+    Image i of a split depends only on ``seed``, the split and i, so a larger set begins with the
     images of a smaller one.
 
     Args:
         root: Folder to write ``train2017/``, ``val2017/`` and
-            ``annotations/instances_{train,val}2017.json`` in. A set that is already there is
-            replaced where its arguments differ, else kept.
+            ``annotations/instances_{train,val}2017.json`` in. An existing set is replaced if its
+            arguments differ, else kept.
         num_train: Training images, at least 1.
         num_val: Validation images, at least 1.
         image_size: Height and width in pixels, at least 32.
@@ -146,7 +147,7 @@ def generate_shapes(
         ``root`` as a path.
 
     Raises:
-        ValueError: A number below what is allowed, or ``root`` holds something that is no
+        ValueError: A number below its minimum, or ``root`` contains something other than a
             generated set.
     """
     for name, value, least in (

@@ -1,4 +1,4 @@
-"""A Pascal VOC folder as a set in COCO's format."""
+"""Reads a Pascal VOC folder as a dataset in COCO's format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
 
     Raises:
         mmrla.datasets.findings.DataError: It, or an annotation, cannot be read.
-        FileNotFoundError: It is not there.
+        FileNotFoundError: It does not exist.
     """
     path = Path(path)
     if path.name == ANNOTATIONS and path.is_dir():
@@ -48,31 +48,31 @@ def voc_to_coco(
     """Read the boxes of a Pascal VOC folder: ``Annotations/``, ``JPEGImages/`` and ``ImageSets/``.
 
     VOC counts pixels from 1 and its corners belong to the box, so ``xmin, xmax`` becomes
-    ``x = xmin - 1``, ``width = xmax - xmin + 1``. Corners that coincide are a slip of the mouse:
-    such a box has no width or height here, so that :func:`mmrla.datasets.check_coco` finds it. A
+    ``x = xmin - 1``, ``width = xmax - xmin + 1``. Coinciding corners are annotation mistakes: such
+    a box gets zero width or height here, so that :func:`mmrla.datasets.check_coco` finds it. A
     difficult object becomes a crowd, which training and evaluation ignore. Images without objects
-    stay.
+    are kept.
 
-    Sizes are those that the annotations give, for the check to compare with the images; where they
-    give none, or zeros, the image is asked.
+    Sizes come from the annotations, so the check can compare them with the images; if they are
+    missing or zero, they are read from the image.
 
     Args:
         folder: The VOC folder.
         split: Which images: a list in ``ImageSets/`` by its path, or by name, as ``'train'``, in
             ``ImageSets/Main/``. Default: all that have an annotation, in the order of their names.
-        classes: Categories in their order, where any of them occurs; other names come behind.
+        classes: Categories in order, if any of them occurs; other names come after.
             Default: the names that occur, sorted.
         annotations: The name of the folder of annotations, below ``folder``.
         images: The name of the folder of images.
 
     Returns:
-        What a COCO annotation file holds: ``images`` with ``file_name`` relative to
+        Content of a COCO annotation file: ``images`` with ``file_name`` relative to
         ``JPEGImages/``, ``annotations`` and ``categories``, with ids from 1.
 
     Raises:
         FileNotFoundError: The folder has no ``Annotations/``, or there is no such list.
-        mmrla.datasets.findings.DataError: An annotation is missing, no XML, or lacks what is
-            needed; the message names the file.
+        mmrla.datasets.findings.DataError: An annotation is missing, not XML, or incomplete; the
+            message names the file.
     """
     folder = Path(folder)
     if not (folder / annotations).is_dir():
@@ -126,8 +126,8 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
     if not listed.is_file():
         listed = folder / LISTS / "Main" / f"{split}.txt"
     if not listed.is_file():
-        raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} is not there")
-    # Lists of one class have 1 or -1 behind each name.
+        raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} does not exist")
+    # Lists of one class have 1 or -1 after each name.
     return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
 
 
@@ -137,7 +137,7 @@ def _parse(path: Path) -> ElementTree.Element:
     except FileNotFoundError:
         raise DataError(f"no annotation of a listed image: {path.absolute()}") from None
     except ElementTree.ParseError as error:
-        raise DataError(f"{path}: no XML ({error})") from error
+        raise DataError(f"{path}: not XML ({error})") from error
 
 
 def _size(root: ElementTree.Element, path: Path, image: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Folders as YOLO's tools and Roboflow write them: ``images/``, ``labels/``, ``data.yaml``."""
+"""Folders in the layout of YOLO's tools and Roboflow: ``images/``, ``labels/``, ``data.yaml``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _data(root: Path) -> Mapping[str, Any] | None:
 
 
 def yolo_names(root: Path) -> list[str] | None:
-    """The names of classes of a YOLO folder, None where nothing says them."""
+    """The class names of a YOLO folder, or None."""
     data = _data(root)
     if data is None:
         for path in (root / "classes.txt", root / "labels/classes.txt"):
@@ -56,7 +56,7 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
                     yield name, folder
                     break
             else:
-                raise DataError(f"{root}: its YAML file says {key}: {text}, which is not there")
+                raise DataError(f"{root}: its YAML file has {key}: {text}, which does not exist")
         if not given:
             for folder in (root / "images" / key, root / key / "images"):
                 if folder.is_dir():
@@ -74,7 +74,8 @@ def read_yolo(root: Path) -> Reading:
     """Read a YOLO folder: boxes, polygons (four corners too), images without labels.
 
     Raises:
-        mmrla.datasets.findings.DataError: What cannot be read, with its file and line.
+        mmrla.datasets.findings.DataError: Something cannot be read; the message gives file and
+            line.
     """
     names = yolo_names(root)
     if names is None:

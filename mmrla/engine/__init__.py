@@ -1,10 +1,11 @@
-"""What commands are made of: from a config file and options to a run, checked before it starts."""
+"""Building blocks of the commands: from a config file and options to a checked run."""
 
 from mmrla.engine.amp import AmpOptimWrapper
 from mmrla.engine.data_check import check_data, set_data_root
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.errors import reporting_errors as reporting_errors
 from mmrla.engine.evaluation import FasterCocoMetric
-from mmrla.engine.guard import NonFiniteError, NonFiniteGuardHook
+from mmrla.engine.finite_check import NonFiniteError, NonFiniteGuardHook
 from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, LogIntervalHook, TrimHeapHook
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 from mmrla.engine.layout import ChannelsLastHook, use_channels_last
@@ -26,9 +27,9 @@ __all__ = [
     "TrimHeapHook",
     "build_runner",
     "check_data",
+    "exit_with_message",
     "init_cpu_distributed",
     "load_config",
-    "reporting_errors",
     "set_data_root",
     "use_channels_last",
 ]

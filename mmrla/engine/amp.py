@@ -1,4 +1,4 @@
-"""Automatic mixed precision, on a CPU too."""
+"""Automatic mixed precision, on GPUs and CPUs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 
 @OPTIM_WRAPPERS.register_module()
 class AmpOptimWrapper(optim.AmpOptimWrapper):
-    """mmengine's wrapper, which trains in bfloat16 where there is no GPU.
+    """mmengine's wrapper, which trains in bfloat16 if there is no GPU.
 
-    On a CPU there is no loss scaling: bfloat16 has the range of float32. Checkpoints go from a GPU
-    to a CPU and back. The tools put it in place of ``type='AmpOptimWrapper'`` on a CPU.
+    On a CPU there is no loss scaling: bfloat16 has the range of float32. Checkpoints can be moved
+    between GPU and CPU. On a CPU the tools use it instead of ``type='AmpOptimWrapper'``.
 
     Args:
         loss_scale: As in :class:`mmengine.optim.AmpOptimWrapper`; without effect on a CPU.
@@ -71,10 +71,10 @@ def set_amp(cfg: Config, amp: bool) -> None:
 
     Args:
         cfg: The config of the run.
-        amp: Whether to use it; else it is used if the config says so.
+        amp: Whether to use it; if False, the config decides.
 
     Raises:
-        ValueError: The config names another type than bfloat16, and there is no GPU.
+        ValueError: The config sets another dtype than bfloat16, and there is no GPU.
     """
     wrapper = cfg.optim_wrapper
     if amp:
@@ -92,13 +92,13 @@ def set_test_amp(cfg: Config) -> None:
         cfg: The config of the run.
 
     Raises:
-        ValueError: It is a detector's, and there is no GPU.
+        ValueError: It is a detector's run, and there is no GPU.
     """
     if get_device() == "cpu":
         if cfg.get("default_scope") != "mmpretrain":
             raise ValueError(
                 "--amp on a CPU evaluates classifiers only: a detector's boxes would be bfloat16, "
-                "which comes in steps of 4 px from 512 px on; leave it out"
+                "in which coordinates above 512 px are multiples of 4; leave it out"
             )
         warn_of_slow_bfloat16()
     cfg.test_cfg = {**(cfg.get("test_cfg") or {}), "fp16": True}
@@ -123,7 +123,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def warn_of_slow_bfloat16() -> None:
-    """Say so where mixed precision would make a run slower."""
+    """Warn if mixed precision would make a run slower."""
     if get_device() == "cpu" and not has_fast_bfloat16():
         print_log(
             "this CPU has no instructions for bfloat16 (AMX, AVX512_BF16 or ARM's BF16), so mixed "

@@ -1,7 +1,7 @@
 """CIFAR training with the data on the device: a run takes minutes on a GPU.
 
-The network, optimizer and schedule come from a config of ``configs/cifar``; what is done here is
-only what mmengine's runner does image by image in Python: shuffling, crops and flips.
+The network, optimizer and schedule come from a config of ``configs/cifar``; only the work that
+mmengine's runner does image by image in Python is done here: shuffling, crops and flips.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load_split(dataset_cfg: dict, device: torch.device, count: int | None = None
     Args:
         dataset_cfg: The dataset's config.
         device: Where images and labels go.
-        count: Keep only so many images, the same draw each time; None: all.
+        count: Keep this many images, the same draw each time; None: all.
 
     Raises:
         ValueError: There are fewer than ``count``.
@@ -60,7 +60,7 @@ def load_split(dataset_cfg: dict, device: torch.device, count: int | None = None
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -> Tensor:
-    """Shift each image by its own offset, zeros around it, and mirror where told.
+    """Shift each image by its own offset, padded with zeros, and mirror it if ``flips`` is set.
 
     Args:
         images: ``[B, C, H, W]``.
@@ -86,13 +86,13 @@ class Trainer:
 
     Args:
         cfg: The config.
-        seed: Of weights, shuffling, augmentation and drop path.
-        device: Where all of it runs.
-        epochs: Instead of the config's; the schedule of the learning rate moves in proportion.
+        seed: For weights, shuffling, augmentation and drop path.
+        device: Where everything runs.
+        epochs: Overrides the config; the learning-rate schedule is scaled in proportion.
         amp: bfloat16 autocast.
         compiled: torch.compile the step, with CUDA graphs on a GPU.
         channels_last: The layout of images and weights; False: NCHW.
-        steps: Of an epoch, which a schedule by iterations (``convert_to_iter_based``) asks for.
+        steps: Per epoch, needed for a schedule by iterations (``convert_to_iter_based``).
 
     Raises:
         ValueError: The dataset is not CIFAR, or the schedule is not one by epochs.
@@ -137,7 +137,7 @@ class Trainer:
         self._loss = torch.compile(self._eager_loss, mode=mode) if compiled else self._eager_loss
 
     def _scheduler(self, cfg: dict, share: float, steps: int) -> Any:
-        """Build a schedule whose times are ``share`` of the config's."""
+        """Build a schedule with the config's times multiplied by ``share``."""
         cfg = {"end": self.cfg.train_cfg.max_epochs, **cfg}
         for key in {"begin", "end", "T_max", "milestones"} & cfg.keys():
             # Halves up, so that two steps of a short schedule stay two.
@@ -215,9 +215,9 @@ def run(
     name: str | None = None,
     eval_interval: int = 1,
 ) -> None:
-    """Train one network with one seed and write a line of JSON an epoch; see :class:`Trainer`.
+    """Train one network with one seed and write a line of JSON per epoch; see :class:`Trainer`.
 
-    A finished log of the same settings is left as it is, so that an interrupted series goes on.
+    A finished log of the same settings is kept, so an interrupted series can continue.
 
     Args:
         cfg: The config.
@@ -228,7 +228,7 @@ def run(
         amp: See :class:`Trainer`.
         compiled: See :class:`Trainer`.
         channels_last: See :class:`Trainer`.
-        images: Train on so many images only; None: all.
+        images: Number of images to train on; None: all.
         name: Of the network in the log; None: the config's.
         eval_interval: Epochs between accuracies; the last epoch always has one.
 
@@ -254,7 +254,7 @@ def run(
         # What earlier logs do not tell had one value.
         earlier = {"channels_last": True, "images": None, "compiled": False}
         if lines and earlier | lines[0] != settings:
-            raise ValueError(f"{log} is of other settings, {lines[0]}; these are {settings}")
+            raise ValueError(f"{log} has other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
     # torch.compile gives up a function that it has compiled for eight networks.
@@ -288,10 +288,10 @@ def run(
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """The settings, then a dict an epoch; without a last line that was cut off.
+    """The settings, then a dict per epoch, without a truncated last line.
 
     Raises:
-        ValueError: Another line is no JSON.
+        ValueError: Another line is not JSON.
     """
     found = []
     lines = log.read_text().splitlines()
@@ -300,12 +300,12 @@ def read_log(log: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{log}: line {number} is no JSON: {error}") from error
+                raise ValueError(f"{log}: line {number} is not JSON: {error}") from error
     return found
 
 
 def table(folder: Path) -> str:
-    """Markdown: a row for each config and length of which ``folder`` holds finished logs.
+    """Markdown: a row for each config and length with finished logs in ``folder``.
 
     Accuracy is the last epoch's. The digest is that of the logs' text, in the order of seeds.
     """

@@ -1,4 +1,4 @@
-"""Whether the heads of a config have as many classes as its datasets."""
+"""Checks that the heads of a config have as many classes as its datasets."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ _OF_WORDS = ("GLIP", "GroundingDINO")
 
 
 def check_classes(cfg: Config, splits: Iterable[str]) -> None:
-    """Raise where a head has more or fewer classes than a dataset of the run.
+    """Raise if a head has more or fewer classes than a dataset of the run.
 
-    Heads are all parts of the model that take ``num_classes``, with the constructor's default where
-    the config is silent, or ``num_things_classes`` and ``num_stuff_classes``, whose sum counts.
+    Heads are all parts of the model that take ``num_classes``, with the constructor's default if
+    the config does not set it, or ``num_things_classes`` and ``num_stuff_classes``, which are
+    added.
 
     Args:
         cfg: The config, after all options; nothing is built.
         splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
 
     Raises:
-        ValueError: The numbers differ, with both of them and what to write; or a dataset's classes
+        ValueError: The numbers differ (the message gives both and a fix), or a dataset's classes
             are a string.
-        TypeError: A dataset's classes are no names.
+        TypeError: A dataset's classes are not names.
     """
     scope = cfg.get("default_scope") or "mmengine"
     model = cfg.get("model") or {}
@@ -90,7 +91,7 @@ def _as_config(wrong: Mapping[str, tuple[int, int]]) -> str:
 
 
 def class_of(registry: Any, cfg: Mapping[str, Any], scope: str) -> Any:
-    """The class that a part's type names, None where there is none."""
+    """The class that a part's type names, None if there is none."""
     kind = cfg.get("type")
     if not isinstance(kind, str):
         return kind
@@ -122,7 +123,7 @@ def _heads(node: Any, where: str, scope: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """What a constructor and those of its ancestors take, with their defaults."""
+    """Parameters of a constructor and those of its base classes, with their defaults."""
     found: dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):
         if "__init__" in vars(ancestor):
@@ -132,13 +133,13 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def classes_of(dataset: Mapping[str, Any], where: str, scope: str) -> tuple[str, ...] | None:
-    """The names of a dataset's classes, None where they are not known before it is built.
+    """The names of a dataset's classes, None if they are not known before it is built.
 
-    What the config names, else the names of its type, else the class folders.
+    From the config, else from its type, else from the class folders.
 
     Raises:
-        ValueError: They are a string that is no file.
-        TypeError: They are no names.
+        ValueError: They are a string that is not a file.
+        TypeError: They are not names.
     """
     given = dataset.get("classes")
     place = f"{where}.classes"

@@ -1,4 +1,4 @@
-"""Mistakes in configs: a misspelt key, a wrong type or a missing base is one line that names it."""
+"""Mistakes in configs: a misspelt key, wrong type or missing base gives an error of one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BOXES_ALONE = frozenset({"Mosaic", "MixUp", "RandomShift"})
 class OptionAction(DictAction):
     """mmengine's ``KEY=VALUE`` options, whose values may also be Python with dicts in it.
 
-    mmengine's own reader knows lists and tuples alone, and would leave dicts as strings.
+    mmengine's own parser only knows lists and tuples, and would leave dicts as strings.
     """
 
     def __call__(
@@ -48,7 +48,7 @@ class OptionAction(DictAction):
         """Add the options to the namespace.
 
         Raises:
-            argparse.ArgumentError: An option has no value, or it begins as a dict or a list of
+            argparse.ArgumentError: An option has no value, or it begins like a dict or a list of
                 dicts but is not one.
         """
         for option in values:
@@ -75,8 +75,8 @@ def read_config(path: str) -> Config:
     """Read a config file.
 
     Raises:
-        ValueError: It, or one of its bases, cannot be read; one line that names the file.
-        FileNotFoundError: A base is not there.
+        ValueError: It, or one of its bases, cannot be read; the message of one line names the file.
+        FileNotFoundError: A base does not exist.
     """
     try:
         return Config.fromfile(path)
@@ -87,7 +87,7 @@ def read_config(path: str) -> Config:
 
 
 def check_config(cfg: Config, splits: Iterable[str]) -> None:
-    """Raise where a config cannot be meant so; builds nothing.
+    """Raise on misspelt keys and wrong types; builds nothing.
 
     Args:
         cfg: The config, after all options.
@@ -96,7 +96,7 @@ def check_config(cfg: Config, splits: Iterable[str]) -> None:
     Raises:
         TypeError: A part of it is of the wrong type.
         ValueError: A key is misspelt, a type is not registered, a head has another number of
-            classes than a dataset, or masks are loaded and a transform moves boxes alone.
+            classes than a dataset, or masks are loaded and a transform moves only boxes.
     """
     splits = tuple(splits)
     for key in cfg:
@@ -157,10 +157,10 @@ def _check_loader(loader: Mapping[str, Any], where: str) -> None:
 
 
 def _check_masks(dataset: Any, where: str, after: tuple[tuple[str, Any], ...] = ()) -> None:
-    """Raise ValueError where masks are loaded and a later step moves boxes alone.
+    """Raise ValueError if masks are loaded and a later step moves only boxes.
 
-    ``after`` is what wrappers around the dataset do, as places and steps. The result would be an
-    IndexError as often as masks of other objects.
+    ``after``: steps of wrappers around the dataset, with their places. The result would be an
+    IndexError or masks of other objects.
     """
     if not isinstance(dataset, Mapping):
         return
@@ -173,13 +173,13 @@ def _check_masks(dataset: Any, where: str, after: tuple[tuple[str, Any], ...] = 
     place, step = next((s for s in steps if type_name(s[1]) in _BOXES_ALONE), ("", None))
     if with_masks and step is not None:
         raise ValueError(
-            f"{place}: {type_name(step)} moves boxes and leaves masks where they were, and masks "
-            "are loaded; take CachedMosaic or CachedMixUp, or load boxes alone (with_mask=False)"
+            f"{place}: {type_name(step)} moves boxes but not masks, and masks "
+            "are loaded; use CachedMosaic or CachedMixUp, or load only boxes (with_mask=False)"
         )
 
 
 def _parameters(cls: type) -> set[str] | None:
-    """What a constructor takes, with what it hands on to its ancestors'; None: anything."""
+    """Parameters of a constructor, including those passed to base classes; None: any."""
     found: set[str] = set()
     for ancestor in cls.__mro__:
         if "__init__" not in vars(ancestor):
@@ -215,15 +215,15 @@ def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
 
 
 def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
-    """Build what surrounds the model and drop it; no annotation is read.
+    """Build everything except the model and discard it; no annotations are read.
 
     Args:
-        cfg: The config, whose default scope is in force.
+        cfg: The config, whose default scope is active.
         model: The model, for the optimizer.
         splits: As in :func:`check_config`.
 
     Raises:
-        ValueError: A part refuses its config; the message names the part.
+        ValueError: The config of a part is invalid; the message names the part.
     """
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
@@ -265,7 +265,7 @@ def check_registered(registry: Any, cfg: Any, where: str) -> None:
 
 
 class _naming:
-    """Puts the place in the config in front of what a part's constructor raises."""
+    """Prefixes errors of a part's constructor with its place in the config."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -1,4 +1,4 @@
-"""Pointing a config at another data folder, and checking that what it names is there."""
+"""Points a config at another data folder, and checks that files in the config exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPLITS = ("train", "val", "test")
 def inner_datasets(cfg: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
     """The innermost datasets of a dataloader with their place in the config.
 
-    Wrappers (``RepeatDataset``, ``ConcatDataset``, ...) are looked through.
+    Wrappers (``RepeatDataset``, ``ConcatDataset``, ...) are unwrapped.
     """
     if isinstance(cfg, Mapping):
         if "dataset" in cfg:
@@ -36,7 +36,7 @@ def datasets_of(cfg: Config, splits: Iterable[str]) -> Iterator[tuple[str, Confi
 
 
 def type_name(part: Any) -> str:
-    """The bare name of what a part of a config builds, however its ``type`` is given."""
+    """The bare class name of a part of a config, however its ``type`` is given."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
@@ -70,17 +70,17 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 
     A dataset's ``data_root`` becomes ``root``; paths that began with the old one (an evaluator's
     ``ann_file``) begin with ``root`` instead. Relative paths of an evaluator whose dataset had no
-    ``data_root`` are taken to lie in ``root``.
+    ``data_root`` are assumed to be in ``root``.
 
     Args:
         cfg: A config with ``{train,val,test}_dataloader`` and ``_evaluator``.
-        root: The folder that holds ``annotations/`` and the image folders.
+        root: The folder with ``annotations/`` and the image folders.
 
     Raises:
-        FileNotFoundError: ``root`` is no folder.
+        FileNotFoundError: ``root`` is not a folder.
         ValueError: The datasets have several roots, which one folder cannot replace; or an
-            evaluator's annotation file lies outside the dataset's old root, so that nobody can tell
-            what it should become.
+            evaluator's annotation file is outside the dataset's old root, so its new path is
+            unknown.
     """
     if not _is_remote(str(root)) and not Path(root).is_dir():
         raise FileNotFoundError(f"--data-root: no such folder: {Path(root).absolute()}")
@@ -108,7 +108,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
                 continue
             else:
                 raise ValueError(
-                    f"--data-root: {where}.ann_file={ann_file!r} does not lie in the dataset's "
+                    f"--data-root: {where}.ann_file={ann_file!r} is not in the dataset's "
                     f"data_root ({', '.join(map(repr, sorted(old_roots)))}); set it with "
                     f"--cfg-options {where}.ann_file=..."
                 )
@@ -117,7 +117,7 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 
 
 def _check_one_root(cfg: Config) -> None:
-    """Raise ValueError if the datasets of a config lie in different folders."""
+    """Raise ValueError if the datasets of a config are in different folders."""
     places: dict[str, str] = {}
     for where, dataset in datasets_of(cfg, SPLITS):
         root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
@@ -126,9 +126,9 @@ def _check_one_root(cfg: Config) -> None:
     if len(places) > 1:
         keys = [re.sub(r"\[(\d+)\]", r".\1", where) for where in places.values()]
         raise ValueError(
-            "--data-root: the datasets of this config lie in different folders ("
+            "--data-root: the datasets of this config are in different folders ("
             + "; ".join(f"{where}: {root or 'no root'}" for root, where in places.items())
-            + "), and one would be read in place of the others. Set each: --cfg-options "
+            + "), and --data-root would replace all of them by one. Set each: --cfg-options "
             + " ".join(f"{key}.data_root=..." for key in keys)
         )
 
@@ -141,7 +141,7 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
         splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
 
     Raises:
-        FileNotFoundError: Names the place in the config, the absolute path and what to do.
+        FileNotFoundError: The message gives the place in the config, the absolute path and a fix.
         ValueError: A path that is relative to a data root leads out of it.
     """
     for split in splits:
@@ -170,15 +170,15 @@ def check_data(cfg: Config, splits: Iterable[str] = SPLITS) -> None:
 
 
 def _check_inside(root: str, path: Any, where: str) -> None:
-    """A relative path stays in its root; an absolute one is what somebody meant."""
+    """A relative path must stay in its root; an absolute path is assumed to be intended."""
     if not root or not path or _is_remote(str(path)) or Path(path).is_absolute():
         return
     if os.path.normpath(path).startswith(".."):
-        raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; name it absolutely")
+        raise ValueError(f"{where}={path!r} leads out of data_root={root!r}; use an absolute path")
 
 
 def path_under(root: str, path: str) -> str:
-    """A dataset's path under its ``data_root``; mmengine leaves absolute and remote ones alone."""
+    """A dataset's path below its ``data_root``; mmengine keeps absolute and remote paths."""
     if _is_remote(path) or Path(path).is_absolute() or not root:
         return path
     return f"{root.rstrip('/')}/{path}"

@@ -1,4 +1,4 @@
-"""Detectors as graphs of fixed shapes, from an image to boxes, and how near to mmdet they come."""
+"""Detectors as graphs of fixed shapes, from an image to boxes, and their difference from mmdet."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ OUTPUTS = ("boxes", "scores", "labels", "masks")
 class DetectorGraph(nn.Module):
     """A detector of mmdet whose outputs have the same shapes for every image.
 
-    What mmdet drops, proposals and boxes that NMS suppresses or that score too little, keeps its
-    row here with a score of 0, behind the rows that count. Boxes, scores and labels are those of
-    mmdet, except that no more than :data:`CANDIDATES` pairs of proposal and class enter a
-    two-stage detector's NMS.
+    Proposals and boxes that mmdet drops, by NMS or because of a low score, remain as rows with a
+    score of 0, after the valid rows. Boxes, scores and labels are those of mmdet, except that no
+    more than :data:`CANDIDATES` pairs of proposal and class enter a two-stage detector's NMS.
 
     Args:
-        network: Of RetinaNet's kind (anchors; classes and boxes per level), or Faster or Mask
+        network: A detector like RetinaNet (anchors; classes and boxes per level), or Faster or Mask
             R-CNN, in evaluation mode.
 
     Raises:
@@ -53,9 +52,9 @@ class DetectorGraph(nn.Module):
             image_shape: H and W of the image without these zeros, ``[2]``, int64.
 
         Returns:
-            Boxes ``[N, 4]`` as x1, y1, x2, y2 in pixels of ``images``, scores ``[N]`` that fall,
-            labels ``[N]`` from 0, and of Mask R-CNN ``[N, h, w]``, how likely each cell of a grid
-            over the box belongs to the object. Rows whose score is 0 stand for nothing.
+            Boxes ``[N, 4]`` as x1, y1, x2, y2 in pixels of ``images``, descending scores ``[N]``,
+            labels ``[N]`` from 0, and for Mask R-CNN ``[N, h, w]``, the probability that each cell
+            of a grid over the box belongs to the object. Rows with score 0 are padding.
         """
         features = self.model.extract_feat(images)
         limits = image_shape.flip(0).repeat(2).to(images.dtype)
@@ -100,7 +99,7 @@ class DetectorGraph(nn.Module):
     def _second_stage(
         self, features: Sequence[Tensor], proposals: Tensor, objectness: Tensor, limits: Tensor
     ) -> tuple[Tensor, ...]:
-        """Boxes, scores and labels from proposals ``[R, 4]``; those of objectness 0 count not."""
+        """Boxes, scores and labels from proposals ``[R, 4]``; those of objectness 0 are ignored."""
         head, cfg = self.roi_head.bbox_head, self.roi_head.test_cfg
         logits, deltas = head(_pool(self.roi_head.bbox_roi_extractor, features, proposals))
         scores = logits.softmax(1)[:, :-1] * (objectness > 0)[:, None]
@@ -162,7 +161,7 @@ def _pool(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
 
 
 def _check_kind(network: Network) -> None:
-    """Raise ValueError for a detector whose course :class:`DetectorGraph` does not know."""
+    """Raise ValueError for a detector that :class:`DetectorGraph` does not support."""
     from mmdet.models.dense_heads import RetinaHead, RPNHead
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
     from mmdet.models.roi_heads import StandardRoIHead
@@ -221,12 +220,12 @@ def export_detector(graph: DetectorGraph, path: str | Path, size: tuple[int, int
 
 
 def fit_image(network: Network, path: str | Path, size: tuple[int, int]) -> dict[str, Any]:
-    """An image file as a :class:`DetectorGraph` of one size takes it.
+    """Prepare an image file as input of a :class:`DetectorGraph`.
 
-    The image is resized to fit, with its aspect ratio, and zeros are put right of and below it.
+    The image is resized to fit, keeping its aspect ratio, and zero-padded on the right and below.
 
     Args:
-        network: Whose data preprocessor normalises.
+        network: Its data preprocessor normalises.
         path: The file.
         size: H and W of the graph.
 
@@ -254,7 +253,7 @@ def fit_image(network: Network, path: str | Path, size: tuple[int, int]) -> dict
 def detection_errors(
     path: str | Path, network: Network, size: tuple[int, int], images: Sequence[str | Path]
 ) -> list[dict[str, float]]:
-    """How far what onnxruntime detects lies from what mmdet detects in the same padded images.
+    """Differences between detections of onnxruntime and of mmdet in the same padded images.
 
     Boxes of the graph are matched to mmdet's of the same label, by the distance of their corners
     and scores.
@@ -266,10 +265,10 @@ def detection_errors(
         images: Files.
 
     Returns:
-        For each image: ``count``, mmdet's boxes; ``unmatched``, boxes of either side without a
-        partner; ``box`` and ``score``, the largest differences of partners, in pixels of the file
-        and in scores; ``mask``, of Mask R-CNN, the largest share of an image's pixels that
-        differ.
+        For each image: ``count``, the number of mmdet's boxes; ``unmatched``, boxes of either side
+        without a counterpart; ``box`` and ``score``, the largest differences of matched boxes, in
+        pixels of the file and in scores; ``mask``, for Mask R-CNN, the largest share of an image's
+        pixels that differ.
     """
     from mmdet.structures import DetDataSample
 
@@ -287,7 +286,7 @@ def detection_errors(
 
 
 def boxes_in_file(outputs: Sequence[np.ndarray], one: dict[str, Any]) -> list[Tensor]:
-    """The rows of a graph's outputs that count, with boxes in pixels of the file.
+    """The valid rows of a graph's outputs, with boxes in pixels of the file.
 
     Args:
         outputs: Of the graph, see :meth:`DetectorGraph.forward`.

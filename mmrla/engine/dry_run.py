@@ -1,4 +1,4 @@
-"""``--dry-run``: all that a run builds before its first iteration, in a folder that is removed."""
+"""``--dry-run``: everything a run builds before its first iteration, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _LOCAL_BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 
 
 def build_only(cfg: Config, splits: Iterable[str]) -> str:
-    """Build what a run builds, and drop it.
+    """Build everything a run builds, and discard it.
 
     Model, datasets, samplers, loaders, evaluators, hooks, visualizer, optimizer and schedulers are
     built. No weights are read, no image is loaded, and nothing is left on the disk. Of visualizer
     backends that log to a server only the name is checked.
 
     Args:
-        cfg: The config, after all options; left as it is.
+        cfg: The config, after all options; not changed.
         splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
 
     Returns:
-        One line that says what was found fine.
+        One line that lists the parts that were built.
 
     Raises:
-        ValueError: A part refuses its config, as do TypeError, KeyError and others that the parts
-            raise.
+        ValueError: The config of a part is invalid; parts may also raise TypeError, KeyError and
+            others.
     """
     splits = tuple(splits)
     init_default_scope(cfg.get("default_scope", "mmengine"))

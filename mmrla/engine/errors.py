@@ -1,4 +1,4 @@
-"""One clear line for what is wrong with the input."""
+"""Reports errors in the input as one clear line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _IN_WORKER = "Original Traceback (most recent call last)"
 
 
 @contextmanager
-def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what is wrong with the input into one line on stderr and exit status 2.
+def exit_with_message(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors in the input into one line on stderr and exit status 2.
 
     ``MMRLA_TRACEBACK=1`` shows the traceback.
 
     Args:
-        *kinds: Which exceptions; by default all that constructors and readers raise about their
-            input, which fits what happens before a run starts.
+        *kinds: Exceptions to catch; by default all that constructors and readers raise about their
+            input, which is suitable before a run starts.
 
     Raises:
         SystemExit: With status 2, in place of the exception.
@@ -43,3 +43,6 @@ def reporting_errors(*kinds: type[Exception]) -> Iterator[None]:
             message = message.strip().splitlines()[-1]
         print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+reporting_errors = exit_with_message  # its name in earlier versions

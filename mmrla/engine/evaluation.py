@@ -1,4 +1,4 @@
-"""COCO's metrics by faster-coco-eval, for those who have it."""
+"""COCO metrics computed by faster-coco-eval, if it is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmrla.registry import METRICS
 
 @METRICS.register_module()
 class FasterCocoMetric(CocoMetric):
-    """mmdet's ``CocoMetric`` with the matching and the accumulation done by compiled code.
+    """mmdet's ``CocoMetric`` with matching and accumulation in compiled code.
 
     The same numbers, results files and arguments; see `faster-coco-eval
     <https://github.com/MiXaiLL76/faster_coco_eval>`_, an optional dependency:
@@ -22,7 +22,7 @@ class FasterCocoMetric(CocoMetric):
 
     Args:
         *args: As in :class:`mmdet.evaluation.CocoMetric`.
-        **kwargs: Likewise. ``use_mp_eval`` has no meaning here, it is fast by itself.
+        **kwargs: Likewise. ``use_mp_eval`` is not supported and not needed.
 
     Raises:
         ModuleNotFoundError: faster-coco-eval is not installed.
@@ -35,12 +35,12 @@ class FasterCocoMetric(CocoMetric):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "FasterCocoMetric needs faster-coco-eval, which is not installed: "
-                'pip install "mmrla[fast-eval]", or take type="CocoMetric"'
+                'pip install "mmrla[fast-eval]", or use type="CocoMetric"'
             ) from error
         super().__init__(*args, **kwargs)
         if self.use_mp_eval:
             raise ValueError(
-                "FasterCocoMetric has no use_mp_eval=True; take type='CocoMetric' for that"
+                "FasterCocoMetric has no use_mp_eval=True; use type='CocoMetric' for that"
             )
         self._evaluator = COCOeval_faster
 

@@ -1,4 +1,4 @@
-"""What mmdet's COCO metrics and datasets do not check: whether their files belong together."""
+"""Checks that annotation files of COCO metrics and datasets match, which mmdet does not."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmrla.engine.data_check import datasets_of, evaluators, path_under, type_na
 def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
     """Raise if an evaluator's annotation file is of other images than its dataset's.
 
-    mmdet's metrics match predictions to annotations by the number of an image alone, so a file of
-    another set gives metrics without any sense, and says nothing.
+    mmdet's metrics match predictions to annotations by image id only, so a file of another set
+    silently gives meaningless metrics.
 
     Args:
-        cfg: The config, after all options, whose files are there.
+        cfg: The config, after all options, whose files exist.
         splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
 
     Raises:
-        ValueError: An image of a dataset is missing from the evaluator's file or is another one
-            there, or a category is. Both places and files are named.
+        ValueError: An image or category of a dataset is missing from the evaluator's file or
+            differs there. The message gives both places and files.
     """
     for split in splits:
         metrics = [
@@ -49,7 +49,7 @@ def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
 
 
 def warn_of_unchecked(cfg: Config, splits: Iterable[str]) -> None:
-    """Log which sets in COCO's format are read by a dataset that does not check them."""
+    """Log the sets in COCO's format whose dataset class does not check them."""
     places = [
         where
         for where, one in datasets_of(cfg, splits)
@@ -83,7 +83,7 @@ def _compare(place: str, file: Path, where: str, path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[Any, Any], dict[Any, Any]] | None:
-    """Names of images and of categories by their numbers; None: left to who checks the file."""
+    """Names of images and of categories by id; None if the file is checked elsewhere."""
     try:
         content = json.loads(path.read_bytes())
         return (

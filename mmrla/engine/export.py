@@ -1,4 +1,4 @@
-"""Networks as ONNX, and whether onnxruntime computes with them what torch does."""
+"""Exports networks to ONNX, and compares onnxruntime's outputs with torch's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = ("backbone", "model", "detector")
 
 
 class Flat(nn.Module):
-    """A network whose outputs come as one tuple of tensors.
+    """A network whose outputs are one flat tuple of tensors.
 
     Args:
         function: Takes images ``[B, 3, H, W]``; may return nested tuples, lists and dicts.
@@ -53,7 +53,7 @@ def _tensors(found: Any) -> list[Tensor]:
 
 
 def exportable(network: Network, part: str) -> Flat:
-    """What of a network can become a graph.
+    """The part of a network to export.
 
     Args:
         network: In evaluation mode.
@@ -86,15 +86,15 @@ def export_onnx(
 ) -> Path:
     """Write a network as ONNX, by torch's exporter.
 
-    The layer attentions are exported as plain operations (their naive backend), which any runtime
-    knows.
+    Layer attentions are exported as plain operations (their naive backend), which any runtime
+    supports.
 
     Args:
         network: In evaluation mode, on the CPU. Its ``output_names``, if any, name the outputs.
         path: The file, ``.onnx``.
-        size: H and W of the images that it is recorded with.
-        dynamic: Leave batch, H and W open; else the graph takes one image of ``size``.
-        others: Further inputs, by their names, of shapes that stay; for ``dynamic=False`` alone.
+        size: H and W of the images used for tracing.
+        dynamic: Make batch, H and W dynamic; else the graph takes one image of ``size``.
+        others: Further inputs of fixed shapes, by name; only with ``dynamic=False``.
 
     Returns:
         The path.
@@ -102,7 +102,7 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
         ValueError: ``path`` does not end in ``.onnx``, or the network's graph depends on the size
-            and ``dynamic`` is asked for.
+            although ``dynamic`` is True.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -143,10 +143,10 @@ def export_onnx(
 
 
 def _pad_same(conv: Conv2dAdaptivePadding, x: Tensor) -> Tensor:
-    """SAME padding of EfficientNets without a branch on the size, which torch cannot leave open.
+    """SAME padding of EfficientNets without a branch on the size, which torch cannot make dynamic.
 
-    For an odd kernel of reach p, one side gets p; the other p too at stride 1, and at stride 2 one
-    less if the size is even.
+    For an odd kernel of radius p, one side is padded by p; the other too at stride 1, and at stride
+    2 by one less if the size is even.
     """
     pads = []
     for axis in (1, 0):  # F.pad begins with the last axis
@@ -165,10 +165,10 @@ _FORWARD = Conv2dAdaptivePadding.forward
 def onnx_error(
     path: str | Path, network: Flat, sizes: Sequence[tuple[int, int]], batch: int = 1
 ) -> list[float]:
-    """How far onnxruntime's outputs lie from torch's, on random images of each size.
+    """Differences between onnxruntime's outputs and torch's, on random images of each size.
 
     Args:
-        path: What :func:`export_onnx` wrote.
+        path: The file that :func:`export_onnx` wrote.
         network: The network that was exported.
         sizes: H and W.
         batch: Images of each size.
@@ -204,7 +204,7 @@ def quantize_int8(path: str | Path, images: Sequence[Tensor]) -> Path:
     with 8, processors without VNNI add up products in 16 bits, which overflow.
 
     Args:
-        path: What :func:`export_onnx` wrote.
+        path: The file that :func:`export_onnx` wrote.
         images: Calibration inputs ``[B, 3, H, W]``, normalised.
 
     Returns:
@@ -250,7 +250,7 @@ class Int8Agreement(NamedTuple):
 def int8_agreement(
     path: str | Path, quantized: str | Path, images: Sequence[Tensor], rounds: int = 5
 ) -> Int8Agreement:
-    """Compare what :func:`quantize_int8` wrote with its source on inputs ``[1, 3, H, W]`` each."""
+    """Compare a graph of :func:`quantize_int8` with its source on inputs ``[1, 3, H, W]`` each."""
     sessions = [session_of(file) for file in (path, quantized)]
     same, wrong, whole = 0, 0.0, 0.0
     for image in images:

@@ -26,18 +26,18 @@ from mmrla.registry import HOOKS
 
 @HOOKS.register_module()
 class CheckLoadHook(Hook):
-    """Reports each checkpoint that the runner loads, and stops where it would not fit.
+    """Reports each checkpoint that the runner loads, and stops if it does not fit.
 
     mmengine loads with ``strict=False``. A test run and a resumed one need every tensor;
-    fine-tuning (``load_from``) may leave what :func:`mmrla.checkpoints.report.allowed_heads` says,
-    and fresh layer attentions. Keys are brought to the model's names first, so what is reported is
-    what is loaded.
+    fine-tuning (``load_from``) may omit the parts given by
+    :func:`mmrla.checkpoints.report.allowed_heads`, and new layer attentions. Keys are converted to
+    the model's names first, so the report describes exactly what is loaded.
 
     Args:
-        allow_missing: Patterns of keys that need not fit.
+        allow_missing: Patterns of keys that may be missing.
 
     Raises:
-        mmrla.checkpoints.files.CheckpointError: It would not fit.
+        mmrla.checkpoints.files.CheckpointError: It does not fit.
     """
 
     priority = "VERY_HIGH"
@@ -64,7 +64,7 @@ class CheckLoadHook(Hook):
         print_log(f"checkpoint: {report.summary()}", logger="current")
 
     def before_train(self, runner: Runner) -> None:
-        """Say so if a resumed run has nothing left to do."""
+        """Log a message if a resumed run has nothing left to do."""
         loop = runner.train_loop
         if runner._resume and (runner.iter >= loop.max_iters or runner.epoch >= loop.max_epochs):
             print_log(
@@ -78,10 +78,10 @@ class CheckLoadHook(Hook):
 
 
 def check_optimizer(wrapper: Any, saved: Any) -> None:
-    """Raise CheckpointError if a checkpoint's optimizer cannot go on as this one.
+    """Raise CheckpointError if a checkpoint's optimizer cannot be resumed in this run.
 
     Args:
-        wrapper: The run's optimizer wrapper; one that holds several optimizers is not looked at.
+        wrapper: The run's optimizer wrapper; not checked if it has several optimizers.
         saved: The checkpoint's entry ``optimizer``, None if it has none.
     """
     groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
@@ -99,12 +99,12 @@ def check_optimizer(wrapper: Any, saved: Any) -> None:
 
 @HOOKS.register_module()
 class LogIntervalHook(Hook):
-    """Makes the log's interval follow the length of an epoch, so that a run shows that it runs.
+    """Adapts the log interval to the length of an epoch, so that a run shows progress.
 
     In an epoch shorter than the interval of mmengine's ``LoggerHook`` it logs ten times, or every
     iteration. On a CPU, where an iteration takes seconds, it logs at least every tenth. A shorter
-    interval is left alone. The commands add it unless ``default_hooks.logger`` is set on the
-    command line.
+    interval is kept. The commands add it unless ``default_hooks.logger`` is set on the command
+    line.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -121,23 +121,23 @@ class LogIntervalHook(Hook):
 
 @HOOKS.register_module()
 class LayerAttentionVisHook(Hook):
-    """Draws what each layer attends to while the network trains, as tools/analysis do.
+    """Draws what each layer attends to during training, as in tools/analysis.
 
     Every ``interval`` iterations the first images of the batch go through the network once more, in
-    evaluation mode and without gradients, and the visualizer gets the picture ``layer_attention``:
-    TensorBoard, the local folder, whatever backends the config has. Training itself is not touched:
-    no hook of a module outlives that forward, and weights come out the same bit for bit.
+    evaluation mode and without gradients, and the visualizer gets the picture ``layer_attention``,
+    for all backends in the config, such as TensorBoard or a local folder. Training itself is not
+    affected: no module hook outlives that forward, and weights stay the same bit for bit.
 
     Args:
         interval: Iterations between pictures.
-        heads: Heads to draw of each group of layers, besides their mean: their numbers, or how
-            many, spread evenly.
-        max_images: Images of the batch to take the mean over.
+        heads: Heads to draw for each group of layers, in addition to their mean: their indices, or
+            their number, spread evenly.
+        max_images: Number of images of the batch to average over.
 
     Raises:
         ValueError: A number below 1; before training, a network without layer attention or
-            with weights spread by FSDP; with the first picture, a head that a group does not have.
-        TypeError: Before training, a layer attention that does not tell what it attends to.
+            with weights sharded by FSDP; with the first picture, a head that a group does not have.
+        TypeError: Before training, a layer attention that does not support recording.
     """
 
     priority = "LOW"
@@ -155,7 +155,7 @@ class LayerAttentionVisHook(Hook):
         self.max_images = max_images
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse a network that cannot be recorded before anything has been trained."""
+        """Refuse a network that cannot be recorded, before training starts."""
         if hasattr(getattr(runner, "strategy", None), "unsharded"):
             raise ValueError("LayerAttentionVisHook: no process has all weights with FSDP")
         LayerAttentionRecorder(unwrapped(runner.model))
@@ -186,11 +186,11 @@ class LayerAttentionVisHook(Hook):
 
 @HOOKS.register_module()
 class TrimHeapHook(Hook):
-    """Gives memory that the C library keeps free back to the system, after each epoch.
+    """Returns free memory held by the C library to the system after each epoch.
 
     The CPU's counterpart of mmengine's ``EmptyCacheHook``. Between tensors of changing sizes glibc
-    keeps ever more room, at validations above all, so that resident memory grows though nothing is
-    held. Other C libraries are left alone. The tools add it where there is no GPU.
+    keeps more and more free space, especially in validations, so resident memory grows although
+    nothing leaks. It does nothing with other C libraries. The tools add it if there is no GPU.
     """
 
     priority = "LOWEST"
@@ -206,9 +206,9 @@ class TrimHeapHook(Hook):
 
 @HOOKS.register_module()
 class ClassificationVisHook(VisualizationHook):
-    """mmpretrain's hook, whose pictures are named by the image's folder and name.
+    """mmpretrain's hook, with pictures named after the image's folder and name.
 
-    In a folder for each class, names alone often repeat, and pictures would overwrite each other.
+    With class folders, file names often repeat, and pictures would overwrite each other.
 
     Args:
         **kwargs: As in :class:`mmpretrain.engine.VisualizationHook`.

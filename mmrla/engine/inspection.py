@@ -1,4 +1,4 @@
-"""What the commands that look at networks share: their options, images, and files of results."""
+"""Shared parts of the analysis commands: options, images and result files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images a command looks at, and how large the network sees them."""
+    """The images a command uses, and their size in the network."""
     parser.add_argument(
         "--images", nargs="+", required=True, metavar="PATH", help="files, folders or globs"
     )
@@ -56,7 +56,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which other networks are drawn beside a config's own."""
+    """Other networks to draw next to a config's own."""
     parser.add_argument(
         "--plain-checkpoint",
         help="weights of the same network without layer attention, which is drawn first; it is "
@@ -73,10 +73,10 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name.
+    """The device with a given name.
 
     Args:
-        name: ``'auto'``: a GPU where there is one; else what :class:`torch.device` takes.
+        name: ``'auto'``: a GPU if there is one; otherwise an argument of :class:`torch.device`.
 
     Raises:
         ValueError: There is no such device.
@@ -95,15 +95,15 @@ def choose_device(name: str = "auto") -> torch.device:
 def find_images(
     patterns: Sequence[str], limit: int | None = None, option: str = "--images"
 ) -> list[Path]:
-    """Files that patterns name, in their order, each once.
+    """Files that match patterns, in their order, each once.
 
     Args:
         patterns: Files; folders, of which all images below are taken, by name; globs.
         limit: Use at most this many.
-        option: What messages call the patterns.
+        option: Name of the option in messages.
 
     Raises:
-        FileNotFoundError: A pattern matches nothing, or a folder holds no image.
+        FileNotFoundError: A pattern matches nothing, or a folder contains no image.
         ValueError: A ``limit`` below 1.
     """
     if limit is not None and limit < 1:
@@ -152,14 +152,14 @@ def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
 
 
 def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, Network]:
-    """The networks of a command that compares some, by a short name, in the order of columns.
+    """The networks of a command that compares several, by a short name, in the order of columns.
 
-    The plain host comes first: with the same random weights where there is no checkpoint, else
-    with ``--plain-checkpoint``, else not at all, which is said.
+    The plain host comes first: with the same random weights if there is no checkpoint, else with
+    ``--plain-checkpoint``, else not at all, with a message.
 
     Args:
         args: Of :func:`add_network_arguments` and :func:`add_beside_arguments`; ``size`` if any.
-        need_head: Whether checkpoints must fill the head too.
+        need_head: Whether checkpoints must contain the head too.
 
     Raises:
         FileNotFoundError: No such config or checkpoint.
@@ -198,7 +198,7 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
 
 
 def describe(networks: Mapping[str, Network]) -> str:
-    """What a figure's title says of these networks: a line each, one for all of equal weights."""
+    """Text about these networks for a figure's title: a line each, or one if weights are equal."""
     own = next((n for label, n in networks.items() if label != "plain"), None)
     if own is not None and len({network.weights for network in networks.values()}) == 1:
         return own.title

@@ -67,7 +67,7 @@ def add_layout_argument(
     parser: argparse.ArgumentParser,
     default: str = "channels_last for convolutional networks in mixed precision, else NCHW",
 ) -> None:
-    """``--channels-last`` and ``--no-channels-last``; None stands for the default."""
+    """``--channels-last`` and ``--no-channels-last``; None is the default."""
     parser.add_argument(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
@@ -86,11 +86,11 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
         The config, ready for :func:`build_runner`.
 
     Raises:
-        FileNotFoundError: The config (see :func:`find_config`), a data folder or an annotation
-            file is not there.
+        FileNotFoundError: The config (see :func:`find_config`), a data folder or an annotation file
+            does not exist.
         TypeError: A part of the config is of the wrong type.
-        ValueError: The config cannot be read or has a misspelt key, more processes than GPUs, or a
-            launcher that needs GPUs without one.
+        ValueError: The config cannot be read or has a misspelt key; there are more processes than
+            GPUs, or no GPU although the launcher needs one.
     """
     args.config = find_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -121,9 +121,9 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
 
 
 def fit_classes(cfg: Config) -> None:
-    """Bring a classifier's data preprocessor and metrics to its head's number of classes, in place.
+    """Adapt a classifier's data preprocessor and metrics to its number of classes, in place.
 
-    Mixup needs that number too, and top-5 accuracy needs five classes.
+    Mixup needs this number, and top-5 accuracy needs five classes.
     """
     classes = ((cfg.get("model") or {}).get("head") or {}).get("num_classes")
     if cfg.get("default_scope") != "mmpretrain" or classes is None:
@@ -139,9 +139,9 @@ def fit_classes(cfg: Config) -> None:
 
 
 def fit_workers(cfg: Config) -> None:
-    """Take what only workers can do out of the loaders that have none, in place.
+    """Remove settings that only apply to workers from loaders without workers, in place.
 
-    torch refuses ``persistent_workers`` and ``prefetch_factor`` at ``num_workers=0``, where most
+    torch refuses ``persistent_workers`` and ``prefetch_factor`` at ``num_workers=0``, and most
     configs inherit them.
     """
     for split in ("train", "val", "test"):
@@ -152,7 +152,7 @@ def fit_workers(cfg: Config) -> None:
 
 
 def check_schedule(cfg: Config) -> None:
-    """Raise ValueError where a scheduler of the learning rate would begin after the last epoch."""
+    """Raise ValueError if a learning-rate scheduler would begin after the last epoch."""
     last = (cfg.get("train_cfg") or {}).get("max_epochs")
     schedulers = cfg.get("param_scheduler") or ()
     schedulers = (schedulers,) if isinstance(schedulers, Mapping) else schedulers
@@ -161,7 +161,7 @@ def check_schedule(cfg: Config) -> None:
         if last is not None and scheduler.get("by_epoch", True) and begin >= last:
             raise ValueError(
                 f"param_scheduler[{index}] ({scheduler['type']}) begins at epoch {begin}, but "
-                f"train_cfg.max_epochs={last}; a shorter run wants a shorter schedule, such as "
+                f"train_cfg.max_epochs={last}; a shorter run needs a shorter schedule, such as "
                 f"--cfg-options param_scheduler.{index}.begin=0"
             )
 
@@ -171,7 +171,7 @@ _WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
 
 
 def _check_initial_weights(node: object, where: str) -> None:
-    """Raise FileNotFoundError if a part of the model names a local checkpoint that is not there."""
+    """Raise FileNotFoundError if a part of the model names a missing local checkpoint."""
     if isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
             _check_initial_weights(value, f"{where}[{index}]")
@@ -185,7 +185,7 @@ def _check_initial_weights(node: object, where: str) -> None:
 
 
 def find_config(path: str) -> str:
-    """The file of a config: ``path`` itself or, where there is none, the shipped one of that name.
+    """The file of a config: ``path`` itself or, if it does not exist, the shipped one of that name.
 
     Raises:
         FileNotFoundError: There is neither; the message gives similar names.
@@ -209,14 +209,14 @@ def find_config(path: str) -> str:
 
 
 def check_processes(launcher: str) -> None:
-    """Raise ValueError where the launcher starts more processes than this node has GPUs.
+    """Raise ValueError if the launcher starts more processes than this node has GPUs.
 
-    Without any GPU the processes run on the CPU, as many as wanted, with the ``pytorch`` launcher.
+    Without a GPU any number of processes can run on the CPU, with the ``pytorch`` launcher.
     """
     gpus = torch.cuda.device_count()
     if launcher in ("slurm", "mpi") and gpus == 0:
         raise ValueError(
-            f"--launcher {launcher} needs GPUs and this node shows none; on CPU use "
+            f"--launcher {launcher} needs GPUs and this node has none; on CPU use "
             "tools/dist_train.sh (launcher pytorch)"
         )
     variable = {"slurm": "SLURM_NTASKS_PER_NODE", "mpi": "OMPI_COMM_WORLD_LOCAL_SIZE"}.get(
@@ -227,20 +227,20 @@ def check_processes(launcher: str) -> None:
         raise ValueError(f"the number of processes must be at least 1, got {processes}")
     if gpus and processes > gpus:
         raise ValueError(
-            f"{processes} processes asked for on a node that shows {gpus} GPU(s); allowed: 1 to "
+            f"{processes} processes requested on a node with {gpus} GPU(s); allowed: 1 to "
             f"{gpus} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
         )
 
 
 def init_cpu_distributed(cfg: Config) -> None:
-    """Start gloo where processes were launched and there is no GPU.
+    """Start gloo if processes were launched and there is no GPU.
 
     mmengine's own start-up selects a CUDA device, which fails there; it skips itself when a
     process group exists. With GPUs nothing happens here and mmengine starts nccl.
 
     Args:
-        cfg: The config, whose ``launcher`` tells whether processes were launched. Where it starts
-            gloo, ``model_wrapper_cfg`` gets what it lacks to run without a GPU.
+        cfg: The config, whose ``launcher`` tells whether processes were launched. If gloo is
+            started, ``model_wrapper_cfg`` gets the settings needed to run without a GPU.
     """
     if cfg.launcher == "none" or torch.cuda.is_available() or dist.is_initialized():
         return
@@ -256,14 +256,15 @@ def init_cpu_distributed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for, the model included.
+    """Build the config's runner, including the model.
 
     Args:
-        cfg: A config as :func:`load_config` returns it, with ``work_dir``; where there is no GPU
-            it gets a ``mmrla.TrimHeapHook``, and without a launcher loses its ``strategy``.
+        cfg: A config as :func:`load_config` returns it, with ``work_dir``; if there is no GPU, a
+            ``mmrla.TrimHeapHook`` is added; without a launcher, its ``strategy`` is removed.
 
     Returns:
-        mmengine's Runner, or what ``runner_type`` names; ``train()`` and ``test()`` start it.
+        mmengine's Runner, or the class named by ``runner_type``; ``train()`` and ``test()`` start
+        it.
     """
     if not torch.cuda.is_available():
         _add_hook(cfg, type="mmrla.TrimHeapHook")
@@ -280,11 +281,11 @@ def _add_hook(cfg: Config, **hook: object) -> None:
 
 
 def set_layout(cfg: Config, channels_last: bool | None) -> None:
-    """Have a run use a ``mmrla.ChannelsLastHook``, in place.
+    """Add a ``mmrla.ChannelsLastHook`` to a run, in place.
 
     Args:
         cfg: The config of the run, after all options.
-        channels_last: What the hook is told; None: as the config says, else by the hook's default.
+        channels_last: Argument of the hook; None: from the config, else the hook's default.
     """
     hooks = list(cfg.get("custom_hooks") or ())
     others = [hook for hook in hooks if type_name(hook) != "ChannelsLastHook"]
@@ -295,16 +296,16 @@ def set_layout(cfg: Config, channels_last: bool | None) -> None:
 
 
 def check_weights(cfg: Config) -> None:
-    """Have every load of the run checked, and read a local file once in the safe way before.
+    """Check every load of the run, after reading a local file safely once.
 
     Args:
         cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``. The file is
-            what it loads or resumes from, if anything. A run that resumes without naming one goes
-            on from the newest intact one of its work dir.
+            the one it loads or resumes from, if any. A run that resumes without naming a file
+            continues from the newest intact one in its work dir.
 
     Raises:
         CheckpointError: The file cannot be read without running code from it, or at all.
-        FileNotFoundError: A local file is not there.
+        FileNotFoundError: A local file does not exist.
     """
     allowed = list(cfg.get("allow_missing", ()))
     _add_hook(cfg, type="mmrla.CheckLoadHook", allow_missing=allowed)
@@ -316,12 +317,12 @@ def check_weights(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Have a test run draw its predictions, in place.
+    """Make a test run draw its predictions, in place.
 
     Args:
         cfg: Of a detector or a classifier.
-        args: ``show``: in a window, which stays for ``wait_time`` seconds; ``show_dir``: into this
-            folder of the work dir.
+        args: ``show``: in a window, for ``wait_time`` seconds; ``show_dir``: into this folder of
+            the work dir.
     """
     if cfg.get("default_scope") == "mmpretrain":
         cfg.default_hooks.visualization = dict(
@@ -339,15 +340,15 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def use_tta(cfg: Config) -> None:
-    """Have a test run average over augmented images, in place.
+    """Make a test run average over augmented images, in place.
 
     Args:
-        cfg: Its ``tta_model`` and ``tta_pipeline`` say how. Without them each image is seen as it
-            is and mirrored; a detector's boxes are merged by NMS at an overlap of 0.5.
+        cfg: Defines ``tta_model`` and ``tta_pipeline``. Without them each image is evaluated
+            unchanged and mirrored; a detector's boxes are merged by NMS at an IoU of 0.5.
 
     Raises:
-        ValueError: The detector finds masks and the config has no ``tta_model`` of its own:
-            mmdet merges boxes alone. Or the test set has no pipeline.
+        ValueError: The detector predicts masks and the config has no ``tta_model``: mmdet only
+            merges boxes. Or the test set has no pipeline.
     """
     classifies = cfg.get("default_scope") == "mmpretrain"
     datasets = [dataset for _, dataset in datasets_of(cfg, ["test"])]
@@ -356,7 +357,7 @@ def use_tta(cfg: Config) -> None:
     if "tta_model" not in cfg:
         if (cfg.model.get("roi_head") or {}).get("mask_head") is not None:
             raise ValueError(
-                "--tta: mmdet merges boxes alone, and this detector finds masks too; leave them "
+                "--tta: mmdet merges only boxes, and this detector predicts masks too; leave them "
                 "out with --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox"
             )
         nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)

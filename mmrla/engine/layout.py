@@ -1,4 +1,4 @@
-"""channels_last, one switch of a run: weights, batches, the optimizer's state and checkpoints."""
+"""channels_last as one switch for a run: weights, batches, optimizer state and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ChannelsLastHook", "use_channels_last"]
 
 
 def use_channels_last(model: nn.Module) -> None:
-    """Turn a network to channels_last: its weights, and what its data preprocessor returns.
+    """Convert a network to channels_last: its weights, and the output of its data preprocessor.
 
-    Outputs, gradients and the keys of the state dict stay what they are. Weights alone are not
-    enough: data preprocessors make NCHW batches.
+    Outputs, gradients and state-dict keys are unchanged. Converting only the weights is not enough:
+    data preprocessors make NCHW batches.
 
     Args:
-        model: A detector, a classifier or a backbone, or what DDP has made of it; turned in place.
+        model: A detector, a classifier or a backbone, possibly wrapped in DDP; converted in place.
     """
     for parameter in model.parameters():
         parameter.data = _channels_last(parameter.data)
@@ -42,15 +42,16 @@ def use_channels_last(model: nn.Module) -> None:
 
 @HOOKS.register_module()
 class ChannelsLastHook(Hook):
-    """Trains and evaluates in channels_last, the layout that tensor cores and AMX want.
+    """Trains and evaluates in channels_last, the best layout for tensor cores and AMX.
 
-    It turns the network once its weights are there, and every batch behind the data preprocessor.
-    Results are those of NCHW up to rounding. Checkpoints are written in the ordinary layout, so
-    that a run with or without this hook goes on from either's. The tools add it to each run.
+    It converts the network once its weights are loaded, and every batch after the data
+    preprocessor. Results equal those in NCHW up to rounding. Checkpoints are written in the
+    ordinary layout, so runs with and without this hook can resume from each other's. The tools add
+    it to each run.
 
     Args:
         enabled: True or False; None: True for a network whose backbone consists of convolutions, in
-            mixed precision: an ``AmpOptimWrapper``, or ``fp16=True`` of the loop of a run that does
+            mixed precision: an ``AmpOptimWrapper``, or ``fp16=True`` in the loop of a run that does
             not train; False for mmengine's ``FlexibleRunner``.
     """
 
@@ -62,7 +63,7 @@ class ChannelsLastHook(Hook):
         self._turned: bool | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Turn the network, its moving average, and the state of a resumed optimizer."""
+        """Convert the network, its moving average, and the state of a resumed optimizer."""
         wrapper = runner.optim_wrapper
         many = isinstance(wrapper, OptimWrapperDict)
         wrappers = list(wrapper.values()) if many else [wrapper]

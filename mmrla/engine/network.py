@@ -1,4 +1,4 @@
-"""A config's network with its weights and what prepares its images, in evaluation mode."""
+"""A config's network with its weights and image preprocessing, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 @dataclass
 class Network:
-    """A model of a config in evaluation mode, with what prepares its images."""
+    """A config's model in evaluation mode, with its image preprocessing."""
 
     model: Any
     cfg: Config
@@ -65,16 +65,16 @@ class Network:
     rgb: bool
     """Whether the pipeline takes RGB."""
     dataset_meta: dict[str, Any]
-    """Names of classes and the like: the checkpoint's, else those of the config's test set."""
+    """Class names and other metadata: the checkpoint's, else those of the config's test set."""
 
     @property
     def title(self) -> str:
-        """Name and weights in a line."""
+        """Name and weights on one line."""
         return f"{self.name}, {self.weights}"
 
     @property
     def stem(self) -> str:
-        """What files about it are called."""
+        """Prefix of the names of its result files."""
         return self.name.replace(" ", "_")
 
     @property
@@ -89,7 +89,7 @@ class Network:
         return self.model.backbone
 
     def read(self, path: str | Path) -> tuple[Tensor, np.ndarray]:
-        """An image file as the network sees it.
+        """Read an image file as the network's input.
 
         Returns:
             Its input ``[1, 3, H, W]``, normalised, on the device; and the image that was cut from
@@ -115,12 +115,12 @@ class Network:
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Any:
-        """Run what makes features of images ``[B, 3, H, W]``."""
+        """Compute features of images ``[B, 3, H, W]``."""
         return extract_features(self.model, inputs)
 
 
 def preprocess(model: Any, images: Sequence[Tensor] | Tensor) -> Tensor:
-    """Images as a data loader gives them, ``[3, H, W]`` each, as the model's input."""
+    """Turn images from a data loader, ``[3, H, W]`` each, into the model's input."""
     data = dict(inputs=images, data_samples=None)
     return model.data_preprocessor(data, False)["inputs"]
 
@@ -158,14 +158,14 @@ def plain_model(model: ConfigDict) -> ConfigDict:
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     if cls is None or not issubclass(cls, LayerAttentionHost):
         raise ValueError(
-            f"model.backbone {kind!r} has no layer attention to leave out; take a config whose "
+            f"model.backbone {kind!r} has no layer attention to leave out; use a config whose "
             "backbone is one of mmrla's"
         )
     return without_layer_attention(model)
 
 
 def without_layer_attention(model: ConfigDict) -> ConfigDict:
-    """As :func:`plain_model`; of a backbone that takes no layer attention, the network itself."""
+    """As :func:`plain_model`; for a backbone without layer attention, the network itself."""
     from mmrla.layers import RecurrentLayerAggregation
     from mmrla.models.builder import layer_attention_class
 
@@ -195,7 +195,7 @@ def build_network(
     size: int | None = None,
     need_head: bool = False,
 ) -> Network:
-    """Build a config's model with its weights, ready to look at.
+    """Build a config's model with its weights, for analysis.
 
     Args:
         path: The config.
@@ -205,14 +205,14 @@ def build_network(
         seed: Of the random weights.
         device: Where the model goes.
         size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
-        need_head: Whether a checkpoint must fill the head too.
+        need_head: Whether a checkpoint must contain the head too.
 
     Returns:
         The network, in evaluation mode.
 
     Raises:
         FileNotFoundError: No such config or checkpoint.
-        ValueError: The config has no backbone, or ``plain`` is asked of one that is not mmrla's;
+        ValueError: The config has no backbone, or ``plain`` is set and the backbone is not mmrla's;
             the checkpoint cannot be read safely, or would leave parts of the model random.
     """
     cfg = read_config(path, options)
@@ -252,7 +252,7 @@ def build_network(
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
-    """What the class of the test set and its config say; no file is read."""
+    """Metadata from the test set's class and config; no file is read."""
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
         for _, dataset in datasets_of(cfg, ["test"]):
             kind = dataset["type"]
@@ -273,7 +273,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _drop_pretrained(node: Any) -> None:
-    """Forget what would be loaded or downloaded: a checkpoint fills all of it, or nothing does."""
+    """Remove pretrained weights from the config: a checkpoint provides all of them, or none."""
     if isinstance(node, Mapping):
         init = node.get("init_cfg")
         entries = init if isinstance(init, (list, tuple)) else [init]
@@ -300,7 +300,7 @@ def _steps(cfg: Config, split: str) -> list[dict]:
 
 
 def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
-    """What makes a network's input of an image array, and whether that array is RGB."""
+    """The pipeline from an image array to a network's input, and whether the array is RGB."""
     scope = cfg.get("default_scope", "mmengine")
     steps = _steps(cfg, "test")
     if not steps:
@@ -311,7 +311,7 @@ def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
     if size is None and rgb and not any("scale" in s or "crop_size" in s for s in steps):
         crops = [step["crop_size"] for step in _steps(cfg, "train") if "crop_size" in step]
         if not crops or not isinstance(crops[-1], int):
-            raise ValueError(f"{cfg.filename}: its pipelines tell no size of images; give --size")
+            raise ValueError(f"{cfg.filename}: its pipelines do not set an image size; pass --size")
         size = crops[-1]
     if size is not None:
         if size < 1:
@@ -329,7 +329,7 @@ def _pipeline(cfg: Config, size: int | None) -> tuple[Compose, bool]:
 
 
 def share_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the weights of ``source`` that both have, for networks of random weights."""
+    """Copy the weights that both have from ``source`` to ``target``, for random weights."""
     own = target.state_dict()
     shared = {
         key: value

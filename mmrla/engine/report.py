@@ -1,4 +1,4 @@
-"""What a run leaves for people: the AP table, the curve, pictures of predictions."""
+"""Reports of a run for people: the AP table, the curve, pictures of predictions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def newest(folder: str | Path, pattern: str) -> Path:
 
 
 def ap_table(metrics: Mapping[str, float]) -> str:
-    """COCO metrics as a table of text.
+    """COCO metrics as a text table.
 
     Args:
         metrics: As CocoMetric logs them: ``'coco/bbox_mAP_50': 0.9``, ...
 
     Returns:
-        A row a metric that is there, values in percent, ``-`` where there was nothing to evaluate
+        A row per available metric, values in percent, ``-`` if there was nothing to evaluate
         (COCO's -1).
     """
     lines = ["      " + "".join(f"{title:>7}" for title in _COLUMNS.values())]
@@ -52,19 +52,19 @@ def ap_table(metrics: Mapping[str, float]) -> str:
 
 
 def read_scalars(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an mmengine ``scalars.json``, one JSON object a line."""
+    """The records of an mmengine ``scalars.json``, one JSON object per line."""
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
 
 
 def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """Draw training loss, and AP where it was evaluated, over epochs.
+    """Plot training loss, and AP if it was evaluated, over epochs.
 
     Args:
         scalars: As :func:`read_scalars` gives them, of an epoch-based run.
         out: PNG to write.
 
     Raises:
-        ValueError: No record holds a loss.
+        ValueError: No record contains a loss.
     """
     from matplotlib.figure import Figure  # no global backend: works without a screen
 
@@ -102,7 +102,7 @@ def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
 
 
 def _enlarged(instances: InstanceData, factor: int, size: tuple[int, int]) -> InstanceData:
-    """Instances as they lie in the image enlarged to ``size`` (height, width)."""
+    """Instances scaled to the image enlarged to ``size`` (height, width)."""
     large = InstanceData()
     for name, value in instances.all_items():
         if name == "bboxes":
@@ -124,13 +124,13 @@ def draw_predictions(
     min_side: int = 480,
     score_thr: float = 0.5,
 ) -> list[Path]:
-    """Write one picture an image: ground truth on the left, predictions on the right.
+    """Write one picture per image: ground truth on the left, predictions on the right.
 
     Args:
         model: A detector in eval mode, as :func:`mmdet.apis.init_detector` returns it.
         dataset: The mmdet dataset to take images and ground truth from.
         indices: Which of its images.
-        out: Folder to write ``<image name>.png`` in; made if it is not there.
+        out: Folder for ``<image name>.png``; created if it does not exist.
         min_side: Smaller images are enlarged until their shorter side has this many pixels.
         score_thr: Predictions below this score are left out.
 
@@ -168,7 +168,7 @@ def draw_sample(
 
     Args:
         visualizer: An mmdet visualizer that knows the classes.
-        sample: What a detector returns of an image, with its ``img_path``.
+        sample: A detector's result for an image, with its ``img_path``.
         path: PNG to write.
         min_side: As in :func:`draw_predictions`.
         score_thr: Likewise.

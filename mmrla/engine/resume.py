@@ -1,9 +1,9 @@
-"""Training that a kill does not change: checkpoints written whole, and runs that go on exactly.
+"""Training that survives kills: atomic checkpoints, and runs that resume exactly.
 
-All randomness of a training step is a function of the seed and of the step's number, and that of a
-sample of the seed, the process, the epoch and its place in it. So there are no states of random
-number generators to save; workers of a dataloader may come and go, and how many there are does not
-matter.
+All randomness of a training step is a function of the seed and the step's number, and that of a
+sample is a function of the seed, the process, the epoch and its place in it. So no random number
+generator states have to be saved, and the number of dataloader workers does not matter and may
+change.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def _seeds(*key: int) -> tuple[int, int, int]:
 
 
 class SeededBatch:
-    """The indices of a batch; while they are read, each seeds the generators of its sample.
+    """The indices of a batch; iterating over them seeds the generators for each sample.
 
-    Whoever loads the samples one after the other, a worker or the training process, gets the same
-    random augmentations. Afterwards random, numpy and torch (CPU) are where they were.
+    A worker and the training process get the same random augmentations when they load the samples
+    in order. Afterwards the states of random, numpy and torch (CPU) are restored.
 
     Args:
         indices: Of the samples.
-        key: Seed, process, epoch and number of the batch.
+        key: Seed, process, epoch and batch number.
     """
 
     def __init__(self, indices: Sequence[Any], key: tuple[int, ...]) -> None:
@@ -70,10 +70,10 @@ class SeededBatch:
 
 
 class ResumableBatches:
-    """A batch sampler whose epochs can begin in the middle, with a seed for every sample.
+    """A batch sampler that can start in the middle of an epoch, with a seed for every sample.
 
     Args:
-        batches: The batch sampler that it stands for.
+        batches: The batch sampler that it wraps.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -83,7 +83,7 @@ class ResumableBatches:
 
     @property
     def sampler(self) -> Any:
-        """The sampler of single samples, for hooks that tell it the epoch."""
+        """The sampler of single samples, for hooks that set its epoch."""
         return self.batches.sampler
 
     def __getattr__(self, name: str) -> Any:
@@ -103,12 +103,12 @@ class ResumableBatches:
 
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
-    """mmengine's loop over epochs, which goes on in the middle of one.
+    """mmengine's loop over epochs, which can resume in the middle of an epoch.
 
     A run that resumes, also from a checkpoint inside an epoch
     (``AtomicCheckpointHook(by_epoch=False)``), sees the same batches with the same augmentations
-    and draws the same random numbers as one that was never stopped. What it cannot know: generators
-    of a dataset's own and datasets that remember earlier samples (mmdet's ``CachedMosaic``).
+    and draws the same random numbers as an uninterrupted run. It cannot handle datasets with their
+    own generators and datasets that remember earlier samples (mmdet's ``CachedMosaic``).
 
     Args:
         runner: The runner.
@@ -138,7 +138,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._batches = batches
 
     def run_epoch(self) -> None:
-        """Go through what is left of one epoch."""
+        """Run the rest of one epoch."""
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         done = self._done_in_epoch()
@@ -150,7 +150,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
-        """One training step, with random numbers of its own."""
+        """Run one training step, with its own random seed."""
         first, second, third = _seeds(_STEP, int(self.runner.seed), self._iter)
         random.seed(first)
         np.random.seed(second)
@@ -164,8 +164,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             return done
         # Another batch size or number of processes: there is no such place.
         print_log(
-            f"iteration {self._iter} does not lie in epoch {self._epoch + 1} of {length} batches: "
-            "the checkpoint is of a run with other batches. The epoch starts from its beginning.",
+            f"iteration {self._iter} is not in epoch {self._epoch + 1} of {length} batches: "
+            "the checkpoint is from a run with other batches. The epoch starts from its beginning.",
             logger="current",
             level=logging.WARNING,
         )
@@ -177,22 +177,23 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's checkpoint hook, safe against kills and full disks.
 
-    A checkpoint appears under its name once all of it is on the disk, ``last_checkpoint`` likewise,
-    and older ones are removed only then. A run that resumes without naming a file takes the newest
-    intact one. Together with :class:`ResumableTrainLoop` it ends with the weights of a run that was
-    never stopped, on the CPU bit for bit; with another loop a warning says that it does not.
+    A checkpoint appears under its name only when it is completely on disk, ``last_checkpoint``
+    likewise, and older ones are removed only then. A run that resumes without naming a file takes
+    the newest intact one. With :class:`ResumableTrainLoop` it ends with the weights of an
+    uninterrupted run, on the CPU bit for bit; with another loop it does not, and a warning is
+    logged.
 
-    Where mmengine's ``SyncBuffersHook`` averages the processes' norm statistics at the end of an
-    epoch, a checkpoint inside an epoch averages them too: it holds those of the first process
-    alone, and the others' would be lost.
+    If mmengine's ``SyncBuffersHook`` averages the processes' norm statistics at the end of an
+    epoch, a checkpoint within an epoch averages them too: otherwise it would only contain those of
+    the first process, and the others' would be lost.
 
     Args:
         **kwargs: As in :class:`mmengine.hooks.CheckpointHook`. With ``backend_args``,
             ``file_client_args`` or a remote ``out_dir``, writing is left to that backend.
 
     Raises:
-        mmrla.checkpoints.files.CheckpointError: A checkpoint cannot be written, with the path, the
-            space it takes and the space there is; or all that one could resume from are damaged.
+        mmrla.checkpoints.files.CheckpointError: A checkpoint cannot be written, with the path, its
+            size and the free space; or all checkpoints to resume from are damaged.
     """
 
     backend_args: dict[str, Any] | None
@@ -203,7 +204,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._resumed: dict[str, Any] | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Choose how files are written, and what to resume from."""
+        """Choose the file backend and the checkpoint to resume from."""
         remote = "://" in str(self.out_dir or runner.work_dir)
         if self.backend_args is None and self.file_client_args is None and not remote:
             self.backend_args = dict(backend=BACKEND)
@@ -214,7 +215,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 runner._resume = False
 
     def before_train(self, runner: Runner) -> None:
-        """As the ancestor's; clears up after a kill and says what cannot be equal."""
+        """As the ancestor's; cleans up after a kill and warns if the result will differ."""
         super().before_train(runner)
         if isinstance(self.file_backend, AtomicLocalBackend) and is_main_process():
             for path in (*remove_temporaries(self.out_dir), *remove_temporaries(runner.work_dir)):
@@ -224,7 +225,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._warn_of_accumulation(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Note what decides which data come next."""
+        """Save the state that determines the next data."""
         sampler = _sampler(runner)
         seed = getattr(sampler, "seed", None)
         checkpoint["meta"][_META] = dict(
@@ -234,7 +235,7 @@ class AtomicCheckpointHook(CheckpointHook):
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Give the sampler the seed of the run that goes on; without one each run draws its own."""
+        """Set the sampler's seed to that of the resumed run; otherwise each run draws its own."""
         if not runner._resume:
             return
         self._resumed = dict(checkpoint.get("meta", {}).get(_META) or {})
@@ -302,7 +303,7 @@ class AtomicCheckpointHook(CheckpointHook):
         elif saved["world_size"] != runner.world_size:
             reasons.append(f"it was saved by {saved['world_size']} processes")
         elif saved["batches"] != len(runner.train_dataloader):
-            reasons.append(f"it was saved with {saved['batches']} batches an epoch")
+            reasons.append(f"it was saved with {saved['batches']} batches per epoch")
         if reasons:
             runner.logger.warning(
                 "The run goes on, but not as if it had never been stopped: " + "; ".join(reasons)

@@ -1,4 +1,4 @@
-"""Layer attentions as modules. This floor imports torch and :mod:`mmrla.ops`."""
+"""Layer attentions as modules. This package imports only torch and :mod:`mmrla.ops`."""
 
 from mmrla.layers.attn_res import AttnRes
 from mmrla.layers.denseformer import DenseFormer

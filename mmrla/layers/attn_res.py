@@ -1,8 +1,8 @@
 """AttnRes: attention over all earlier sub-layers in place of the residual stream.
 
 Paper: Attention Residuals, Moonshot AI, 2026, https://arxiv.org/abs/2603.15031. With v_0 the
-embedded tokens and v_i the output of sub-layer i (each attention and each MLP is one), what
-sub-layer l + 1 reads, and at last the network's last norm, is, token by token,
+embedded tokens and v_i the output of sub-layer i (each attention and each MLP is one), the input of
+sub-layer l + 1, and finally of the network's last norm, is, token by token,
 
 ``h_{l+1} = sum_{i<=l} a_i v_i``, ``a = softmax_i(w_{l+1} . RMSNorm(v_i))``.
 """
@@ -17,15 +17,15 @@ from mmrla.layers.layer_attention import LayerAttention, Retrieval
 from mmrla.ops.attn_res import attend_to_sources, inverse_rms, source_weights
 
 Sources = tuple[tuple[Tensor, ...], Tensor]
-"""Maps ``[..., C]``, and one over the root mean square of each of their tokens."""
+"""Maps ``[..., C]``, and the reciprocal root mean square of each of their tokens."""
 
 
 class AttnRes(LayerAttention):
     """Attention Residuals: each sub-layer reads a weighted sum of all outputs before it.
 
-    There is no other residual stream. The learned query w starts at zero, so that all weights are
-    equal and ``h_{l+1}`` is the plain stream divided by the number of sources. Norms do not see
-    that factor: a pre-norm network starts as the plain one, up to the epsilon of its norms.
+    There is no other residual stream. The learned query w starts at zero, so all weights are equal
+    and ``h_{l+1}`` is the plain stream divided by the number of sources. Norms cancel this factor:
+    a pre-norm network starts as the plain one, up to the epsilon of its norms.
 
     With ``block_size = S > 1`` (Block AttnRes) the outputs of S consecutive sub-layers are added
     up, and the sources are v_0, the sums of finished blocks and the sum so far of this one.
@@ -33,10 +33,10 @@ class AttnRes(LayerAttention):
     Args:
         channels: C of the tokens.
         block_size: S, sub-layers per block; 1: full AttnRes.
-        index: How many sub-layers come before the one whose output it takes.
+        index: Number of sub-layers before the one whose output it takes.
 
     Raises:
-        TypeError: ``block_size`` is no int.
+        TypeError: ``block_size`` is not an int.
         ValueError: ``block_size`` is below 1.
     """
 

@@ -1,4 +1,4 @@
-"""From ``layer_attention=dict(type=..., ...)`` to a module, whoever hosts it."""
+"""Builds a module from ``layer_attention=dict(type=..., ...)``, for all hosts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TOKEN_DEFAULTS: dict[str, dict[str, Any]] = {
     "QueryKeyValue": dict(head_channels=16),
     "MRLALight": dict(value_act="gelu"),
 }
-"""What hosts made of tokens prefer where a config is silent."""
+"""Defaults of hosts made of tokens, for arguments that a config does not set."""
 
 
 def layer_attentions() -> dict[str, type[LayerAttention]]:
-    """All layer attentions of the modules beside this one, by the names of their classes."""
+    """All layer attentions defined in this package, by class name."""
     found = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         for name, cls in vars(import_module(f"mmrla.layers.{module.name}")).items():
@@ -39,11 +39,11 @@ def layer_attention_class(
 
     Args:
         cfg: ``type``, a name or a class, and arguments.
-        find: From a name to the class, None where it is unknown.
-        names: All that are known, for the message.
+        find: Maps a name to its class, or to None if it is unknown.
+        names: All known names, for the message.
 
     Raises:
-        TypeError: ``cfg`` is no mapping with a ``type``, or the type no layer attention.
+        TypeError: ``cfg`` is not a mapping with a ``type``, or the type is not a layer attention.
         ValueError: The type is unknown.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
@@ -74,15 +74,15 @@ def check_placement(
     shares: bool = False,
     spans: bool = False,
 ) -> None:
-    """Raise ValueError where a host cannot take a layer attention.
+    """Raise ValueError if a host does not support a layer attention.
 
     Args:
         cls: The layer attention.
         cfg: Its config.
-        host: What the message calls the host.
-        placements: Those that it has, of :data:`mmrla.layers.PLACEMENTS`.
-        shares: Whether it lets the layers of a group share parts.
-        spans: Whether it hands the state of a stage on to the next one.
+        host: Name of the host in the message.
+        placements: The host's placements, of :data:`mmrla.layers.PLACEMENTS`.
+        shares: Whether layers of a group may share parts in this host.
+        spans: Whether the host passes the state of a stage to the next one.
     """
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:
@@ -103,7 +103,7 @@ def check_added(cls: type[LayerAttention], drop_path_rate: float | None) -> None
     """Raise ValueError on stochastic depth around a type that adds nothing to a layer's output."""
     if cls.placement in ("output", "sublayer") and drop_path_rate:
         raise ValueError(
-            "mrla_drop_path_rate is for what a layer attention adds behind a layer, and "
+            "mrla_drop_path_rate is for what a layer attention adds after a layer, and "
             f"{cls.__name__} adds nothing there: must be 0, got {drop_path_rate!r}"
         )
 
@@ -120,16 +120,16 @@ def build(
 
     Args:
         cls: Its class, see :func:`layer_attention_class`.
-        cfg: ``type``, which is not looked at, and arguments of the constructor except ``channels``.
+        cfg: ``type``, which is ignored, and arguments of the constructor except ``channels``.
         channels: C of the layer.
-        defaults: Arguments by name of the class or of one that it inherits from, where ``cfg`` is
-            silent.
-        fit_heads: Take ``head_channels = C`` where C is smaller than asked for.
-        index: Its number along the group, for classes that take it.
+        defaults: Defaults for arguments that ``cfg`` does not set, by name of the class or of a
+            base class.
+        fit_heads: Use ``head_channels = C`` if C is smaller than ``head_channels``.
+        index: Its number within the group, for classes that take it.
 
     Raises:
         TypeError: An argument that the class does not take.
-        ValueError: An argument that it refuses.
+        ValueError: An invalid argument.
     """
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
     for base in cls.__mro__:

@@ -18,20 +18,20 @@ def pooled(x: Tensor) -> Tensor:
 
 
 class ChannelCell(nn.Module):
-    """An LSTM-like cell whose gates come from bottlenecks of the width of an SE block.
+    """An LSTM-like cell whose gates come from bottlenecks as narrow as in an SE block.
 
     ``gates = W2 relu(W1 y) + U2 relu(U1 h)``; ``c' = sigmoid(f) * c + sigmoid(i) * tanh(g)``;
     ``h' = sigmoid(c')``, times ``sigmoid(o)`` with an output gate. The hidden state is a sigmoid
-    where an LSTM has tanh, because it scales channels.
+    instead of an LSTM's tanh, because it scales channels.
 
     Args:
         channels: C.
         reduction: The bottlenecks have ``C // reduction`` channels.
-        output_gate: Whether there is a gate o, as in the DIA unit; the dynamic sharing unit has
-            none.
+        output_gate: Whether there is a gate o, as in the DIA unit but not in the dynamic sharing
+            unit.
 
     Raises:
-        TypeError: ``reduction`` is no int.
+        TypeError: ``reduction`` is not an int.
         ValueError: It is not from 1 to C.
     """
 
@@ -52,7 +52,7 @@ class ChannelCell(nn.Module):
         )
 
     def forward(self, y: Tensor, state: CellState | None) -> CellState:
-        """Map a summary ``[B, C]`` and the state, None for zeros, to the new state."""
+        """Map the channel means ``[B, C]`` and the state, None for zeros, to the new state."""
         hidden, cell = (torch.zeros_like(y),) * 2 if state is None else state
         gates = self.from_input(y) + self.from_hidden(hidden)
         write, forget, candidate, *output = gates.chunk(4 if self.output_gate else 3, dim=1)

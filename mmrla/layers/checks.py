@@ -1,4 +1,4 @@
-"""Checks of arguments: a TypeError or ValueError that names the argument and what it got."""
+"""Checks of arguments: a TypeError or ValueError gives the argument's name and value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def is_count(value: Any) -> bool:
-    """Whether ``value`` is an int from 1, and no bool."""
+    """Whether ``value`` is an int of at least 1, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

@@ -15,14 +15,14 @@ from mmrla.ops.attn_res import weighted_sum
 
 
 class DenseFormer(LayerAttention):
-    """Depth-weighted averaging: the weights alpha are learned numbers and see no input.
+    """Depth-weighted averaging: the weights alpha are learned and do not depend on the input.
 
-    They start at (0, ..., 0, 1), which is exactly the plain network. Beside attention over layers
-    it tells how much of a gain needs attention at all.
+    They start at (0, ..., 0, 1), which is exactly the plain network. Compared with attention over
+    layers, it shows how much of a gain needs attention at all.
 
     Args:
         channels: C.
-        index: How many blocks come before the one whose output it takes.
+        index: Number of blocks before the one whose output it takes.
     """
 
     placement = "output"

@@ -1,4 +1,4 @@
-"""The baseline of the paper's ablations: a depthwise convolution where layer attention would be.
+"""The baseline of the paper's ablations: a depthwise convolution instead of layer attention.
 
 Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
 https://openreview.net/forum?id=pvgEL1yS3Ql, section 5.3, Table 4 (g).
@@ -13,10 +13,10 @@ from mmrla.layers.query_key_value import depthwise_conv
 
 
 class DWConv(LayerAttention):
-    """``o_t = DWConv3x3(x_t)``: the value of MRLA without any attention, nor memory of layers.
+    """``o_t = DWConv3x3(x_t)``: the value of MRLA without attention or memory of earlier layers.
 
     Args:
-        channels: C of the layer it sits after.
+        channels: C of the layer before it.
     """
 
     def __init__(self, channels: int) -> None:

@@ -2,9 +2,9 @@
 
 Paper: Strengthening Layer Interaction via Dynamic Layer Attention, IJCAI 2024,
 https://arxiv.org/abs/2406.13392. Forward, the dynamic sharing unit (DSU) sums up the layers of a
-group: ``(h_t, c_t) = DSU(GAP(x_t), h_{t-1}, c_{t-1})``. Backward, it refreshes what earlier layers
-left, ``z <- z * DSU(GAP(z), h_t, c_t)``, and MRLA attends to that. The released code is followed
-where the paper leaves a choice; see each class.
+group: ``(h_t, c_t) = DSU(GAP(x_t), h_{t-1}, c_{t-1})``. Backward, it refreshes the features of
+earlier layers, ``z <- z * DSU(GAP(z), h_t, c_t)``, and MRLA attends to these. Details that the
+paper leaves open follow the released code; see each class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DLALight(MRLALight):
     layers share the DSU and the shortcut's convolution.
 
     Args:
-        channels: C of the layer it sits after; the same in a whole group.
+        channels: C of the layer before it; the same in a whole group.
         head_channels: As in :class:`MRLALight`.
         kernel_size: As in :class:`MRLALight`.
         reduction: The DSU's bottlenecks have ``C // reduction`` channels. Default 16, as in the
@@ -65,14 +65,14 @@ class DLABase(MRLABase):
     """Dynamic layer attention, base: MRLA-base whose keys and values are refreshed at each layer.
 
     At layer t, for all s < t, ``k_s <- k_s * DSU(k_s, h_t, c_t)`` and
-    ``V_s <- V_s * DSU(GAP(V_s), h_t, c_t)``; what is refreshed stays so for later layers. Then
+    ``V_s <- V_s * DSU(GAP(V_s), h_t, c_t)``; refreshed values stay refreshed for later layers. Then
     ``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s``.
 
-    Values are kept as they were computed, with their means and the product of their factors, so
-    that memory grows with depth and not with its square.
+    The original values are kept, with their means and the product of their factors, so memory grows
+    linearly with depth and not quadratically.
 
     Args:
-        channels: C of the layer it sits after; the same in a whole group.
+        channels: C of the layer before it; the same in a whole group.
         head_channels: As in :class:`MRLABase`. Default 32, as in the released code.
         kernel_size: As in :class:`MRLABase`.
         reduction: The DSU's bottlenecks have ``C // reduction`` channels. Default 16; 4 in the

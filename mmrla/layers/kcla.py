@@ -1,4 +1,4 @@
-"""Key-correlated layer attention (KCLA): linear in depth, with a state of one size across stages.
+"""Key-correlated layer attention (KCLA): linear in depth, with a fixed-size state across stages.
 
 Paper: Enhancing Layer Interaction Using Key-Correlated Layer Attention,
 https://arxiv.org/abs/2606.28405; code https://github.com/bgx666/KCLA. For each head h of layer t,
@@ -38,12 +38,12 @@ from mmrla.ops.reference import channel_means, per_channel
 class KCLA(QueryKeyValue):
     """Key-correlated layer attention; the host adds ``ReLU(BN(o_t))`` with ``mrla_act_cfg``.
 
-    Between two stages ``u / z`` passes a 1x1 convolution with a group per head and a norm, and
-    gets a key and with it a weight of its own: ``x' = BN(Conv1x1(u / z))``, ``z = e'``,
-    ``u = e' x'``. Where no state arrives, the layer begins a group.
+    Between two stages ``u / z`` goes through a 1x1 convolution with one group per head and a norm,
+    and gets its own key and therefore its own weight: ``x' = BN(Conv1x1(u / z))``, ``z = e'``,
+    ``u = e' x'``. If no state arrives, the layer begins a group.
 
     Args:
-        channels: C of the layer it sits after.
+        channels: C of the layer before it.
         head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. Default
             64, as on ImageNet; 16 on CIFAR.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
@@ -51,7 +51,7 @@ class KCLA(QueryKeyValue):
             each stage begins a group, in any host.
 
     Raises:
-        TypeError: As :class:`QueryKeyValue`, or ``spans_stages`` is no bool.
+        TypeError: As :class:`QueryKeyValue`, or ``spans_stages`` is not a bool.
         ValueError: As :class:`QueryKeyValue`.
     """
 
@@ -92,7 +92,7 @@ class KCLA(QueryKeyValue):
         nn.init.xavier_uniform_(self.crossing_key.weight)
 
     def crossed(self, state: KCLAState | None, crossing: Any) -> KCLAState | None:
-        """The state of the previous layer, brought into this stage if it is of another one."""
+        """The state of the previous layer, converted to this stage if it is from another one."""
         if state is None or crossing is None or self.crossing_key is None:
             return state
         mean = crossing(state.mean)
@@ -132,11 +132,12 @@ class KCLA(QueryKeyValue):
     ) -> Retrieval:
         """``sigmoid(...) * e_s / (z_t + 1e-3)``, the weight of ``DWConv3x3(x_s)`` in ``o_t``.
 
-        Of the stage's own layers: what crossed into it is one map, and has the rest of the weight.
+        For the stage's own layers: the state that crossed into it is one map with the remaining
+        weight.
 
         Args:
             x: As in :meth:`forward`.
-            shortcut: Not looked at.
+            shortcut: Unused.
             state: As in :meth:`forward`.
             memory: ``e_s`` of the stage's layers before, ``[B, heads, t - 1]``.
         """
@@ -176,6 +177,6 @@ class KCLA(QueryKeyValue):
 
 
 def _without_traces(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A call of ``module`` that leaves its buffers alone."""
+    """Call ``module`` without changing its buffers."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     return lambda x: functional_call(module, buffers, (x,))

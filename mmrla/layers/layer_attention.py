@@ -1,4 +1,4 @@
-"""The contract between a host network and a layer attention."""
+"""The interface between a host network and a layer attention."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import Tensor, nn
 from mmrla.layers.checks import check_count
 
 PLACEMENTS: dict[str, str] = {
-    "after": "behind a layer",
+    "after": "after a layer",
     "branch": "on the residual branch, before the addition",
     "input": "at the input of a layer's first convolution and on its residual branch",
     "output": "at a layer's output, which it replaces",
-    "sublayer": "behind each sub-layer of a transformer, in place of the residual stream",
+    "sublayer": "after each sub-layer of a transformer, in place of the residual stream",
 }
-"""What a layer attention's ``placement`` may be.
+"""Possible values of a layer attention's ``placement``.
 
 ``after``: ``x`` is the layer's output, and the host adds ``drop_path(norm(o))`` to it. ``branch``:
-``x`` is the residual branch behind its last norm, and ``o`` takes its place. ``input``: as
-``branch``, and :meth:`LayerAttention.at_input` adds to the layer's first convolution. ``output``:
-as ``after``, but ``o`` takes the place of ``x``. ``sublayer``: ``x`` is what an attention or an MLP
-gives, without the addition, ``shortcut`` what it read in front of its norm, and ``o`` what the next
-one reads; all are tokens ``[B, N, C]``. A type with one of the last two places may take ``index``,
-its number along the group from 0, as an argument.
+``x`` is the residual branch after its last norm, and ``o`` replaces it. ``input``: as ``branch``,
+and :meth:`LayerAttention.at_input` adds to the layer's first convolution. ``output``: as ``after``,
+but ``o`` replaces ``x``. ``sublayer``: ``x`` is the output of an attention or an MLP, without the
+addition, ``shortcut`` its input before the norm, and ``o`` the input of the next one; all are
+tokens ``[B, N, C]``. A type with one of the last two placements may take ``index``, its number
+within the group from 0, as an argument.
 """
 
 
 class Retrieval(NamedTuple):
-    """What one layer asks for, and how much it takes from each layer of its group so far."""
+    """A layer's query, and how much it takes from each layer of its group so far."""
 
     query: Tensor
     """``[B, heads, d_k]``."""
     scores: Tensor
-    """``[B, heads, t]``: the weight of layer s = 1 ... t in what layer t retrieves."""
+    """``[B, heads, t]``: the weight of layer s = 1 ... t in the output of layer t."""
     memory: Any = None
-    """Whatever the next layer's :meth:`LayerAttention.retrieval` needs of this one beyond state."""
+    """Anything the next layer's :meth:`LayerAttention.retrieval` needs in addition to the state."""
     sources: Sequence[int] | None = None
-    """What the scores are of, where not of layers 1 to t: the last layer that each source holds,
-    which begins behind the source before; 0 for what entered the group."""
+    """The sources of the scores, if not layers 1 to t: the last layer in each source, which begins
+    after the previous source; 0 for the input of the group."""
 
 
 class Carried(NamedTuple):
-    """What a layer hands to the next of its group: its output and the state of the attention.
+    """Passed from a layer to the next of its group: its output and the attention's state.
 
-    A container between them, such as ``nn.Sequential``, passes it on unseen, so the state is
-    nobody's attribute: it cannot outlive a forward, and checkpointing, DDP and torch.compile see a
+    A container between them, such as ``nn.Sequential``, passes it on unchanged, so no module stores
+    the state: it cannot outlive a forward, and checkpointing, DDP and torch.compile see a pure
     function of arguments.
     """
 
@@ -58,8 +58,8 @@ class Carried(NamedTuple):
 class OpenReLU(nn.ReLU):
     """ReLU whose derivative at 0 is 1.
 
-    Between a norm that starts at zero and its addition, torch's own, whose derivative there is 0,
-    would pass no gradient, and the branch would stay at zero for good.
+    Between a zero-initialised norm and its addition, torch's ReLU, whose derivative at 0 is 0,
+    would block the gradient, and the branch would stay at zero forever.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class OpenReLU(nn.ReLU):
 
 
 def start_as_identity(host: Any) -> None:
-    """Let each layer attention of a network add nothing at first; its gradients are not all zero.
+    """Make each layer attention of a network add zero at first, with some nonzero gradients.
 
     Args:
-        host: Its parts that have a method ``start_as_identity`` are asked.
+        host: The network; ``start_as_identity`` is called on the parts that have it.
     """
     for part in host.modules():
         start: Any = getattr(part, "start_as_identity", None)
@@ -82,31 +82,32 @@ def start_as_identity(host: Any) -> None:
 class LayerAttention(nn.Module, metaclass=ABCMeta):
     """A module that lets a layer retrieve from the layers before it.
 
-    The layer attention owns query, key, value and the state that travels along a group of layers.
+    The layer attention owns query, key, value and the state that is passed along a group of layers.
     The host owns the group's boundaries (it passes ``state=None`` to a group's first layer), the
-    norms around the attention, drop path and the addition to the layer's output. State is passed,
-    never kept on a module, so checkpointing, DDP and ``torch.compile`` keep working.
+    norms around the attention, drop path and the addition to the layer's output. State is passed as
+    an argument and never stored on a module, so checkpointing, DDP and ``torch.compile`` keep
+    working.
 
     Args:
-        channels: C of the layer it sits after.
+        channels: C of the layer before it.
     """
 
     uses_shortcut: bool = False
-    """Whether ``forward`` looks at its ``shortcut``; hosts skip what only prepares it otherwise."""
+    """Whether ``forward`` uses its ``shortcut``; otherwise hosts skip its preparation."""
 
     scores_sum_to_one: bool = True
-    """Whether the scores of :meth:`retrieval` are shares, as a softmax gives them."""
+    """Whether the scores of :meth:`retrieval` sum to one, as after a softmax."""
 
     placement: str = "after"
-    """Where it sits, one of :data:`PLACEMENTS`; a host refuses those that it has no place for."""
+    """One of :data:`PLACEMENTS`; hosts refuse unsupported placements."""
 
     shared: tuple[str, ...] = ()
     """Names of the parts that all layers of a group share."""
 
     spans_stages: bool = False
-    """Whether the state goes on from a stage to the next one, as if all layers were one group.
+    """Whether the state passes from one stage to the next, as if all layers were one group.
 
-    A type may have an option of this name; a host that hands no state on refuses True.
+    A type may have an option of this name; hosts that do not pass the state on refuse True.
     """
 
     starts_as_identity: bool = True
@@ -132,13 +133,13 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
 
     @property
     def scores_label(self) -> str:
-        """What the scores of :meth:`retrieval` are, in the few words that fit beside a figure."""
+        """A short description of the scores of :meth:`retrieval`, for figures."""
         return "attention score"
 
     def retrieval(self, x: Tensor, shortcut: Tensor, state: Any, memory: Any = None) -> Retrieval:
-        """Tell what :meth:`forward` attends to, given the same arguments; changes nothing.
+        """Return what :meth:`forward` attends to, given the same arguments, without side effects.
 
-        Not needed to train or run a network: :mod:`mmrla.analysis` draws what it tells.
+        Not needed to train or run a network; used by :mod:`mmrla.analysis`.
 
         Args:
             x: As in :meth:`forward`.
@@ -150,15 +151,15 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             Query and scores, in float32 or wider.
 
         Raises:
-            NotImplementedError: This type does not tell.
+            NotImplementedError: This type does not support it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell what it attends to")
 
     def share(self, first: LayerAttention) -> None:
         """Take the group's shared parts from its first layer; called once by hosts that can.
 
-        The first layer alone holds their weights: here they are no children, so that state dicts
-        have them once.
+        Only the first layer owns their weights: here they are not child modules, so state dicts
+        contain them once.
 
         Args:
             first: The layer attention of the group's first layer.
@@ -168,9 +169,9 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             self.__dict__[name] = getattr(first, name)
 
     def cross(self, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
-        """Build what brings the state of one stage to the next, where :attr:`spans_stages`.
+        """Build the parts that pass the state of one stage to the next, if :attr:`spans_stages`.
 
-        Called once on the first layer of each stage that a state arrives at. Default: nothing.
+        Called once on the first layer of each stage that receives a state. Default: nothing.
 
         Args:
             channels: C of the stage that the state comes from.
@@ -179,7 +180,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         """
 
     def join(self, conv: nn.Conv2d, stride: int, norm: Callable[[int], nn.Module]) -> None:
-        """Build what depends on the layer; called once, where ``placement`` is ``'input'``.
+        """Build parts that depend on the layer; called once, if ``placement`` is ``'input'``.
 
         Args:
             conv: The layer's first convolution.
@@ -189,7 +190,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         raise NotImplementedError(f"{type(self).__name__} does not sit at a layer's input")
 
     def at_input(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """What adds to the layer's first convolution of ``x``, where ``placement`` is ``'input'``.
+        """Addend of the layer's first convolution of ``x``, if ``placement`` is ``'input'``.
 
         Args:
             x: The layer's input, ``[B, C_in, H, W]``.
@@ -201,7 +202,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         raise NotImplementedError(f"{type(self).__name__} does not sit at a layer's input")
 
     def output(self, norm: Callable[[int], nn.Module]) -> nn.Module | None:
-        """Build what makes a map of the last layer's state that the host appends to its last one.
+        """Build the module that makes a map from the last layer's state for the host to append.
 
         Called once, on the last layer's. Default: nothing is appended.
 
@@ -211,9 +212,9 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         return None
 
     def start_as_identity(self) -> None:
-        """Lose all effect on the layer, where ``placement`` is not ``'after'``; for warm starts.
+        """Remove all effect on the layer, if ``placement`` is not ``'after'``; for warm starts.
 
-        Default: nothing. Behind a layer, hosts see to it by the norm.
+        Default: nothing. For ``'after'``, hosts do this with the norm.
         """
 
     def fuses_tail(
@@ -225,7 +226,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             z: As in :meth:`tail`.
             norm: Likewise.
             out_norm: Likewise.
-            act: The class of the activation behind ``out_norm``, which :meth:`tail` then includes.
+            act: The class of the activation after ``out_norm``, which :meth:`tail` then includes.
         """
         return False
 
@@ -238,7 +239,7 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         out_norm: nn.BatchNorm2d,
         scale: Tensor | None,
     ) -> tuple[Tensor, Any]:
-        """The end of a residual block in one operation, where :meth:`fuses_tail` says so.
+        """The end of a residual block in one operation, if :meth:`fuses_tail` returns True.
 
         ``y = relu(norm(z) + shortcut)``, ``out = y + scale * act(out_norm(o))`` with
         ``(o, state) = forward(y, shortcut, state)``.
@@ -247,8 +248,8 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
             z: The output of the block's last convolution, ``[B, C, H, W]``.
             shortcut: The block's identity branch, shaped like ``z``.
             state: As in :meth:`forward`.
-            norm: The norm behind the last convolution.
-            out_norm: The norm behind the attention.
+            norm: The norm after the last convolution.
+            out_norm: The norm after the attention.
             scale: ``[B]``, drop path's factors, or None for 1.
 
         Returns:

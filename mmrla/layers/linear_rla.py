@@ -17,17 +17,17 @@ from mmrla.ops.linear_rla import LinearRLAState, feature_map_of
 
 
 class LinearRLA(QueryKeyValue):
-    """Linear recurrent layer attention (A.3): linear in depth, its state d_k times a value.
+    """Linear recurrent layer attention (A.3): linear in depth, with a state of d_k values.
 
     ``U_t = U_{t-1} + phi(K_t)^T V_t``, ``Z_t = Z_{t-1} + phi(K_t)^T``,
     ``o_t = phi(Q_t) U_t / (phi(Q_t) Z_t)`` in each head, with ``phi = elu + 1``.
 
-    A layer keeps ``d_k * C * H * W`` values for each image, so one head of all channels is for
+    A layer keeps ``d_k * C * H * W`` numbers per image, so a single head of all channels only suits
     narrow layers and small maps. Channel-wise, phi(Q_t) cancels: o_t is the mean of the values so
-    far, weighted by phi(K_s), and the query's gradient is zero but for rounding.
+    far, weighted by phi(K_s), and the query's gradient is zero up to rounding.
 
     Args:
-        channels: C of the layer it sits after; the same in a whole group.
+        channels: C of the layer before it; the same in a whole group.
         head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head; 1:
             channel-wise.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
@@ -57,8 +57,8 @@ class LinearRLA(QueryKeyValue):
 
         Args:
             x: As in :meth:`forward`.
-            shortcut: Not looked at.
-            state: Not looked at: it holds sums over layers.
+            shortcut: Unused.
+            state: Unused: it holds sums over layers.
             memory: phi of the earlier layers' keys, ``[B, heads, t - 1, d_k]``.
         """
         query, key = map(self.heads, query_key(x, self.query.weight, self.key.weight))

@@ -22,14 +22,14 @@ class MLA(QueryKeyValue):
     """Multi-head layer attention (Eq. 3 and 4): quadratic in depth.
 
     ``o_t = sum_{s<=t} softmax_s(<f_Q^t(X_t), f_K^t(X_s)>_head / sqrt(d_k)) * f_V^t(X_s)``: like
-    MRLA-base, but layer t makes the keys and values of all earlier layers anew, with its own
+    MRLA-base, but layer t recomputes the keys and values of all earlier layers with its own
     functions. (The released file mixes up heads and layers from the second layer on; this follows
     the equation.)
 
     Args:
-        channels: C of the layer it sits after; the same in a whole group.
-        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. 32 in
-            the paper, which takes MRLA-light's.
+        channels: C of the layer before it; the same in a whole group.
+        head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. 32 in the
+            paper, as for MRLA-light.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
         projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
         value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.

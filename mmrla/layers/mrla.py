@@ -1,8 +1,8 @@
 """Multi-head recurrent layer attention.
 
 Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
-https://openreview.net/forum?id=pvgEL1yS3Ql. Where the paper and its released code differ, the
-released behaviour is the default here; see each class.
+https://openreview.net/forum?id=pvgEL1yS3Ql. If the paper and its released code differ, the released
+behaviour is the default here; see each class.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class MRLALight(QueryKeyValue):
     ``o_t = lambda_t * o_{t-1} + sigmoid(<q_t, k_t>_head / sqrt(d_k)) * DWConv3x3(x_t)``
 
     Args:
-        channels: C of the layer it sits after.
+        channels: C of the layer before it.
         head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head; 1: CRLA.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
-        recurrence: What stands for ``o_{t-1}``. ``'shortcut'`` (the released code): the layer's
-            identity branch, which a group's first layer has too. ``'output'`` (Eq. 8 to the
-            letter): the previous layer's o, zero in a group's first layer. None: nothing, no
-            previous information and no lambda.
+        recurrence: What is used as ``o_{t-1}``. ``'shortcut'`` (the released code): the layer's
+            identity branch, which a group's first layer has too. ``'output'`` (literal Eq. 8): the
+            previous layer's o, zero in a group's first layer. None: nothing, so no previous
+            information and no lambda.
         value_act: ``'gelu'`` applies it to the value, as vision transformers do (Algorithm 4);
             None, nothing.
-        fixed_lambda: The value of all of lambda_t, which is not learned then.
+        fixed_lambda: A constant value of all of lambda_t, which is then not learned.
         projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
         value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
 
@@ -133,20 +133,20 @@ class MRLALight(QueryKeyValue):
     ) -> Retrieval:
         """The weights of Eq. 8, unrolled: ``o_t = sum_s beta_{t-s} * gate_s * V_s``.
 
-        ``beta_{t-s} = lambda_t * ... * lambda_{s+1}`` (1 for s = t) has a value a channel, with its
-        sign; ``memory`` holds these weights, ``[B, C, t]``. A head's score is the mean of their
+        ``beta_{t-s} = lambda_t * ... * lambda_{s+1}`` (1 for s = t) has one signed value per
+        channel; ``memory`` holds these weights, ``[B, C, t]``. A head's score is the mean of their
         absolute values over its channels. They do not sum to one.
 
-        With ``recurrence='output'`` that is exactly what ``forward`` computes. With ``'shortcut'``
-        only the last weight, the gate of the layer's own value, is: lambda multiplies the layer's
-        shortcut there, which holds the previous layer's normalised o beside that layer's own
-        output. The weights then tell how far lambda lets earlier layers through if the shortcut is
-        read as the previous o, as the paper does; the group's first shortcut has no score.
+        With ``recurrence='output'`` this is exactly what ``forward`` computes. With ``'shortcut'``
+        only the last weight, the gate of the layer's own value, is exact: lambda multiplies the
+        layer's shortcut, which contains the previous layer's normalised o and that layer's own
+        output. The weights then show how much of earlier layers lambda passes on if the shortcut is
+        treated as the previous o, as in the paper; the group's first shortcut has no score.
 
         Args:
             x: As in :meth:`forward`.
-            shortcut: Not looked at.
-            state: Not looked at.
+            shortcut: Unused.
+            state: Unused.
             memory: The previous layer's weights, ``[B, C, t - 1]``.
         """
         query, key = map(self.heads, query_key(x, self.query.weight, self.key.weight))
@@ -193,17 +193,17 @@ class MRLABase(QueryKeyValue):
     """MRLA-base (Eq. 6 and 9): attention over all layers of the group so far.
 
     ``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s``; keys and values of earlier
-    layers are reused as they were computed.
+    layers are reused unchanged.
 
     Args:
-        channels: C of the layer it sits after; the same in a whole group.
+        channels: C of the layer before it; the same in a whole group.
         head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head. 16 in
             the released code, 32 in the paper.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
-        recompute_values: Keep no value for backward where the end of a residual block runs as one
-            fused operation: backward computes each once more, so that only one group's are there
-            at a time. Takes time for memory. Of no use with ``with_cp``, nor inside torch.compile,
-            which itself decides what it keeps.
+        recompute_values: Keep no value for backward if the end of a residual block runs as one
+            fused operation: backward recomputes each, so only one group's values exist at a time.
+            This trades time for memory. It has no effect with ``with_cp`` or inside torch.compile,
+            which decides itself what to keep.
         projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
         value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
 

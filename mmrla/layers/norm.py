@@ -1,4 +1,4 @@
-"""``nn.BatchNorm2d`` as what the fused operations take."""
+"""Converts ``nn.BatchNorm2d`` to the fused operations' argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmrla.ops import Norm
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """Whether no hook of these modules or their parts would miss that they are not called."""
+    """Whether these modules and their parts have no hooks, so they need not be called."""
     return not any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
         or part._backward_pre_hooks
@@ -18,7 +18,7 @@ def is_plain(*modules: nn.Module) -> bool:
 
 
 def norm_of(norm: nn.BatchNorm2d) -> Norm:
-    """What ``norm`` computes with now; in training it counts the batch, as its forward does."""
+    """The parameters ``norm`` uses now; in training it counts the batch, as its forward does."""
     moves = norm.training and norm.running_mean is not None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if moves and norm.num_batches_tracked is not None:

@@ -1,4 +1,4 @@
-"""What layer attentions with a query, a key and a value have in common."""
+"""Common base of layer attentions with a query, a key and a value."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class QueryKeyValue(LayerAttention):
     """Query, key and value of a layer (section 4), common to MRLA and its relatives.
 
     Args:
-        channels: C of the layer it sits after.
+        channels: C of the layer before it.
         head_channels: d_k, channels of one head, which divides C; or ``'all'``: C, one head.
         kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
-        projection: ``'conv1d'``: query and key are Conv1D of the summary along its channels.
-            ``'fc'``: each is a fully connected layer, C x C.
+        projection: ``'conv1d'``: query and key are a Conv1D along the channel means. ``'fc'``: each
+            is a fully connected layer, C x C.
         value_conv: Whether the value is a depthwise 3x3 convolution of x; else it is x.
 
     Raises:
-        TypeError: ``head_channels`` is neither an int nor ``'all'``, ``kernel_size`` no int,
-            ``value_conv`` no bool.
+        TypeError: ``head_channels`` is neither an int nor ``'all'``, ``kernel_size`` is not an int,
+            or ``value_conv`` is not a bool.
         ValueError: ``head_channels`` does not divide C, an even ``kernel_size``, one with ``'fc'``,
             or an unknown ``projection``.
     """
 
     PROJECTIONS = ("conv1d", "fc")
     tail_op: Op | None = None
-    """What :meth:`tail` runs; None: there is no fused tail."""
+    """The operation that :meth:`tail` runs; None: there is no fused tail."""
     tail_act: type[nn.Module] = nn.Identity
-    """Class of the activation behind the out norm that ``tail_op`` includes."""
+    """Class of the activation after the out norm that ``tail_op`` includes."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class QueryKeyValue(LayerAttention):
     def query_key_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key of ``x``, ``[B, C]`` each.
 
-        While torch.jit traces, query and key are called as modules, because what counts work
-        (``mmengine.analysis``) books it on the module whose call it happens in.
+        During torch.jit tracing, query and key are called as modules, because FLOP counters
+        (``mmengine.analysis``) attribute operations to the module being called.
         """
         if not torch.jit.is_tracing():
             return query_key(x, self.query.weight, self.key.weight)
@@ -109,7 +109,7 @@ class QueryKeyValue(LayerAttention):
     def fuses_tail(
         self, z: Tensor, norm: nn.Module, out_norm: nn.Module, act: type[nn.Module] = nn.Identity
     ) -> bool:
-        """See :class:`LayerAttention`: between plain batch norms, which no hook watches."""
+        """See :class:`LayerAttention`: between plain batch norms without hooks."""
         return (
             self.tail_op is not None
             and act is self.tail_act
@@ -126,7 +126,7 @@ class QueryKeyValue(LayerAttention):
         return of.unflatten(1, (-1, self.head_channels))
 
     def softmax_retrieval(self, query: Tensor, keys: Sequence[Tensor]) -> Retrieval:
-        """What :meth:`retrieval` tells where scores are a softmax over the keys ``[B, C]``."""
+        """Result of :meth:`retrieval` if scores are a softmax over the keys ``[B, C]``."""
         scores = layer_weights(query, keys, self.head_channels)
         return Retrieval(self.heads(query), scores.permute(1, 2, 0))
 

@@ -4,8 +4,8 @@ Paper: Recurrence along Depth: Deep Convolutional Neural Networks with Recurrent
 NeurIPS 2021, https://arxiv.org/abs/2110.11852 ("RLA_g" in MRLA's paper). With the residual branch
 ``y_t = f_t(concat(x_{t-1}, h_{t-1}))`` (Figure 3, the released version):
 ``x_t = relu(y_t + x_{t-1})``, ``h_t = Conv3x3(tanh(BN_t(h_{t-1} + Conv1x1(y_t))))``; both
-convolutions are shared in a stage, the norm is the layer's own. ``h`` is zero in front of the
-first layer and goes through all stages, average-pooled where the stride is 2.
+convolutions are shared in a stage, each layer has its own norm. ``h`` is zero before the first
+layer and goes through all stages, average-pooled where the stride is 2.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from mmrla.layers.layer_attention import LayerAttention
 
 
 class RecurrentLayerAggregation(LayerAttention):
-    """RLA_g: a hidden map beside the network that each layer reads and writes.
+    """RLA_g: a hidden map that each layer reads and writes.
 
-    The layer's first convolution sees ``concat(x, h)``. It is computed as the sum of the layer's
-    own convolution of x and one of h that is kept here, so that its weights keep their shape.
+    The input of the layer's first convolution is ``concat(x, h)``. It is computed as the sum of the
+    layer's own convolution of x and one of h that belongs to this module, so its weights keep their
+    shape.
 
     Args:
         channels: C of the layer's residual branch.
         hidden_channels: Channels of the hidden map. Default 32, as in the paper's ResNet-50.
         concat_output: Whether the host appends ``relu(BN(h))`` of the last layer to its last
-            feature map, as the paper's classifiers do. False, as in its detectors: what would
-            only serve that map is there, but frozen.
+            feature map, as the paper's classifiers do. False, as in its detectors: the parts only
+            needed for that map exist, but are frozen.
 
     Raises:
-        TypeError: ``hidden_channels`` is no int, ``concat_output`` no bool.
+        TypeError: ``hidden_channels`` is not an int, or ``concat_output`` is not a bool.
         ValueError: ``hidden_channels`` is not positive.
     """
 
@@ -73,7 +74,7 @@ class RecurrentLayerAggregation(LayerAttention):
     def output(self, norm: Callable[[int], nn.Module]) -> nn.Module:
         """See :class:`LayerAttention`: ``relu(BN(h))``.
 
-        Without ``concat_output`` it is frozen, and so is what only leads to it.
+        Without ``concat_output`` it is frozen, with everything that only leads to it.
         """
         output = nn.Sequential(norm(self.hidden_channels), nn.ReLU())
         if not self.concat_output:
@@ -89,7 +90,7 @@ class RecurrentLayerAggregation(LayerAttention):
         return self.read(state), state
 
     def forward(self, x: Tensor, shortcut: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :class:`LayerAttention`; ``x`` is the residual branch, which stays as it is."""
+        """See :class:`LayerAttention`; ``x``, the residual branch, is returned unchanged."""
         if not self.updates:
             return x, None
         if self.stride != 1:
@@ -98,7 +99,7 @@ class RecurrentLayerAggregation(LayerAttention):
         return x, self.recur(torch.tanh(self.norm(state + self.aggregate(x))))
 
     def start_as_identity(self) -> None:
-        """The layers read nothing from ``h``; gradients of what they read are not zero."""
+        """Make the layers read nothing from ``h``, with gradients that are not zero."""
         nn.init.zeros_(self.read.weight)
 
     def extra_repr(self) -> str:

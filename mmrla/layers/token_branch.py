@@ -1,4 +1,4 @@
-"""A layer attention behind a transformer block: the norms and the map around it."""
+"""A layer attention after a transformer block: the norms and the map around it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmrla.layers.layer_attention import LayerAttention
 
 
 class TokenBranch(nn.Module):
-    """A layer attention behind a transformer block, with the norms around it.
+    """A layer attention after a transformer block, with the norms around it.
 
-    ``xn = LN(x)``, ``sn = LN'(shortcut)`` where the attention takes the shortcut; the patch tokens
-    form a map and go through the attention, extra tokens (class, distillation) pass through:
+    ``xn = LN(x)``, ``sn = LN'(shortcut)`` if the attention uses the shortcut; the patch tokens form
+    a map and go through the attention, extra tokens (class, distillation) bypass it:
     ``out = x + drop_path(concat(xn_extra, o_p))``.
 
     Args:
@@ -34,9 +34,9 @@ class TokenBranch(nn.Module):
         self.drop_path = drop_path
 
     def start_as_identity(self) -> None:
-        """Make what is added zero: norms of zeros give a value, shortcut and extra tokens of zeros.
+        """Make the branch add zero: zero norms give zero value, shortcut and extra tokens.
 
-        Their own gradients are not zero, so that all of it grows in.
+        Their own gradients are not zero, so all parts learn.
         """
         for norm in (self.norm, self.shortcut_norm):
             for parameter in norm.parameters() if norm is not None else ():
@@ -48,7 +48,7 @@ class TokenBranch(nn.Module):
         """Map a block's output and input, each ``[B, extra + H*W, C]``, to the new output.
 
         Raises:
-            ValueError: The tokens behind the extra ones do not fill the grid.
+            ValueError: The tokens after the extra ones do not fill the grid.
         """
         normed = self.norm(x)
         patches = to_map(normed, grid, extra)
@@ -64,7 +64,7 @@ def to_map(tokens: Tensor, grid: tuple[int, int], extra: int) -> Tensor:
     """Patch tokens of ``[B, extra + H*W, C]`` as a map ``[B, C, H, W]``.
 
     Raises:
-        ValueError: The tokens behind the extra ones do not fill the grid.
+        ValueError: The tokens after the extra ones do not fill the grid.
     """
     count = tokens.shape[1] - extra
     if count != grid[0] * grid[1]:

@@ -1,4 +1,4 @@
-"""Networks: hosts of layer attention, built on mmpretrain's and mmdet's."""
+"""Networks: hosts of layer attention, built on networks of mmpretrain and mmdet."""
 
 from mmrla.compat import log_ops_in_use, warn_about_versions
 from mmrla.models import backbones

@@ -1,7 +1,7 @@
-"""Checks of what the ancestors of hosts take: a bad argument is an error that names it.
+"""Checks of the arguments of hosts' base classes: errors name the bad argument.
 
-The ancestors answer bad arguments by bare assertions, by errors from deep inside torch, or by a
-network that silently lacks an output.
+The base classes respond to bad arguments with bare assertions, with errors from deep inside torch,
+or with a network that silently lacks an output.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def check_arguments(
     frozen: int | None = None,
     negative_outputs: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument, where one cannot be right.
+    """Raise TypeError or ValueError, naming the argument, if one is invalid.
 
     Args:
-        ancestor: Whose constructor takes them; its defaults stand for what is not given.
-        given: Arguments by name; those that are not known here are left to the ancestor.
-        stages: How many stages the network has, where arguments have an entry for each.
-        outputs: ``out_indices`` are below this.
-        frozen: ``frozen_stages`` is at most this.
-        negative_outputs: Whether ``out_indices`` count from the end too, and one may be an int.
+        ancestor: The class whose constructor takes them; its defaults apply to arguments not given.
+        given: Arguments by name; unknown ones are left to the ancestor.
+        stages: Number of stages, if arguments have one entry per stage.
+        outputs: Upper bound of ``out_indices``, exclusive.
+        frozen: Largest ``frozen_stages``.
+        negative_outputs: Whether ``out_indices`` may be negative, or a single int.
     """
     for name in _COUNTS:
         if name in given:
@@ -112,7 +112,7 @@ _OF_MAPS = re.compile(r"(Sync)?BN([123]d)?|GN|IN([123]d)?|LN2d|MMSyncBN")
 
 
 def check_token_norm(value: Any) -> None:
-    """Raise TypeError or ValueError unless ``norm_cfg`` may be of a norm of tokens, such as LN."""
+    """Raise TypeError or ValueError unless ``norm_cfg`` is of a norm for tokens, such as LN."""
     check_config("norm_cfg", value)
     if _OF_MAPS.fullmatch(str(value["type"])):
         raise ValueError(f"norm_cfg must be of a norm of tokens, such as LN, got {dict(value)!r}")
@@ -197,18 +197,19 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def check_patches(img_size: Any, patch_size: Any) -> None:
-    """Raise ValueError where not even one patch fits into an image."""
+    """Raise ValueError if not even one patch fits into an image."""
     image, patch = (v if isinstance(v, (list, tuple)) else (v, v) for v in (img_size, patch_size))
     if any(p > i for i, p in zip(image, patch, strict=True)):
         raise ValueError(f"patch_size must fit into img_size={img_size}, got {patch_size}")
 
 
 @contextmanager
-def naming(owner: str, given: Mapping[str, Any]) -> Iterator[None]:
-    """Have whatever a constructor raises name its arguments.
+def name_arguments_in_errors(owner: str, given: Mapping[str, Any]) -> Iterator[None]:
+    """Make errors raised in a constructor name its arguments.
 
-    A ValueError or TypeError that names one of them, or a part of mmrla, passes as it is; anything
-    else, a bare assertion say, becomes a ValueError that lists them all.
+    A ValueError or TypeError that already names one of them, or a part of mmrla, is raised
+    unchanged; anything else, such as a bare assertion, becomes a ValueError that lists all
+    arguments.
     """
     try:
         yield

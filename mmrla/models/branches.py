@@ -1,4 +1,4 @@
-"""A layer attention behind a layer, with the norms and drop path around it."""
+"""A layer attention after a layer, with the norms and drop path around it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def build_drop_path(rate: float) -> nn.Module:
 
 
 class LayerAttentionOnMap(nn.Module):
-    """A layer attention behind a convolutional layer: ``out = x + drop_path(norm(o_t))``.
+    """A layer attention after a convolutional layer: ``out = x + drop_path(norm(o_t))``.
 
     Args:
-        layer_attention: Config of the layer attention; 8 channels a head unless it says otherwise.
+        layer_attention: Config of the layer attention; by default 8 channels per head.
         channels: C.
         norm_cfg: Of the norm, in mmcv's style; mmpretrain's LN2d too.
         drop_path_rate: Stochastic depth of what is added.
@@ -49,7 +49,7 @@ class LayerAttentionOnMap(nn.Module):
         self.with_cp = with_cp
 
     def start_as_identity(self) -> None:
-        """Make what is added zero; the norm's gamma has a gradient, so that it grows in."""
+        """Make the branch add zero; the norm's gamma has a gradient, so training can change it."""
         for parameter in self.norm.parameters():
             nn.init.zeros_(parameter)
 
@@ -65,7 +65,7 @@ class LayerAttentionOnMap(nn.Module):
 
 
 class LayerAttentionOnTokens(TokenBranch):
-    """A layer attention behind a transformer block, built of configs; see :class:`TokenBranch`.
+    """A layer attention after a transformer block, built from configs; see :class:`TokenBranch`.
 
     Args:
         layer_attention: Config of the layer attention.

@@ -19,7 +19,7 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
     """The class that ``cfg`` names.
 
     Raises:
-        TypeError: ``cfg`` is no mapping with a ``type``, or the type no layer attention.
+        TypeError: ``cfg`` is not a mapping with a ``type``, or the type is not a layer attention.
         ValueError: The type is unknown.
     """
     # get, not build: build would look in the default scope (mmdet's) instead of here.
@@ -33,11 +33,11 @@ def check_host_takes(
     shares: bool = False,
     spans: bool = False,
 ) -> None:
-    """Raise ValueError where a host cannot take a layer attention.
+    """Raise ValueError if a host does not support a layer attention.
 
     Args:
         cfg: As in :func:`build_layer_attention`.
-        host: What the message calls the host.
+        host: Name of the host in the message.
         placements: As in :func:`mmrla.layers.builder.check_placement`.
         shares: Likewise.
         spans: Likewise.
@@ -58,17 +58,17 @@ def build_layer_attention(
         cfg: ``type``, a name in :data:`mmrla.registry.LAYER_ATTENTIONS` or a class, and the
             arguments of its constructor except ``channels``.
         channels: C of the layer.
-        defaults: What a host prefers where ``cfg`` is silent: arguments by name of the class.
-        fit_heads: Take ``head_channels = C`` where C is smaller than what ``cfg`` (or the type's
-            default) says, as narrow networks need.
-        index: Its number along the group, which types that sit elsewhere than behind a layer may
-            take.
+        defaults: The host's defaults for arguments that ``cfg`` does not set, by class name.
+        fit_heads: Use ``head_channels = C`` if C is smaller than the ``head_channels`` of ``cfg``
+            (or the type's default), as narrow networks need.
+        index: Its number within the group, for types with another placement than after a layer.
 
     Returns:
         The layer attention, whose maps are ``[B, channels, H, W]``.
 
     Raises:
-        TypeError: ``cfg`` is no mapping with a ``type``, or has arguments the type does not take.
+        TypeError: ``cfg`` is not a mapping with a ``type``, or has arguments the type does not
+            take.
         ValueError: The type is unknown, or refuses its arguments.
     """
     return build(layer_attention_class(cfg), cfg, channels, defaults, fit_heads, index)

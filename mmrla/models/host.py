@@ -1,4 +1,4 @@
-"""What every host of layer attentions does alike: freezing, warm start, train mode."""
+"""Behaviour common to all hosts of layer attentions: freezing, warm start, train mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.checkpoints.report import is_mrla_key
 from mmrla.layers.checks import check_bool
 from mmrla.layers.layer_attention import start_as_identity
-from mmrla.models.arguments import check_rate, naming
+from mmrla.models.arguments import check_rate, name_arguments_in_errors
 from mmrla.models.builder import check_host_takes
 from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
@@ -26,38 +26,38 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class LayerAttentionHost:
-    """Mixed in before a backbone of mmpretrain or mmdet; names of all it adds contain ``mrla``.
+    """A mixin before a backbone of mmpretrain or mmdet; names of all added parts contain ``mrla``.
 
-    What lies behind the last of ``out_indices`` does not require a gradient, so that DDP works
+    Everything after the last of ``out_indices`` does not require a gradient, so that DDP works
     without ``find_unused_parameters``.
 
-    A host with plugins sets ``plugins`` (checked) before this constructor; with a warm start they
-    are fresh parts like layer attentions.
+    A host with plugins sets ``plugins`` (checked) before this constructor; in a warm start they are
+    treated as new parts, like layer attentions.
 
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
         zero_init_mrla: Whether ``init_weights`` starts each layer attention as the identity, so
             that the network starts as the plain one: the norm around the attention starts at zero,
-            as with ``zero_init_residual`` (DIANet's unit cannot). False: as released, at full
-            strength. A checkpoint with these weights overrides it.
+            as with ``zero_init_residual`` (not possible for DIANet's unit). False: as released, at
+            full strength. A checkpoint with these weights overrides it.
         init_cfg: Of the backbone. With ``dict(type='mmrla.WarmStart', ...)`` from a plain
             checkpoint, ``frozen_stages``, ``norm_eval`` and ``norm_cfg=dict(requires_grad=False)``
-            leave the fresh parts alone.
+            do not apply to the new parts.
         **kwargs: The backbone's.
 
     Raises:
-        TypeError: ``zero_init_mrla`` is no bool.
+        TypeError: ``zero_init_mrla`` is not a bool.
         ValueError: The network has no place for such a layer attention.
     """
 
     placements: tuple[str, ...] = ("after",)
-    """Where layer attentions may sit here, of :data:`mmrla.layers.PLACEMENTS`."""
+    """Placements of layer attentions supported here, of :data:`mmrla.layers.PLACEMENTS`."""
 
     shares_in_groups: bool = False
     """Whether layer attentions of a group may share parts here."""
 
     spans_stages: bool = False
-    """Whether a state may go on from stage to stage here."""
+    """Whether the state may pass from stage to stage here."""
 
     plugins: tuple[dict[str, Any], ...] = ()
     keep_plugins_trainable: bool = False
@@ -87,26 +87,26 @@ class LayerAttentionHost:
         self.keep_plugins_trainable = bool(names) and keeps_mrla_trainable(
             kwargs.get("init_cfg"), lambda key: is_plugin_key(key, names)
         )
-        with naming(type(self).__name__, kwargs):
+        with name_arguments_in_errors(type(self).__name__, kwargs):
             super().__init__(*args, **kwargs)
         self._free_fresh_norms()
 
     def _free_fresh_norms(self) -> None:
-        """Let fresh norms learn where ``norm_cfg`` freezes norms, as the recipes of DETR do.
+        """Keep new norms trainable if ``norm_cfg`` freezes norms, as DETR's recipes do.
 
-        Their gamma starts at zero, which would keep the layer attention out for good. A host that
-        adds layer attentions behind this constructor calls it again.
+        Their gamma starts at zero, so frozen norms would disable the layer attention permanently. A
+        host that adds layer attentions after this constructor calls it again.
         """
         for part in self._mrla_parts() if self.keep_mrla_trainable else ():
             for module in part.modules():
                 if isinstance(module, NORMS):
                     module.requires_grad_(True)
 
-    def _rest_unreached(self) -> None:
-        """For the end of constructors: see :func:`rest_unreached`."""
+    def _freeze_unused_parameters(self) -> None:
+        """Called at the end of constructors: see :func:`freeze_unused_parameters`."""
         stages = getattr(self, "res_layers", None) or self.layers
         if max(self.out_indices) < len(stages) - 1:
-            rest_unreached(self, (1, self._image_channels, 64, 64))
+            freeze_unused_parameters(self, (1, self._image_channels, 64, 64))
 
     def train(self, mode: bool = True) -> Any:
         """As the ancestor's, and returns the network as ``nn.Module.train`` does."""
@@ -117,7 +117,7 @@ class LayerAttentionHost:
         return self
 
     def init_weights(self) -> None:
-        """As the ancestor's, or a warm start; then as ``zero_init_mrla`` says."""
+        """As the ancestor's, or a warm start; then apply ``zero_init_mrla``."""
         if init_weights_warm(self):
             return
         pretrained = _is_pretrained(self.init_cfg)
@@ -143,7 +143,7 @@ class LayerAttentionHost:
             parameter.requires_grad = requires_grad
 
     def _trainable_parts(self) -> Iterator[nn.Module]:
-        """What freezing leaves alone."""
+        """Parts that freezing does not apply to."""
         if self.keep_mrla_trainable:
             yield from self._mrla_parts()
         if self.keep_plugins_trainable:
@@ -161,15 +161,16 @@ class LayerAttentionHost:
                 yield module
 
 
-def rest_unreached(backbone: Any, image_shape: tuple[int, ...]) -> None:
-    """Parameters that no output depends on no longer require a gradient, in place.
+def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> None:
+    """Set ``requires_grad=False`` on parameters that no output depends on, in place.
 
-    Those behind the last of ``out_indices`` never get one, and DDP, without
-    ``find_unused_parameters``, would wait for it and fail. Found by a small forward and backward.
+    Parameters after the last of ``out_indices`` never get a gradient, and DDP, without
+    ``find_unused_parameters``, would wait for it and fail. They are found by a small forward and
+    backward.
 
     Args:
-        backbone: Gives tensors, or tuples, lists or dicts of them, for images.
-        image_shape: Of the images to try, ``[B, C, H, W]``.
+        backbone: Returns tensors, or tuples, lists or dicts of them, for images.
+        image_shape: Of the trial images, ``[B, C, H, W]``.
     """
     asking = [p for p in backbone.parameters() if p.requires_grad]
     if any(p.is_meta for p in asking) or torch.is_inference_mode_enabled():
@@ -201,9 +202,9 @@ def _is_pretrained(init_cfg: Any) -> bool:
 
 
 def _simple(init_cfg: Any) -> Any:
-    """``Pretrained`` as the ancestors recognise it: no list of one, no scope before its name.
+    """``Pretrained`` in the form the ancestors recognise: not in a list of one, without a scope.
 
-    They take care not to overwrite what it loads, but know it by that look alone.
+    They avoid overwriting the weights it loads, but recognise only this form.
     """
     only = init_cfg[0] if isinstance(init_cfg, (list, tuple)) and len(init_cfg) == 1 else init_cfg
     if isinstance(only, Mapping) and str(only.get("type")).rpartition(".")[2] == "Pretrained":
@@ -212,7 +213,7 @@ def _simple(init_cfg: Any) -> Any:
 
 
 def start_plugin(plugin: nn.Module, zero_residual: bool) -> None:
-    """Give a plugin the start of its own paper where it has one.
+    """Give a plugin the initialisation of its paper, if it has one.
 
     Args:
         plugin: Of mmrla (``reset_parameters``) or of mmcv (``init_weights`` of non-local blocks).
@@ -235,7 +236,7 @@ def check_drop_path_rate(rate: float | None) -> None:
 
 
 def branch_rate(asked: float | None, block: nn.Module) -> float:
-    """Stochastic depth of an attention branch: what was asked for or, with None, the block's."""
+    """Stochastic depth of an attention branch: ``rate`` or, if None, the block's."""
     if asked is not None:
         return asked
     # Of mmcv and timm, and of torchvision.

@@ -1,4 +1,4 @@
-"""Which layers a backbone has, how wide they are and what they hand on: seen in a trial forward."""
+"""Finds a backbone's layers, their widths and their data flow, by a trial forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROJECTION = "downsample"
 
 @dataclass
 class Call:
-    """What a trial forward showed of a layer."""
+    """A layer's inputs and outputs in a trial forward."""
 
     name: str
     module: nn.Module
@@ -36,7 +36,7 @@ class Call:
 
     @property
     def container(self) -> str:
-        """What holds it, by name."""
+        """Name of the module that contains it."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -55,7 +55,7 @@ class Call:
         return bool(self.projected)
 
     def fault(self) -> str | None:
-        """Why no layer attention can stand behind it."""
+        """Why no layer attention can be added after it; None if one can."""
         if len(self.outputs) != 1:
             return f"it runs {len(self.outputs)} times in a forward of the backbone, not once"
         args = self.inputs[0][0]
@@ -77,7 +77,7 @@ class Call:
         return len(self.projected) == 1 and source is self.x and projected.shape == self.out.shape
 
     def grid(self) -> int | str | None:
-        """Which argument behind the first is the grid of the tokens."""
+        """Which argument after the first is the grid of the tokens."""
         args, kwargs = self.inputs[0]
         for key, value in [*enumerate(args[1:]), *kwargs.items()]:
             if (
@@ -92,7 +92,7 @@ class Call:
 
 def name_of(backbone: Any) -> str:
     """The class of a wrapped backbone, for messages."""
-    return backbone.joined_from[1].__name__
+    return backbone.mixed_from[1].__name__
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -101,7 +101,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def find_layers(backbone: Any, layers: str | Sequence[str] | None) -> list[Call]:
-    """The layers that were named or are usual, in the order of ``named_modules``."""
+    """The layers with the given or the usual names, in the order of ``named_modules``."""
     modules = dict(backbone.named_modules())
     modules.pop("")
     patterns = USUAL_LAYERS if layers is None else (layers,) if isinstance(layers, str) else layers
@@ -147,7 +147,7 @@ def _outline(modules: Mapping[str, nn.Module], limit: int = 12) -> str:
 
 @contextmanager
 def watching(calls: Sequence[Call]) -> Iterator[None]:
-    """Note what goes in and out of layers and their projections."""
+    """Record inputs and outputs of layers and their projections."""
     handles = []
     for call in calls:
 
@@ -170,7 +170,7 @@ def watching(calls: Sequence[Call]) -> Iterator[None]:
 
 
 def trial(backbone: Any, shape: tuple[int, ...]) -> Any:
-    """A forward in eval mode that leaves the backbone as it was."""
+    """A forward in eval mode that does not change the backbone."""
     modes = [(module, module.training) for module in backbone.modules()]
     device = next((p.device for p in backbone.parameters()), None)
     try:
@@ -189,12 +189,12 @@ def trial(backbone: Any, shape: tuple[int, ...]) -> Any:
 
 
 def groups_of(backbone: Any, calls: Sequence[Call], named: bool) -> list[list[Call]]:
-    """Layers that hand features to one another, for each container.
+    """Layers that pass features to one another, for each container.
 
     Args:
         backbone: For messages.
         calls: The layers, after a trial forward.
-        named: Whether the user named them, so that none may be passed over.
+        named: Whether the user named them, so that none may be skipped.
 
     Raises:
         ValueError: A layer cannot carry a layer attention.

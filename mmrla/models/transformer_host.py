@@ -1,4 +1,4 @@
-"""What hosts made of transformer blocks do alike."""
+"""Behaviour common to hosts made of transformer blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NORM_CFG: Mapping[str, Any] = dict(type="LN", eps=1e-6)
 
 
 def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> None:
-    """Raise TypeError or ValueError, naming it, where an argument of a ViT cannot be right."""
+    """Raise TypeError or ValueError, naming the argument, if one of a ViT is invalid."""
     defaults = {
         name: parameter.default
         for cls in reversed(host.__mro__)
@@ -41,23 +41,23 @@ def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> Non
 
 
 class LayerAttentionTransformer(LayerAttentionHost):
-    """Mixed in before a ViT of mmpretrain: a layer attention behind each of its blocks.
+    """A mixin before a ViT of mmpretrain: a layer attention after each of its blocks.
 
-    A type that replaces a block's output (``placement = 'output'``) gets no norms and no stochastic
-    depth around it, nor does one that sits behind each sub-layer, where a host has that place; of
-    both, the whole network is one group.
+    There are no norms and no stochastic depth around a type that replaces a block's output
+    (``placement = 'output'``) or comes after each sub-layer, in hosts that support this placement;
+    for both, the whole network is one group.
 
     Args:
         layer_attention: Config of the layer attention, None for the plain network.
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group.
         mrla_drop_path_rate: Stochastic depth of the attention branch; None: the block's own.
-        norm_cfg: Of all norms, those around the layer attention too.
+        norm_cfg: Of all norms, including those around the layer attention.
         **kwargs: The ancestor's.
 
     Raises:
-        TypeError: A group size that is no int.
+        TypeError: A group size that is not an int.
         ValueError: A group size below 1, a rate outside [0, 1), or one for a type that adds
-            nothing to a block; an unknown layer attention, one that this host has no place for, or
+            nothing to a block; an unknown layer attention, one that this host does not support, or
             ``head_channels`` that does not divide the width.
     """
 
@@ -91,7 +91,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
         self._free_fresh_norms()
         if self.frozen_stages > 0:
             self._freeze_stages()
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def _build_mrla(self, index: int, layer: Any, norm_cfg: Any, rate: float) -> nn.Module:
         cfg: Any = self.layer_attention
@@ -109,7 +109,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
     def run_layer(
         self, index: int, x: Tensor, grid: tuple[int, int], state: Any
     ) -> tuple[Tensor, Any]:
-        """What block ``index`` and the layer attention make of ``x``, and the state."""
+        """Output of block ``index`` and its layer attention for ``x``, and the state."""
         layer = self.layers[index]
         if self.layer_attention is None or self._kind.placement != "sublayer":
             return self.attend(index, layer(x), x, grid, state)
@@ -119,7 +119,7 @@ class LayerAttentionTransformer(LayerAttentionHost):
     def attend(
         self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any
     ) -> tuple[Tensor, Any]:
-        """What the layer attention makes of the output ``x`` of block ``index``, and the state."""
+        """Output of the layer attention for ``x``, the output of block ``index``, and the state."""
         if self.layer_attention is None:
             return x, None
         if self._kind.placement == "output":
@@ -129,14 +129,14 @@ class LayerAttentionTransformer(LayerAttentionHost):
         return self.layers[index].mrla(x, shortcut, grid, self.num_extra_tokens, state)
 
     def fit_pos_embed(self, saved: Tensor) -> Tensor:
-        """Bring a checkpoint's position embedding to this network's grid of patches.
+        """Resize a checkpoint's position embedding to this network's grid of patches.
 
         Args:
             saved: ``[1, tokens, C]``: extra tokens (class, distillation), then a square grid, or
                 this network's own layout.
 
         Returns:
-            ``[1, extra + H*W, C]``, resized as ``interpolate_mode`` says.
+            ``[1, extra + H*W, C]``, resized by ``interpolate_mode``.
 
         Raises:
             ValueError: The tokens are not those of this network's extra tokens and a square grid.

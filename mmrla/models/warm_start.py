@@ -20,29 +20,30 @@ from mmrla.registry import WEIGHT_INITIALIZERS
 
 @WEIGHT_INITIALIZERS.register_module()
 class WarmStart:
-    """Fill an MRLA network from a checkpoint, so that it starts as the network that was saved.
+    """Initialise an MRLA network from a checkpoint, so that it starts as the saved network.
 
     From a plain checkpoint (torchvision's, timm's or mmpretrain's key names) the network computes
-    exactly the plain network at step 0: the norms behind the layer attentions start at gamma = 0,
-    so that MRLA grows in from the first step on (DIANet's unit cannot, which is said in the log). A
-    checkpoint with MRLA weights (mmrla's or the released key names) is taken as it is.
+    exactly the plain network at step 0: the norms after the layer attentions start at gamma = 0,
+    and MRLA is learned from the first step on (DIANet's unit cannot start like this, and the log
+    says so). A checkpoint with MRLA weights (mmrla's or the released key names) is loaded
+    unchanged.
 
-    With ``frozen_stages``, ``norm_eval`` or a ``norm_cfg`` that freezes norms, a fresh layer
-    attention stays trainable and its norms keep learning statistics, while one that came from the
+    With ``frozen_stages``, ``norm_eval`` or a ``norm_cfg`` that freezes norms, a newly initialised
+    layer attention stays trainable and its norms keep updating statistics, while one from the
     checkpoint is frozen like the rest.
 
-    A host joins in by the method ``start_as_identity`` of its parts, which makes what they add
-    zero, and by calling :func:`init_weights_warm` in its ``init_weights``.
+    A host supports this by a method ``start_as_identity`` of its parts, which makes them add zero,
+    and by calling :func:`init_weights_warm` in its ``init_weights``.
 
     Args:
         checkpoint: A local file, ``torchvision://resnet50``, an http(s) address, ...
         freeze_mrla: True freezes the MRLA parts of frozen stages (and their norms, with
-            ``norm_eval``) whatever the checkpoint holds, False never does. Default None: as above.
-            The same holds for plugins, which a plain checkpoint has not either.
-        allow_missing: Patterns of keys of the model that the checkpoint may lack.
+            ``norm_eval``) whatever the checkpoint contains, False never does. Default None: as
+            above. The same applies to plugins, which a plain checkpoint does not have either.
+        allow_missing: Patterns of model keys that may be missing from the checkpoint.
 
     Raises:
-        mmrla.checkpoints.files.CheckpointError: The file cannot be read, does not fit, or holds
+        mmrla.checkpoints.files.CheckpointError: The file cannot be read, does not fit, or contains
             MRLA weights although the network was built to keep its MRLA parts trainable.
     """
 
@@ -73,7 +74,7 @@ class WarmStart:
         elif self.freeze_mrla is None and getattr(module, "keep_mrla_trainable", False):
             raise CheckpointError(
                 f"{self.checkpoint}: holds MRLA weights, which could not be known when the network "
-                "was built; say freeze_mrla=True (as the paper) or freeze_mrla=False in init_cfg"
+                "was built; set freeze_mrla=True (as in the paper) or freeze_mrla=False in init_cfg"
             )
         plugins = plugin_keys(module)
         has_plugins = any(f"backbone.{key}" in converted for key in plugins)
@@ -81,7 +82,7 @@ class WarmStart:
         if has_plugins and keeps:
             raise CheckpointError(
                 f"{self.checkpoint}: holds weights of plugins, which could not be known when the "
-                "network was built; say freeze_mrla=True or freeze_mrla=False in init_cfg"
+                "network was built; set freeze_mrla=True or freeze_mrla=False in init_cfg"
             )
         load_into(
             module,
@@ -91,9 +92,11 @@ class WarmStart:
         )
         fresh = sorted(k for k in own if is_mrla_key(k) and f"backbone.{k}" not in converted)
         if fresh:
-            print_log(f"{len(fresh)} tensors of layer attentions start fresh", logger="current")
+            print_log(
+                f"{len(fresh)} tensors of layer attentions are newly initialised", logger="current"
+            )
         if plugins and not has_plugins:
-            print_log(f"{len(plugins)} tensors of plugins start fresh", logger="current")
+            print_log(f"{len(plugins)} tensors of plugins are newly initialised", logger="current")
 
     def _get_init_info(self) -> str:
         return f"WarmStart from {self.checkpoint}"
@@ -118,11 +121,11 @@ def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_backbone(module: nn.Module, checkpoint: str) -> None:
-    """Fill a backbone from a checkpoint of a backbone, classifier or detector.
+    """Load a backbone from a checkpoint of a backbone, classifier or detector.
 
     Args:
         module: The backbone.
-        checkpoint: As in :class:`WarmStart`; layer attentions that it lacks start fresh.
+        checkpoint: As in :class:`WarmStart`; missing layer attentions are newly initialised.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit.

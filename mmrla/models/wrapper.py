@@ -31,7 +31,7 @@ from mmrla.models.host import (
     _simple,
     branch_rate,
     check_drop_path_rate,
-    rest_unreached,
+    freeze_unused_parameters,
 )
 from mmrla.models.tracing import (
     PROJECTION,
@@ -47,41 +47,43 @@ from mmrla.registry import MODELS
 
 
 def _restore(mixin: type, base: type) -> Any:
-    return object.__new__(_joined(mixin, base))
+    return object.__new__(_mixed_class(mixin, base))
 
 
-_JOINED: dict[tuple[type, type], Any] = {}
+_MIXED: dict[tuple[type, type], Any] = {}
 
 
-def _joined(mixin: type, base: type) -> Any:
-    """``base`` with a mixin before it; the same class for the same two."""
-    if (mixin, base) not in _JOINED:
-        body = {"__module__": __name__, "joined_from": (mixin, base)}
+def _mixed_class(mixin: type, base: type) -> Any:
+    """``base`` with a mixin before it: one class per pair, made once."""
+    if (mixin, base) not in _MIXED:
+        body = {"__module__": __name__, "mixed_from": (mixin, base)}
         name = f"{mixin.__name__}[{base.__name__}]"
-        _JOINED[mixin, base] = type(base)(name, (mixin, base), body)
-    return _JOINED[mixin, base]
+        _MIXED[mixin, base] = type(base)(name, (mixin, base), body)
+    return _MIXED[mixin, base]
 
 
-class _Joined:
-    joined_from: tuple[type, type]
+class MixedClass:
+    """Base of the mixins; pickles an object whose class was made by :func:`_mixed_class`."""
+
+    mixed_from: tuple[type, type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle could not find it by name.
-        return _restore, self.joined_from, self.__dict__
+        return _restore, self.mixed_from, self.__dict__
 
 
-class LayerWithAttention(_Joined):
-    """Mixed in before the class of a layer that exists: the attention comes behind its forward."""
+class LayerWithAttention(MixedClass):
+    """A mixin before the class of an existing layer: the attention follows its forward."""
 
     mrla: LayerAttentionOnMap | LayerAttentionOnTokens | LayerAttention
     mrla_last: bool
     """Whether it is the last of its group."""
     mrla_grid: int | str | None
-    """Which further argument, by position or name, is the grid of tokens; None for maps."""
+    """Position or name of the argument that is the grid of tokens; None for maps."""
     mrla_projects: bool
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Map what the layer maps, or what the group's previous layer hands over."""
+        """Map the layer's input, or the output and state of the group's previous layer."""
         state = None
         if isinstance(x, Carried):
             x, state = x
@@ -95,7 +97,7 @@ class LayerWithAttention(_Joined):
         return out if self.mrla_last else Carried(out, state)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        """The layer's identity branch: its input, after the projection where there is one."""
+        """The layer's identity branch: its input, after the projection if there is one."""
         attention = getattr(self.mrla, "attention", self.mrla)
         if not (self.mrla_projects and attention.uses_shortcut):
             return x
@@ -114,16 +116,16 @@ class LayerWithAttention(_Joined):
 
 
 @MODELS.register_module()
-class LayerAttentionWrapper(_Joined, LayerAttentionHost):
+class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
     """A backbone of any package with a layer attention after each residual layer.
 
-    What it returns *is* the backbone, its class extended: attributes, ``frozen_stages``,
+    The result *is* the backbone, with its class extended: attributes, ``frozen_stages``,
     ``norm_eval``, ``init_cfg`` and outputs are the backbone's, state-dict keys too, and the added
     keys contain ``mrla``: ``layer1.0.mrla.attention.value.weight``. A group of layers is a stage:
-    the layers that lie in one container. Around the attention are the norm and stochastic depth of
-    the hosts for maps (``out = x + drop_path(norm(o_t))``) or tokens, as in PVTv2.
+    the layers in one container. The attention has norm and stochastic depth as in the hosts for
+    maps (``out = x + drop_path(norm(o_t))``) or tokens, as in PVTv2.
 
-    A trial forward in the constructor shows which layers there are, their width, and whether the
+    A trial forward in the constructor determines the layers and their widths, and checks that the
     backbone's outputs keep their shapes.
 
     Args:
@@ -131,24 +133,23 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             backbone itself, a module of any library, such as ``torchvision.models.resnet18()``: it
             is extended in place, and keeps its weights.
         layer_attention: Config of the layer attention; None for the plain backbone.
-            Default: MRLA-light with 8 channels a head on maps, 16 on tokens.
+            Default: MRLA-light with 8 channels per head on maps, 16 on tokens.
         layers: Names of the layers, as ``named_modules`` gives them, or patterns of such names in
-            which ``*`` stands for one part or less (``'stage*.*'``). Default None: the usual names
-            (:data:`USUAL_LAYERS`), where layers without a shortcut of their output's shape stay
-            plain and the next one begins a new group.
+            which ``*`` matches within one part (``'stage*.*'``). Default None: the usual names
+            (:data:`USUAL_LAYERS`), and layers without a shortcut of their output's shape stay plain
+            and end the group.
         norm_cfg: Of the norms around the attention. Default None: the backbone's ``norm_cfg``,
-            and BN for maps and LN for tokens where it has none.
+            or BN for maps and LN for tokens if it has none.
         mrla_drop_path_rate: Stochastic depth of the attention branch; None: the layer's own rate.
-        zero_init_mrla: See :class:`mmrla.models.host.LayerAttentionHost`; with a module it is done
-            at once.
+        zero_init_mrla: See :class:`mmrla.models.host.LayerAttentionHost`; with a module it takes
+            effect immediately.
         probe_size: Height and width of the image of the trial forward.
 
     Raises:
         TypeError: ``backbone`` is neither a config with a type nor a module.
-        ValueError: No layers are found, or a named one is not there, is not residual or cannot
-            carry a layer attention; the backbone looks at features between the layers of a
-            group; an unknown layer attention, or one that refuses its arguments; a backbone that
-            is wrapped already.
+        ValueError: No layers are found, or a named one does not exist, is not residual or cannot
+            have a layer attention; the backbone reads features between the layers of a group; an
+            unknown layer attention or invalid arguments of one; a backbone that is already wrapped.
 
     Example:
         >>> import torch
@@ -163,7 +164,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
     placements = ("after", "output")
 
     def __new__(cls, backbone: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Build the backbone and extend its class; ``__init__`` adds what belongs to it."""
+        """Build the backbone and extend its class; ``__init__`` adds the parts."""
         if isinstance(backbone, nn.Module):
             built = backbone
         elif isinstance(backbone, Mapping) and "type" in backbone:
@@ -178,7 +179,7 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             )
         if isinstance(built, LayerAttentionWrapper):
             raise ValueError(f"{name_of(built)} is wrapped already")
-        built.__class__ = _joined(LayerAttentionWrapper, type(built))
+        built.__class__ = _mixed_class(LayerAttentionWrapper, type(built))
         return built
 
     def __init__(
@@ -242,22 +243,22 @@ class LayerAttentionWrapper(_Joined, LayerAttentionHost):
             raise ValueError(f"with layer attention, {error}") from error
         if shapes_of(after) != shapes_of(before):
             raise ValueError(
-                f"backbone {name_of(self)} looks at features between the layers of a group: its "
+                f"backbone {name_of(self)} reads features between the layers of a group: its "
                 f"outputs are {shapes_of(after)} with layer attention, {shapes_of(before)} without"
             )
         self._free_fresh_norms()
-        if hasattr(self.joined_from[1], "_freeze_stages"):
+        if hasattr(self.mixed_from[1], "_freeze_stages"):
             self._freeze_stages()
-        rest_unreached(self, image_shape)
+        freeze_unused_parameters(self, image_shape)
 
     def init_weights(self) -> None:
-        """As the backbone's. One that is none of mmengine's keeps the weights that it came with."""
+        """As the backbone's. A backbone that is not mmengine's keeps its weights."""
         if isinstance(self, BaseModule):
             super().init_weights()
 
 
 def _undo(backbone: Any) -> None:
-    """Give a backbone and its layers their own classes and parts back."""
+    """Restore the original classes and parts of a backbone and its layers."""
     added = (
         "mrla_last",
         "mrla_grid",
@@ -267,22 +268,22 @@ def _undo(backbone: Any) -> None:
         "keep_mrla_trainable",
     )
     for module in list(backbone.modules()):
-        if isinstance(module, _Joined):
+        if isinstance(module, MixedClass):
             module._modules.pop("mrla", None)
             for name in added:
                 module.__dict__.pop(name, None)
-            module.__class__ = module.joined_from[1]
+            module.__class__ = module.mixed_from[1]
 
 
 def _image_channels(backbone: Any) -> int:
-    """What the first convolution of a backbone takes."""
+    """Input channels of a backbone's first convolution."""
     convs = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), 3)
 
 
 def _norm_cfg_of(backbone: Any, cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the backbone takes for its norms: given, kept as an attribute, or its default."""
-    default = inspect.signature(backbone.joined_from[1].__init__).parameters.get("norm_cfg")
+    """The backbone's ``norm_cfg``: given, stored as an attribute, or its default."""
+    default = inspect.signature(backbone.mixed_from[1].__init__).parameters.get("norm_cfg")
     found = (
         cfg.get("norm_cfg"),
         getattr(backbone, "norm_cfg", None),
@@ -324,4 +325,4 @@ def _attach(
     layer.mrla_last = last
     layer.mrla_grid = call.grid() if with_grid else None
     layer.mrla_projects = call.projects
-    layer.__class__ = _joined(LayerWithAttention, type(layer))
+    layer.__class__ = _mixed_class(LayerWithAttention, type(layer))

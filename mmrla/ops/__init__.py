@@ -1,4 +1,4 @@
-"""Functions on tensors. This floor imports torch alone."""
+"""Functions on tensors. This package imports only torch."""
 
 from mmrla.ops import checks, fused, reference
 from mmrla.ops.dispatch import Backend, Op, Selection, always

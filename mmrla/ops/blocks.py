@@ -1,7 +1,8 @@
 """How the kernels of the block ends cut maps into blocks and programs: chosen by shape and layout.
 
-A stencil's compile-time constants follow the shape of a map and the layout; one of them, ``EXACT``,
-depends on the batch too. Numbers of programs and lengths of strips are no compile-time constants.
+The compile-time constants of a depthwise conv follow the shape of a map and the layout; one of
+them, ``EXACT``, depends on the batch too. Program counts and strip lengths are not compile-time
+constants.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ REGISTERS = 65536
 FLAT_WARPS = 16
 """Of flat passes per multiprocessor."""
 THREAD_ELEMENTS = 2
-"""Channels per thread of a stencil. In channels_last, a warp then loads 128 bytes in bfloat16;
-with 4 channels, instructions per element are a seventh fewer, but half the warps have room."""
+"""Channels per thread of a depthwise conv. In channels_last, a warp then loads 128 bytes in
+bfloat16; 4 channels would save a seventh of the instructions per element but fit half as many
+warps."""
 FLAT_ELEMENTS = 4096
 """Elements per block of a flat pass, at 32 per thread."""
 FLAT_BLOCKS = 16
@@ -38,7 +40,7 @@ MOST_ROWS = 64
 
 
 class Walk(NamedTuple):
-    """How a stencil walks over the maps."""
+    """How a depthwise conv walks over the maps."""
 
     grid: tuple[int, int]
     programs: int
@@ -48,8 +50,8 @@ class Walk(NamedTuple):
     strips: int
     """Into which the steps are cut."""
     sizes: tuple[int, ...]
-    """Arguments of a stencil: C, lines, steps, tiles, programs, groups per sample and in all,
-    strips and their length."""
+    """Arguments of a depthwise conv: C, lines, steps, tiles, programs, groups per sample and in
+    total, strips and their length."""
     options: dict[str, Any]
     """Compile-time constants.
 
@@ -80,7 +82,7 @@ class Plan(NamedTuple):
     count: float  # type: ignore[assignment]
     """Pixels of the whole batch."""
     lines: int
-    """The stencils' lines: rows in channels_last, else columns."""
+    """Lines of the depthwise convs: rows in channels_last, else columns."""
     steps: int
     """Columns in channels_last, else rows."""
     last: bool
@@ -92,7 +94,7 @@ class Plan(NamedTuple):
     """Sums per sample."""
     chunk_grid: tuple[int, int]
     walk: Walk
-    """For stencils that hold few values per line."""
+    """For depthwise convs that hold few values per line."""
     short_walk: Walk
     """For those that hold more."""
     ring_walk: Walk

@@ -1,4 +1,4 @@
-"""Checks of arguments: an error names the argument, what it must be and what it is."""
+"""Checks of arguments: errors give the argument, the requirement and the actual value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUE_ACTS = (None, "gelu")
 
 
 def check_head_channels(channels: int, head_channels: int) -> None:
-    """Raise ValueError, naming what is allowed, unless ``head_channels`` divides ``channels``."""
+    """Raise ValueError, listing allowed values, unless ``head_channels`` divides ``channels``."""
     if isinstance(head_channels, bool) or not isinstance(head_channels, int):
         raise TypeError(f"head_channels must be an int, got {head_channels!r}")
     if head_channels < 1 or channels % head_channels:
@@ -54,7 +54,7 @@ def check_same_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None
 
 
 def check_vector(name: str, x: Tensor, channels: int) -> None:
-    """Raise unless ``x`` holds one number per channel."""
+    """Raise unless ``x`` has one number per channel."""
     if x.shape != (channels,):
         raise ValueError(f"{name} must be [{channels}], got {tuple(x.shape)}")
 

@@ -1,4 +1,4 @@
-"""Choosing one of several implementations of the same operation, and saying why."""
+"""Selects one of several implementations of an operation, with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Backend:
     """One implementation of an operation.
 
     Args:
-        name: The name users force it by, ``'naive'`` or ``'fused'``.
+        name: The name to force it by, ``'naive'`` or ``'fused'``.
         fn: The implementation; all backends of an operation share one signature.
         unsupported_reason: Takes the operation's arguments and returns why this backend cannot
             run them, or None if it can.
@@ -32,15 +32,15 @@ class Selection(NamedTuple):
     backend: Backend
     """The implementation."""
     reason: str
-    """Why this one, and why none before it."""
+    """Why this backend was chosen, and why none before it."""
 
 
 class Op:
-    """An operation with a check of its arguments and one or more backends.
+    """An operation with an argument check and one or more backends.
 
     A call takes the first backend, in the order given, that can run its arguments.
     ``MMRLA_BACKEND`` in the environment, or ``backend=`` in the call (which wins), forces one; a
-    forced backend that cannot run raises, so nothing ever falls back in silence.
+    forced backend that cannot run raises an error instead of silently falling back.
 
     Args:
         name: The operation's name, for messages.
@@ -55,7 +55,7 @@ class Op:
         self.backends = {backend.name: backend for backend in backends}
 
     def select(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Selection:
-        """Tell which backend would run these arguments, and why.
+        """The backend that would run these arguments, and the reason.
 
         Raises:
             ValueError: No backend has the forced name.
@@ -94,5 +94,5 @@ class Op:
 
 
 def always(*args: Any, **kwargs: Any) -> None:
-    """The ``unsupported_reason`` of a backend that runs anywhere."""
+    """The ``unsupported_reason`` of a backend without requirements."""
     return None

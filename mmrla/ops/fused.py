@@ -1,14 +1,14 @@
-"""The ends of residual blocks as one operation each, with a backward by hand.
+"""The ends of residual blocks as one operation each, with a hand-written backward.
 
-Backward computes again most of what autograd would keep. What computes is chosen in one place: on
-a GPU Triton's kernels, once :mod:`mmrla.ops.verify` has compared them with plain torch there;
-elsewhere :mod:`mmrla.ops.whole_map`.
+Backward recomputes most tensors that autograd would keep. The implementation is chosen in one
+place: Triton's kernels on a GPU, once :mod:`mmrla.ops.verify` has compared them with plain torch
+there; :mod:`mmrla.ops.whole_map` elsewhere.
 
 MRLA-base's values get a gradient from every later layer of their group,
-``sum_{t>=s} a_ts * grad o_t``. Left to autograd, layer t would write its term as a map that is then
-added onto the others. Here it leaves ``grad o_t`` and its factors ``[B, C]`` with layer s, whose
+``sum_{t>=s} a_ts * grad o_t``. With autograd, layer t would write its term as a map that is then
+added to the others. Here it passes ``grad o_t`` and its factors ``[B, C]`` to layer s, whose
 backward sums all terms in one pass. Autograd runs layer s after every later layer, because values
-stay inputs of those in its graph.
+remain inputs of those in its graph.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def has_triton() -> bool:
 
 
 def uses_triton(z: Tensor) -> bool:
-    """Whether Triton's kernels are for ``z``; float64 stays in plain torch."""
+    """Whether Triton's kernels support ``z``; float64 uses plain torch."""
     return z.is_cuda and z.dtype != torch.float64 and z.numel() > 0 and has_triton()
 
 
@@ -97,7 +97,7 @@ def base_implementation(z: Tensor) -> Any:
 
 
 class _Call(NamedTuple):
-    """A tail's small arguments. Tensors travel apart, so that autograd sees them."""
+    """A tail's small arguments. Tensors are passed separately, so that autograd sees them."""
 
     norm: Norm
     weights: Any
@@ -105,11 +105,11 @@ class _Call(NamedTuple):
     drop: Tensor | None
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """What has a gradient."""
+        """Tensors with a gradient."""
         return (*self.norm[:2], *self.weights[:-1], *self.out_norm[:2])
 
     def without_tensors(self) -> _Call:
-        """What a node keeps beside its saved tensors."""
+        """The call without tensors, kept by a node in addition to its saved tensors."""
         norm, out_norm = (n._replace(running_mean=None, running_var=None) for n in self[::2])
         return _Call(norm, self.weights, out_norm, None).with_tensors((None,) * 9, None)
 
@@ -131,7 +131,7 @@ def _on_device_of(z: Tensor) -> Iterator[None]:
 
 
 def _maps(z: Tensor, *others: Tensor) -> list[Tensor]:
-    """All maps dense and in one layout, that of ``z`` if it is dense."""
+    """Make all maps dense and of one layout, that of ``z`` if it is dense."""
     if not (z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)):
         z = z.contiguous()
     return [z, *(whole_map.laid_out(x, z) for x in others)]
@@ -143,7 +143,7 @@ def _in_dtypes_of(grads: Any, parameters: tuple[Tensor | None, ...]) -> Iterator
 
 
 class _Refuse(torch.autograd.Function):
-    """Passes on its first ``count`` tensors; the gradient of any of its inputs raises."""
+    """Returns its first ``count`` tensors; the gradient of any of its inputs raises."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -219,10 +219,10 @@ def _factors(drop: Tensor | None, z: Tensor) -> Tensor | None:
 
 
 class _Inbox:
-    """What later layers have left for the gradient of one value, in one backward pass.
+    """Contributions of later layers to the gradient of one value, in one backward pass.
 
-    It belongs to one pass, so that ``retain_graph``, ``autograd.grad`` for some of the inputs and
-    a backward that raised leave nothing that a later pass could take for its own.
+    It belongs to one pass, so ``retain_graph``, ``autograd.grad`` for some of the inputs and a
+    backward that raised leave nothing that a later pass could mistake for its own.
     """
 
     def __init__(self) -> None:
@@ -244,7 +244,7 @@ class _Inbox:
 
 
 class _Again:
-    """Computes a value again, and keeps it until its own layer has taken it."""
+    """Recomputes a value, and keeps it until its own layer has used it."""
 
     def __init__(self, norm: Norm, weights: BaseWeights) -> None:
         call = _Call(norm, weights, norm, None).without_tensors()
@@ -254,7 +254,7 @@ class _Again:
         self.value: Tensor | None = None
 
     def get(self, sources: Sequence[Any], last: bool = False) -> Tensor:
-        """The value; ``last`` lets go of it."""
+        """The value; with ``last`` it is released."""
         value = self.value
         if value is None:
             z, s, weight, bias, value_weight, mean, inverse = sources
@@ -281,7 +281,7 @@ class _Group(NamedTuple):
 
     own: _Inbox
     inboxes: tuple[_Inbox | None, ...]
-    """Of earlier layers; None: autograd takes the value's gradient."""
+    """Of earlier layers; None: autograd handles the value's gradient."""
     again: tuple[_Again | None, ...]
     """Of earlier layers and of the layer itself; None: the value is kept."""
 

@@ -2,7 +2,8 @@
 
 Paper: Enhancing Layer Interaction Using Key-Correlated Layer Attention,
 https://arxiv.org/abs/2606.28405. The state is kept as ``u / z`` and ``z``: a weighted mean has the
-size of a feature map, where ``u`` itself, with weights up to exp(10), would leave float16.
+magnitude of a feature map, while ``u`` itself, with weights up to exp(10), would overflow in
+float16.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from mmrla.ops.reference import (
 )
 
 MOST = 10
-"""A layer's weight is at most exp of this."""
+"""Upper bound of the logarithm of a layer's weight."""
 EPS = 1e-3
-"""What is added to the sum of weights."""
+"""Added to the sum of weights."""
 
 
 class KCLAWeights(NamedTuple):
-    """What a layer computes with."""
+    """Parameters of a layer."""
 
     query: Tensor
     """``[1, 1, k]``, k odd: Conv1D along the channels."""
@@ -57,7 +58,7 @@ class KCLAWeights(NamedTuple):
 
 
 class KCLAState(NamedTuple):
-    """What a layer hands on, of the same size whatever the depth."""
+    """State passed on by a layer, of the same size at every depth."""
 
     mean: Tensor
     """``u / z``, ``[B, C, H, W]``: weighted mean of the layers' outputs so far."""
@@ -80,10 +81,10 @@ def along_key(query: Tensor, key: Tensor, head_channels: int) -> Tensor:
 def factors_of(
     weight: Tensor, logits: Tensor, previous: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a layer's weight, the gate's logits and the sum of earlier weights, ``[B, heads]`` each.
+    """Factors from the weight, the gate's logits and the earlier weights' sum, ``[B, heads]``.
 
     Returns:
-        The layer's share in the mean ``u / z``; what its value is multiplied by,
+        The layer's share in the mean ``u / z``; the factor of its value,
         ``sigmoid(logits) * z / (z + 1e-3)``; and the new sum of weights.
     """
     total = weight if previous is None else previous + weight
@@ -110,8 +111,8 @@ def kcla_tail_reference(
 
     ``y = relu(norm(z) + shortcut)``, ``m_t = m_{t-1} + e_t / z_t * (y - m_{t-1})``,
     ``o = sigmoid(W_h (q.k / ||k||)) * z_t / (z_t + 1e-3) * DWConv3x3(m_t)``,
-    ``out = y + drop * relu(out_norm(o))``. The derivative of that relu at 0 is 1, so that an out
-    norm which starts at zero learns.
+    ``out = y + drop * relu(out_norm(o))``. The derivative of that relu at 0 is 1, so a
+    zero-initialised out norm can learn.
 
     Args:
         z: The output of the block's last convolution, ``[B, C, H, W]``.
@@ -120,7 +121,7 @@ def kcla_tail_reference(
         weights: KCLA's.
         out_norm: The norm after the attention.
         drop: ``[B]``, drop path's factors of the attention branch; None for 1.
-        state: What the previous layer returned, None for the first.
+        state: State from the previous layer, None for the first.
 
     Returns:
         ``out``, ``[B, C, H, W]``, and the new state.
@@ -143,7 +144,7 @@ def kcla_tail_reference(
 
 
 class _Tail(torch.autograd.Function):
-    """Keeps z, the shortcut and one mean a layer; y and o are computed again in backward."""
+    """Keeps z, the shortcut and one mean per layer; y and o are recomputed in backward."""
 
     @staticmethod
     def forward(
@@ -276,7 +277,7 @@ def check_state(x: Tensor, state: KCLAState | None, head_channels: int) -> None:
     """Raise unless a state fits a feature map ``[B, C, H, W]``.
 
     Raises:
-        ValueError: It is that of maps of another shape, or of other heads.
+        ValueError: It belongs to maps of another shape, or to other heads.
     """
     if state is None:
         return

@@ -1,9 +1,9 @@
 """Pieces of Triton kernels: norms and passes over whole maps, for both block ends.
 
 A pass takes blocks of ``BP`` pixels and ``BC`` channels. Programs are persistent, here and in the
-stencils: about as many as the device runs at once, each looping over the batch. So partial sums are
-few, and the kernel that needs a total finishes it in its prologue, in a fixed order and without
-atomics.
+depthwise convs: about as many as the device runs at once, each looping over the batch. So there are
+few partial sums, and the kernel that needs a total finishes it in its prologue, in a fixed order
+and without atomics.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -17,7 +17,7 @@ from mmrla.ops.kernels import (
     pixel_block,
 )
 from mmrla.ops.kernels_base_forward import VARYING, head_weights, map_at, vector_at
-from mmrla.ops.kernels_stencil import (
+from mmrla.ops.kernels_depthwise import (
     LOWEST,
     conv1d_weight_grad,
     head_block,

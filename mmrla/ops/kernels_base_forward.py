@@ -19,7 +19,7 @@ from mmrla.ops.kernels import (
     pixel_block,
     sum_places,
 )
-from mmrla.ops.kernels_stencil import (
+from mmrla.ops.kernels_depthwise import (
     head_block,
     load_taps,
     load_y,

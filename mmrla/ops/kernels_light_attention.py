@@ -1,6 +1,6 @@
 """Kernels of MRLA-light's block end: the gate, and the passes that make o.
 
-``y = relu(norm(z) + s)``, ``o = gate * stencil(y) + lambda_t * s``, ``out = y + drop * norm'(o)``.
+``y = relu(norm(z) + s)``, ``o = gate * conv(y) + lambda_t * s``, ``out = y + drop * norm'(o)``.
 Neither y nor o is ever stored: both are made again from z and s wherever they are needed.
 N is the size of a map.
 """
@@ -21,7 +21,7 @@ from mmrla.ops.kernels import (
     norm_backward,
     norm_parameter_grads,
 )
-from mmrla.ops.kernels_stencil import (
+from mmrla.ops.kernels_depthwise import (
     LOWEST,
     UNSPECIALISED,
     conv1d_weight_grad,
@@ -101,7 +101,7 @@ def gate_backward(
 ):  # fmt: skip
     """Gradients of queries and keys ``[B, C]``; ``tap_part``: a row ``[2, TAPS]`` per program.
 
-    ``dots`` ``[B, rows, C]``: sums of o's gradient times ``gate * stencil(y)``.
+    ``dots`` ``[B, rows, C]``: sums of o's gradient times ``gate * conv(y)``.
     """
     sample = tl.program_id(0)
     first = tl.program_id(1) * HEADS
@@ -198,7 +198,7 @@ def attention(
       (:func:`finish_norm`).
     - ``GRAD_SUMS``, 3 N: ``part``, sums of ``drop * grad`` and of that times ``o - mean``.
     - ``GRADS``, 4 N: ``result``, the gradient of o, and ``dots``, one row ``[C]`` per group and
-      strip: sums of it times ``gate * stencil(y)``; ``lambda_part`` ``[programs, C]``, sums of it
+      strip: sums of it times ``gate * conv(y)``; ``lambda_part`` ``[programs, C]``, sums of it
       times s. Finishes ``grad_out_norm`` from ``in_part``, the sums of ``GRAD_SUMS``. Of a frozen
       norm, 3 N: o's gradient is ``drop * factor * grad`` and not stored, and ``part`` are the sums
       of ``GRAD_SUMS``.
@@ -258,8 +258,8 @@ def attention(
         if drop is not None:
             scale = tl.load(drop + sample)
         weights = tl.load(gate + sample * heads + c // D, kept, 0.0)
-        # Outputs are start + stencil(y; weights) + slope * s, so that norm and drop cost nothing;
-        # of GRADS, s is added later, since dots are sums with the stencil's part alone.
+        # Outputs are start + conv(y; weights) + slope * s, so that norm and drop cost nothing;
+        # of GRADS, s is added later, since dots are sums with the part of the convolution alone.
         slope = previous
         start = constant
         if MODE == OUT:

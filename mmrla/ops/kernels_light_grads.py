@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmrla.ops.kernels import FACTOR, MEAN, NAN, OFFSET, load_vector
-from mmrla.ops.kernels_stencil import (
+from mmrla.ops.kernels_depthwise import (
     LOWEST,
     UNSPECIALISED,
     filled,
@@ -77,7 +77,7 @@ def input_grads(
     EXACT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``gm = (y > 0) * (grad + stencil^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
+    """``gm = (y > 0) * (grad + conv^T(go) + means' gradient / HW)``: reads go, grad, z, s (5 N).
 
     Writes ``part`` ``[programs, 11, C]``: sums of go times each neighbour of y (the gradient of
     W_v), of gm and of ``gm * (z - mean)``. Without ``BATCH``, ``factor * gm`` is the

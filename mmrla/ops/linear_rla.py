@@ -15,8 +15,8 @@ LinearRLAState = tuple[Tensor, Tensor]
 def feature_map_of(x: Tensor) -> Tensor:
     """``phi(x) = elu(x) + 1``, as ``exp(min(x, 0)) + max(x, 0)``.
 
-    The same function, but above zero where ``elu(x) + 1`` rounds to it, so that the quotient that
-    follows is one.
+    The same function, but positive where ``elu(x) + 1`` rounds to zero, so that the following
+    quotient is defined.
     """
     return x.clamp(max=0).exp() + x.relu()
 
@@ -32,13 +32,13 @@ def linear_rla_reference(
 
     ``U_t = U_{t-1} + phi(k_t)^T V_t``, ``Z_t = Z_{t-1} + phi(k_t)``,
     ``o_t = phi(q_t) U_t / (phi(q_t) Z_t)``. The state does not grow along a group of layers, but is
-    d_k times a value. It is kept in float32 or wider, also under autocast.
+    d_k times as large as a value. It is kept in float32 or wider, also under autocast.
 
     Args:
         query: The layer's query, ``[B, C]``.
         key: Its key, ``[B, C]``.
         value: Its value, ``[B, C, H, W]``.
-        state: What the previous layer returned, None for a group's first.
+        state: State from the previous layer, None for a group's first.
         head_channels: d_k; divides C. C is one head, 1 is channel-wise.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Every operation once, in plain torch, differentiated by autograd.
+"""Reference implementation of every operation, in plain torch, differentiated by autograd.
 
-The ground truth of the fused operations, and what runs wherever those cannot: in
-``torch.compile``, whose compiler fuses it, ``torch.export``, ``torch.jit.trace``, ONNX, and in
-other dtypes. Paper: Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
+The ground truth of the fused operations, used wherever those cannot run: in ``torch.compile``,
+whose compiler fuses it, ``torch.export``, ``torch.jit.trace``, ONNX, and with other dtypes. Paper:
+Cross-Layer Retrospective Retrieving via Layer Attention, ICLR 2023,
 https://openreview.net/forum?id=pvgEL1yS3Ql.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """What a batch norm computes with: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+    """Parameters of a batch norm: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
-    Calling it normalises ``[B, C, H, W]``; with ``batch``, it also moves the running statistics, as
-    :class:`torch.nn.BatchNorm2d` does in training.
+    Calling it normalises ``[B, C, H, W]``; with ``batch``, it also updates the running statistics,
+    as :class:`torch.nn.BatchNorm2d` does in training.
     """
 
     weight: Tensor | None
@@ -29,15 +29,15 @@ class Norm(NamedTuple):
     bias: Tensor | None
     """``[C]``, beta; None for 0."""
     running_mean: Tensor | None
-    """``[C]``; None only with ``batch``: nothing is moved."""
+    """``[C]``; None only with ``batch``: nothing is updated."""
     running_var: Tensor | None
     """``[C]``; None together with ``running_mean``."""
     momentum: float = 0.1
-    """Share of the batch's statistics in the new running ones."""
+    """Weight of the batch's statistics in the new running ones."""
     eps: float = 1e-5
-    """What is added to the variance."""
+    """Added to the variance."""
     batch: bool = True
-    """Whether the batch's statistics normalise; if not, the running ones."""
+    """Whether to normalise with the batch's statistics instead of the running ones."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` normalised."""
@@ -53,7 +53,7 @@ class Norm(NamedTuple):
 
 
 class LightWeights(NamedTuple):
-    """What MRLA-light learns in one layer."""
+    """Parameters of MRLA-light in one layer."""
 
     query: Tensor
     """``[1, 1, k]``, k odd: Conv1D along the channels."""
@@ -68,7 +68,7 @@ class LightWeights(NamedTuple):
 
 
 class BaseWeights(NamedTuple):
-    """What MRLA-base learns in one layer; fields as in :class:`LightWeights`."""
+    """Parameters of MRLA-base in one layer; fields as in :class:`LightWeights`."""
 
     query: Tensor
     key: Tensor
@@ -77,14 +77,14 @@ class BaseWeights(NamedTuple):
 
 
 class BaseGroup(NamedTuple):
-    """What the layers of a group of MRLA-base have left so far: one entry per layer each."""
+    """State of a group of MRLA-base so far: one entry per layer in each field."""
 
     keys: tuple[Tensor, ...] = ()
     """``[B, C]``, in float32 or wider."""
     values: tuple[Tensor, ...] = ()
     """``[B, C, H, W]``."""
     links: tuple[Any, ...] = ()
-    """How the fused operation reaches a layer's backward; None where it cannot."""
+    """How the fused operation reaches a layer's backward; None if it cannot."""
 
     def with_layer(self, key: Tensor, value: Tensor, link: Any = None) -> BaseGroup:
         """The group after one more layer."""
@@ -98,8 +98,8 @@ NO_LAYERS = BaseGroup()
 def eca_kernel_size(channels: int) -> int:
     """Kernel size of the query's and key's 1-d convolution, from the number of channels.
 
-    ``t = int(|log2(C) + 1| / 2)``, made odd by adding one (ECA-Net, CVPR 2020, with its
-    gamma = 2 and b = 1).
+    ``t = int(|log2(C) + 1| / 2)``, plus one if even (ECA-Net, CVPR 2020, with its gamma = 2 and b =
+    1).
 
     Args:
         channels: C, at least 1.
@@ -117,7 +117,7 @@ def eca_kernel_size(channels: int) -> int:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that means, logits and attention weights are computed in: at least float32."""
+    """The dtype of means, logits and attention weights: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -131,7 +131,7 @@ def autocast_is_on(device: str) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of ``x`` works in: autocast's, under it, else its own."""
+    """The dtype of a convolution of ``x``: autocast's if it is on, else that of ``x``."""
     device = x.device.type
     if x.dtype == torch.float64 or not autocast_is_on(device):
         return x.dtype
@@ -154,7 +154,7 @@ def project(means: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         means: ``[B, C]``, float32 or wider.
-        weight: ``[1, 1, k]`` with odd k, or ``[C, C]``; taken in the dtype of ``means``.
+        weight: ``[1, 1, k]`` with odd k, or ``[C, C]``; converted to the dtype of ``means``.
 
     Returns:
         ``[B, C]``.
@@ -171,8 +171,8 @@ def project(means: Tensor, weight: Tensor) -> Tensor:
 def query_key(x: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Query and key of a layer: ``Q = Conv1D(GAP(x))``, ``K = Conv1D'(GAP(x))`` (section 4).
 
-    Both 1-d convolutions slide along the channel axis. Computed in float32 or wider, also under
-    autocast, because the logits that follow are.
+    Both 1-d convolutions run along the channel axis. They are computed in float32 or wider, also
+    under autocast, like the logits that follow.
 
     Args:
         x: The layer's output, ``[B, C, H, W]``.
@@ -213,8 +213,8 @@ def light_reference(
 
     Args:
         x: The layer's output, ``[B, C, H, W]``.
-        previous: What stands for the previous MRLA output, shaped like ``x``, or None in the first
-            layer of a group if there is none.
+        previous: The previous MRLA output or its substitute, shaped like ``x``, or None in the
+            first layer of a group if there is none.
         query_weight: The query's Conv1D, ``[1, 1, k]``, k odd, or fully connected layer,
             ``[C, C]``.
         key_weight: The key's, likewise.
@@ -272,8 +272,8 @@ def base_reference(
 ) -> Tensor:
     """``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s`` (Eq. 9).
 
-    The sum runs over the list; values are never stacked, so that autograd keeps references to
-    them instead of a copy per layer.
+    The sum runs over the list; values are never stacked, so autograd keeps references to them
+    instead of a copy per layer.
 
     Args:
         query: The current layer's query, ``[B, C]``.
@@ -300,8 +300,8 @@ def mla_reference(
 ) -> Tensor:
     """``o_t = sum_{s<=t} softmax_s(<q_t, k_s>_head / sqrt(d_k)) * V_s`` (Eq. 3 and 4).
 
-    Layer t's own f_K and f_V make the keys and values of all features anew, so that a group of t
-    layers convolves t (t + 1) / 2 maps.
+    Layer t's own f_K and f_V recompute the keys and values of all features, so a group of t layers
+    convolves t (t + 1) / 2 maps.
 
     Args:
         features: X_1 ... X_t, each ``[B, C, H, W]``, in one dtype.
@@ -341,7 +341,7 @@ def light_tail_reference(
     """The end of a residual block with MRLA-light after it.
 
     ``y = relu(norm(z) + shortcut)``, ``o = mrla_light(y, shortcut)``,
-    ``out = y + drop * out_norm(o)``. Norms that take the batch's statistics move their running
+    ``out = y + drop * out_norm(o)``. Norms that use the batch's statistics update their running
     ones.
 
     Args:
@@ -383,9 +383,9 @@ def base_tail_reference(
         weights: MRLA-base's.
         out_norm: As in :func:`light_tail_reference`.
         drop: Likewise.
-        group: What the earlier layers of the group returned; empty for the first.
-        recompute: Let backward compute values again instead of keeping them. The fused operation
-            alone does so.
+        group: The group as returned by the previous layer; empty for the first.
+        recompute: Recompute values in backward instead of keeping them; only the fused operation
+            does this.
 
     Returns:
         ``out``, ``[B, C, H, W]``, and the group with this layer.

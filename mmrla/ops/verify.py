@@ -1,11 +1,11 @@
-"""Kernels are compared with plain torch on the device, the first time that a process needs them.
+"""Compares kernels with plain torch on the device, the first time a process needs them.
 
-A kernel that compiles, and that is right in Triton's interpreter, can still be wrong on a GPU. So
-before a compiled variant serves a call, its operation runs once on generated tensors of the call's
-dtype, layout and shape, with as few samples as the same variants take, and the output and every
-gradient are compared with the reference in float64. Generated tensors leave no gradient at zero by
-chance, as a norm that starts with gamma = 0 would. It takes some milliseconds per variant beside
-compiling.
+A kernel that compiles, and that is correct in Triton's interpreter, can still be wrong on a GPU. So
+before a compiled variant is used, its operation runs once on generated tensors of the call's dtype,
+layout and shape, with the smallest batch that uses the same variants, and the output and every
+gradient are compared with the reference in float64. With generated tensors no gradient is zero by
+chance, as after a norm that starts with gamma = 0. It takes a few milliseconds per variant in
+addition to compiling.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mmrla.ops import reference
 from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
-"""Norm of the difference over the norm of what is expected; a wrong tap gives 0.3 and more."""
+"""Norm of the difference over the norm of the expected value; a wrong tap gives 0.3 and more."""
 LARGEST = 1 << 25
-"""Elements of a generated map; one sample may have more."""
+"""Maximum elements of a generated map, unless one sample has more."""
 WEIGHT_NAMES = {LightWeights: ("query", "key", "value", "lambda_t"),
                 BaseWeights: ("query", "key", "value")}  # fmt: skip
 
@@ -42,7 +42,7 @@ def reason_against(
     group: BaseGroup | None = None,
     recompute: bool = False,
 ) -> str | None:
-    """Why the kernels of a tail must not run these arguments, or None if they proved right.
+    """Why the kernels of a tail must not run these arguments, or None if they are correct.
 
     Warns once per operation and device if they are wrong.
     """
@@ -90,7 +90,7 @@ def _variant(shape: tuple[int, ...], channels_last: bool, device: torch.device) 
 
 
 def _part(shape: torch.Size, channels_last: bool, device: torch.device) -> tuple[int, ...]:
-    """The shape with as few samples as its kernels' variants take, if memory allows."""
+    """The shape with the smallest batch for its kernels' variants, if memory allows."""
     from mmrla.ops import blocks
 
     rest = shape[1:]
@@ -100,17 +100,17 @@ def _part(shape: torch.Size, channels_last: bool, device: torch.device) -> tuple
 
 
 class Case:
-    """Generated arguments of a tail, and the same in float64.
+    """Generated arguments of a tail, also in float64.
 
     Args:
         kind: :class:`LightWeights` or :class:`BaseWeights`.
         shape: ``[B, C, H, W]``.
         head_channels: d_k.
         dtype: Of the maps; weights are float32 or wider.
-        device: Where all is.
+        device: Of all tensors.
         channels_last: Layout of the maps; NCHW otherwise.
-        batch: Whether each norm takes the batch's statistics.
-        drop: With drop path's factors; those of every third sample are 0.
+        batch: Whether each norm uses the batch's statistics.
+        drop: Whether there are drop path factors; every third is 0.
         layers: Layers of the group, MRLA-base.
         kernel_sizes: Of query and key.
     """
@@ -157,7 +157,7 @@ class Case:
         self.layers = layers
 
     def run(self, light: Any, base: Any, wide: bool, grad: bool = True) -> dict[str, Tensor]:
-        """Outputs, moved statistics and gradients by name.
+        """Outputs, updated statistics and gradients by name.
 
         Args:
             light: MRLA-light's tail.
@@ -218,7 +218,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def _compare(case: Case, grad: bool) -> str | None:
-    """What is wrong with the fused tail of a case, or None."""
+    """Describe the errors of the fused tail of a case; None if it is correct."""
     from mmrla.ops import fused
 
     name = "mrla_light_tail" if case.kind is LightWeights else "mrla_base_tail"
@@ -272,11 +272,11 @@ SUSPECTS = {
         "grad of": "retrieval_sums, input_grads",
     },
 }
-"""Kernels that make a result, by how its name starts; the first that fits counts."""
+"""Kernels that compute a result, by the prefix of its name; the first match counts."""
 
 
 def kernels_behind(kind: type, names: Iterable[str]) -> list[str]:
-    """The kernels that make the named results: where to look first."""
+    """The kernels that compute the named results, to look at first."""
     found = (
         next((kernels for start, kernels in SUSPECTS[kind].items() if start in name), "")
         for name in names

@@ -1,8 +1,8 @@
-"""The ends of residual blocks on whole feature maps in plain torch, forward and backward by hand.
+"""The ends of residual blocks on whole feature maps in plain torch, with hand-written backward.
 
-What :mod:`mmrla.ops.fused` runs on a CPU and on every device without Triton. Beside ``z`` and the
-shortcut, which the plain block keeps too, it keeps ``o`` for backward: the value and ``y`` are
-cheap to do without or to compute again, ``o`` is not. Small tensors are float32 or wider.
+Used by :mod:`mmrla.ops.fused` on a CPU and on every device without Triton. In addition to ``z`` and
+the shortcut, which the plain block keeps too, it keeps ``o`` for backward: the value and ``y`` are
+not needed or cheap to recompute, ``o`` is not. Small tensors are float32 or wider.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` itself if it has the strides of ``like``, else a copy that has."""
+    """``x`` itself if it has the strides of ``like``, else a copy with these strides."""
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
@@ -90,7 +90,7 @@ def statistics_of(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def without_maps(saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What forward kept less what :func:`base_backward` can compute again."""
+    """The tensors kept by forward, without those that :func:`base_backward` can recompute."""
     return saved[:5]
 
 
@@ -211,7 +211,7 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def _with_grad(*tensors: Tensor) -> list[Tensor]:
-    """Leaves with the values of ``tensors``, for a small graph inside a backward by hand."""
+    """Leaves with the values of ``tensors``, for a small graph inside a hand-written backward."""
     return [t.detach().requires_grad_() for t in tensors]
 
 
@@ -251,8 +251,8 @@ def light_backward(
     """Gradients of z, s, the norm's weight and bias, query, key, value, lambda, the out norm's.
 
     Forward keeps o and no value: ``gate * sum(grad_o * value) = sum(grad_o * o) - lambda *
-    sum(grad_o * s)``. The rounding of o would drown that if o is in half precision and the gate is
-    small, so then forward keeps the value, and o is computed again.
+    sum(grad_o * s)``. If o is in half precision and the gate is small, the rounding of o would
+    dominate, so forward keeps the value instead, and o is recomputed.
     """
     means, mean, inverse, out_mean, out_inverse, o = saved
     with torch.enable_grad():
@@ -313,8 +313,8 @@ def base_backward(
 ) -> tuple:  # fmt: skip
     """Gradients of one layer, its own key and value being the last of ``keys`` and ``values``.
 
-    ``grad_key`` is the gradient of its key from later layers, ``[B, C]``, or None; ``later`` what
-    those left for its value: a map and its factors ``[B, C]`` each.
+    ``grad_key`` is the gradient of its key from later layers, ``[B, C]``, or None; ``later`` are
+    their contributions to its value: a map and its factors ``[B, C]`` each.
 
     Returns:
         Gradients of z, s, the norm's weight and bias, query, key, value, the out norm's weight and

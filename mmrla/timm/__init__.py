@@ -1,7 +1,7 @@
 """Networks of `timm <https://huggingface.co/docs/timm>`_ with a layer attention, by name.
 
 ``import mmrla.timm`` registers them: ``timm.create_model('resnet50_mrla_light')``. It needs torch
-and timm, and no package of OpenMMLab.
+and timm, but no OpenMMLab packages.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ __all__ = [
 ]
 
 ATTENTIONS = {"mrla_light": "MRLALight", "mrla_base": "MRLABase"}
-"""Ends of registered names, and the layer attention that each means."""
+"""Suffixes of registered names, and their layer attentions."""
 
 default_cfgs: dict[str, DefaultCfg] = {}
-"""Where weights of the plain networks are, by registered name; timm's register_model reads it."""
+"""Sources of the plain networks' weights, by registered name; read by timm's register_model."""
 
 _D = dict(stem_width=32, stem_type="deep", avg_down=True)
 _DEPTHS: dict[int, tuple[type, tuple[int, ...]]] = {
@@ -89,7 +89,7 @@ _VITS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _register(plain: str, suffix: str, create: Callable[..., Any]) -> None:
-    """Register a network under a name, with the places of the plain network's weights."""
+    """Register a network under a name, with the sources of the plain network's weights."""
     name = f"{plain}_{suffix}"
     cfgs = {key.partition(".")[2]: cfg for key, cfg in get_arch_pretrained_cfgs(plain).items()}
     default_cfgs[name] = DefaultCfg(

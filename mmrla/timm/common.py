@@ -1,4 +1,4 @@
-"""What timm's networks with a layer attention have in common."""
+"""Common parts of timm's networks with a layer attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmrla.layers.builder import (
 )
 
 Config = Mapping[str, Any] | str
-"""``dict(type='MRLALight', ...)``, or a name alone."""
+"""``dict(type='MRLALight', ...)``, or just a name."""
 
 _KNOWN = layer_attentions()
 
@@ -36,17 +36,17 @@ def build_attention(
 
     Args:
         config: A name such as ``'MRLALight'``, or ``dict(type=..., ...)`` with a name or a class.
-        channels: C of the layer that it sits after.
-        host: What messages call the network.
-        shares: Whether the network lets the layers of a group share parts.
-        defaults: Arguments by name of the class, where ``config`` is silent.
-        placements: Where the network has places, of :data:`mmrla.layers.PLACEMENTS`.
-        index: Its number along the group, for types that take it.
+        channels: C of the layer before it.
+        host: Name of the network in messages.
+        shares: Whether layers of a group may share parts in this network.
+        defaults: Defaults for arguments that ``config`` does not set, by class name.
+        placements: The network's placements, of :data:`mmrla.layers.PLACEMENTS`.
+        index: Its number within the group, for types that take it.
 
     Raises:
-        TypeError: No name and no dict with a ``type``, or an argument that the type does not take.
-        ValueError: An unknown type, one that the network has no place for, or one that refuses its
-            arguments.
+        TypeError: Neither a name nor a dict with a ``type``, or an argument that the type does not
+            take.
+        ValueError: An unknown type, one that the network does not support, or invalid arguments.
     """
     config = dict(type=config) if isinstance(config, str) else config
     cls = layer_attention_class(config, _KNOWN.get, lambda: [
@@ -58,7 +58,7 @@ def build_attention(
 
 
 def drop_path_of(asked: float | None, block: Any) -> nn.Module:
-    """Stochastic depth of an attention branch: what was asked for or, with None, the block's.
+    """Stochastic depth of an attention branch: the given rate or, with None, the block's.
 
     Raises:
         ValueError: A rate outside [0, 1).
@@ -71,7 +71,7 @@ def drop_path_of(asked: float | None, block: Any) -> nn.Module:
 
 
 def check_checkpointing(enable: bool) -> None:
-    """Raise RuntimeError where timm would checkpoint in a way that loses gradients."""
+    """Raise RuntimeError if timm would checkpoint in a way that loses gradients."""
     if enable and use_reentrant_ckpt():
         raise RuntimeError(
             "reentrant checkpointing (TIMM_REENTRANT_CKPT, timm.layers.set_reentrant_ckpt) loses "
@@ -80,10 +80,10 @@ def check_checkpointing(enable: bool) -> None:
 
 
 def with_own_attention(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A plain network's weights, completed by the attention of ``model`` as it is.
+    """A plain network's weights, completed by the current attention weights of ``model``.
 
-    Weights that hold layer attention already are returned as they are, so that loading stays
-    strict: what is missing then is an error.
+    Weights that already contain layer attention are returned unchanged, so loading stays strict:
+    missing keys are an error.
     """
     if any("mrla" in key for key in state):
         return state

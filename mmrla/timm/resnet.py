@@ -19,7 +19,7 @@ from mmrla.timm.common import Config, build_attention, check_checkpointing, drop
 
 
 class _LayerAttentionBlock:
-    """Mixed in before a residual block of timm: the layer attention comes behind it.
+    """A mixin before a residual block of timm: the layer attention comes after it.
 
     ``y = act(residual(x) + shortcut)``, then ``out = y + drop_path(bn_mrla(o_t))`` with
     ``(o_t, state) = mrla(y, shortcut, state)``. The last block of a stage gives ``out``, the others
@@ -49,7 +49,7 @@ class _LayerAttentionBlock:
         self.bn_mrla = norm(channels, **where)
 
     def forward(self, x: Any) -> Any:
-        """Map a tensor ``[B, C_in, H, W]``, or what the stage's previous block hands over."""
+        """Map ``[B, C_in, H, W]``, or output and state of the stage's previous block."""
         state = None
         if isinstance(x, Carried):
             x, state = x
@@ -73,12 +73,12 @@ class _LayerAttentionBlock:
         return out if self.mrla is None or self.mrla_last else Carried(out, state)
 
     def start_as_identity(self) -> None:
-        """Make what the layer attention adds zero; the norm's gamma has a gradient."""
+        """Make the layer attention add zero; the norm's gamma has a gradient."""
         for parameter in self.bn_mrla.parameters() if self.mrla is not None else ():
             nn.init.zeros_(parameter)
 
     def _fuses_tail(self, z: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> bool:
-        """Whether the block's end is what a layer attention may do in one operation."""
+        """Whether the block's end can run as one operation of the layer attention."""
         return (
             self.mrla is not None
             and self.se is None
@@ -92,7 +92,7 @@ class _LayerAttentionBlock:
 
 @register_notrace_module
 class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
-    """timm's basic block with a layer attention behind it."""
+    """timm's basic block with a layer attention after it."""
 
     def _before_last_norm(self, x: Tensor) -> Tensor:
         return self.conv2(self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x))))))
@@ -108,7 +108,7 @@ class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
 
 @register_notrace_module
 class MRLABottleneck(_LayerAttentionBlock, Bottleneck):
-    """timm's bottleneck with a layer attention behind it."""
+    """timm's bottleneck with a layer attention after it."""
 
     def _before_last_norm(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
@@ -129,9 +129,9 @@ _BLOCKS = {BasicBlock: MRLABasicBlock, Bottleneck: MRLABottleneck}
 class MRLAResNet(ResNet):
     """timm's ResNet with a layer attention after every residual layer.
 
-    Every argument of timm's keeps its meaning: ``norm_layer`` makes the attention's norm too,
-    ``drop_path_rate`` drops the attention too. The plain network's state-dict keys are unchanged;
-    the added keys all contain ``mrla``, and are those of :class:`mmrla.models.MRLAResNet`.
+    All timm arguments keep their meaning and also apply to the attention: ``norm_layer`` defines
+    its norm, ``drop_path_rate`` drops it. The plain network's state-dict keys are unchanged; the
+    added keys all contain ``mrla``, and are those of :class:`mmrla.models.MRLAResNet`.
 
     Args:
         block: timm's ``BasicBlock`` or ``Bottleneck``, or the classes here.
@@ -141,15 +141,15 @@ class MRLAResNet(ResNet):
             arguments; None for the plain network.
         mrla_drop_path_rate: Stochastic depth of the attention branch, the same in all layers.
             Default None: the rate that ``drop_path_rate`` gives the layer.
-        zero_init_mrla: Start as exactly the plain network: the norm behind the attention gives
-            zeros. False: the start of the released code, where it gives the attention in full.
+        zero_init_mrla: Start as exactly the plain network: the norm after the attention outputs
+            zeros. False: the initialisation of the released code, with the full attention.
         block_args: Of the blocks, as of timm's.
         **kwargs: As of timm's.
 
     Raises:
         TypeError: ``layer_attention`` is of the wrong type.
-        ValueError: An unknown layer attention, or one that does not sit after a layer or refuses
-            its arguments; a block of another kind.
+        ValueError: An unknown layer attention, one with another placement than after a layer, or
+            invalid arguments; a block of another kind.
 
     Example:
         >>> import timm, torch
@@ -197,7 +197,7 @@ class MRLAResNet(ResNet):
             blocks_of_stage[-1].mrla_last = True
 
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
+        """As timm's; then initialise the layer attention, see ``zero_init_mrla``."""
         super().init_weights(zero_init_last)
         if self.zero_init_mrla:
             start_as_identity(self)

@@ -25,7 +25,7 @@ from mmrla.timm.common import Config, build_attention, check_checkpointing, drop
 
 
 class _LayerAttentionTransformer:
-    """Mixed in before a ViT of timm: a layer attention behind each of its blocks."""
+    """A mixin before a ViT of timm: a layer attention after each of its blocks."""
 
     _placement = "after"
 
@@ -76,7 +76,7 @@ class _LayerAttentionTransformer:
             start_as_identity(self)
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's; then the start of the layer attention, see ``zero_init_mrla``."""
+        """As timm's; then initialise the layer attention, see ``zero_init_mrla``."""
         super().init_weights(*args, **kwargs)
         if self.zero_init_mrla:
             start_as_identity(self)
@@ -184,25 +184,25 @@ class MRLAVisionTransformer(_LayerAttentionTransformer, VisionTransformer):
     """timm's ViT (DeiT) with a layer attention after every block.
 
     Arguments and state-dict keys of timm's are unchanged; the added keys all contain ``mrla``.
-    Class, distillation and register tokens pass the layer attention by.
+    Class, distillation and register tokens bypass the layer attention.
 
     Args:
         *args: As of timm's.
         layer_attention: A name of :mod:`mmrla.layers`, or ``dict(type=..., ...)`` with its
-            arguments, of a type whose layers share no parts; None for the plain network. 16
-            channels per head unless it says otherwise; MRLA-light's value passes a GELU
-            (Algorithm 4). AttnRes needs timm's own ``Block`` (``block_fn``).
+            arguments, of a type whose layers share no parts; None for the plain network. By default
+            16 channels per head, and a GELU for MRLA-light's value (Algorithm 4). AttnRes needs
+            timm's own ``Block`` (``block_fn``).
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group.
         mrla_drop_path_rate: Stochastic depth of the attention branch. Default 0, as released;
             None: the block's own rate.
-        zero_init_mrla: Start as exactly the plain network: the norms around the attention give
-            zeros. False: the start of the released code, where they give the attention in full.
+        zero_init_mrla: Start as exactly the plain network: the norms around the attention output
+            zeros. False: the initialisation of the released code, with the full attention.
         **kwargs: As of timm's, without ``patch_drop_rate``.
 
     Raises:
-        TypeError: ``layer_attention`` is of the wrong type, or the group size no int.
-        ValueError: An unknown layer attention, or one that cannot be here or refuses its arguments;
-            a group size below 1; a ``patch_drop_rate``.
+        TypeError: ``layer_attention`` is of the wrong type, or the group size is not an int.
+        ValueError: An unknown or unsupported layer attention, or invalid arguments; a group size
+            below 1; a ``patch_drop_rate``.
 
     Example:
         >>> import timm, torch

@@ -1,4 +1,4 @@
-"""Key names of timm's networks and of mmrla's hosts, from one to the other."""
+"""Converts key names between timm's networks and mmrla's hosts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def to_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Tensors by ``backbone.*`` and ``head.*``, as mmpretrain's classifiers have them.
 
     Raises:
-        CheckpointError: These are no names of timm's ResNet or ViT.
+        CheckpointError: These are not the names of timm's ResNet or ViT.
     """
     state = state_dict_of(state_dict)
     if _is_vit(state, "blocks."):
@@ -63,14 +63,13 @@ def from_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state_dict: Tensors by the names of the host, or of a classifier of mmpretrain or a detector
-            of mmdet around it; of the latter, what is no part of the backbone or the classifier's
-            head is left out.
+            of mmdet around it; for a detector, only the backbone is kept.
 
     Returns:
         Tensors by timm's names.
 
     Raises:
-        CheckpointError: These are no names of such a host.
+        CheckpointError: These are not the names of such a host.
     """
     state = state_dict_of(state_dict)
     if any(key.startswith("backbone.") for key in state):

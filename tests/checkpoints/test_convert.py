@@ -338,5 +338,5 @@ def test_what_is_not_known_is_refused():
     cut = {k: v for k, v in state.items() if not k.startswith("layer3.5.")}
     with pytest.raises(CheckpointError, match=r"\[3, 4, 5, 3\] bottlenecks a stage"):
         convert_state_dict(cut)
-    with pytest.raises(CheckpointError, match="no mmrla key names"):
+    with pytest.raises(CheckpointError, match="not mmrla key names"):
         to_released(state)

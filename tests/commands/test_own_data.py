@@ -62,7 +62,7 @@ def test_new_config_says_what_is_wrong(shapes, tmp_path, capsys):
     del content["annotations"][0]["segmentation"]
     path.write_text(json.dumps(content))
     for argv, message in (
-        (["mine", "there.py"], "already there"),
+        (["mine", "there.py"], "already exists"),
         (["mine", "new.txt"], "must end in .py"),
         (["gone", "new.py"], "no such folder"),
         (["no_val", "new.py"], "has no val set"),

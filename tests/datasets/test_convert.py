@@ -194,7 +194,7 @@ def test_what_is_wrong_is_said(tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     for argv, message in (
         (["convert-data", tmp_path / "nothing", tmp_path / "new"], "in no format that is known"),
-        (["convert-data", tmp_path / "gone", tmp_path / "new"], "not there"),
+        (["convert-data", tmp_path / "gone", tmp_path / "new"], "no such file"),
         (["convert-data", tmp_path / "in", tmp_path / "new", "--val", "1"], "val must be"),
         (["check-data", tmp_path / "in"], "in YOLO's format"),
     ):

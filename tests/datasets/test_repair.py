@@ -87,7 +87,7 @@ def test_what_fix_refuses(whole, tmp_path, capsys):
     path, images, _ = whole
     one = ["--ann", str(path), "--images", str(images)]
     for argv, message in (
-        ([*one, "--fix", str(path)], "already there"),
+        ([*one, "--fix", str(path)], "already exists"),
         ([*one, "--fix", str(tmp_path / "gone/out.json")], "no such folder"),
         ([str(tmp_path / "set"), "--fix", str(tmp_path / "out.json")], "got 2 set(s)"),
     ):

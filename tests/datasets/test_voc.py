@@ -15,7 +15,7 @@ from PIL import Image
 import mmrla.registry  # noqa: F401
 from mmrla.datasets import CheckedCocoDataset, DataError, check_coco, voc_to_coco
 from mmrla.engine import check_data, set_data_root
-from mmrla.engine.check_sets import sets_of_config
+from mmrla.engine.find_datasets import sets_of_config
 from mmrla.models import MRLAEfficientNet
 from tests.conftest import ROOT
 
@@ -107,7 +107,7 @@ def test_the_dataset_holds_what_mmdets_reads(voc):
     ("text", "message"),
     [
         (None, "no annotation of a listed image: .*b.xml"),
-        ("<annotation>", "b.xml: no XML"),
+        ("<annotation>", "b.xml: not XML"),
         ("<annotation><size><width>wide</width></size></annotation>", r"numbers, got \['wide', N"),
         ("<annotation><object><name>RBC</name></object></annotation>", "four numbers, got <object"),
         ("<annotation><object><bndbox/></object></annotation>", "needs a name and a bndbox"),

@@ -84,7 +84,7 @@ def test_what_is_missing_is_named(root, monkeypatch, tmp_path_factory):
 
 def test_an_evaluator_nobody_can_place_is_an_error(root):
     cfg = config(val_evaluator=dict(type="CocoMetric", ann_file="/elsewhere/b.json"))
-    with pytest.raises(ValueError, match=r"val_evaluator.ann_file='/elsewhere/b.json' does not li"):
+    with pytest.raises(ValueError, match=r"val_evaluator.ann_file='/elsewhere/b.json' is not in"):
         set_data_root(cfg, root)
 
 

@@ -233,8 +233,8 @@ def test_inside_an_epoch_and_what_cannot_be_equal(tmp_path):
     assert "not as if it had never been stopped: the training loop is no mmrla" in log
     loader = dict(dataset=Noise(), sampler=dict(type="DefaultSampler", shuffle=True), batch_size=2)
     log = log_of("batches", train_dataloader=loader)
-    assert "it was saved with 3 batches an epoch" in log
-    assert "does not lie in epoch 2 of 6 batches" in log
+    assert "it was saved with 3 batches per epoch" in log
+    assert "is not in epoch 2 of 6 batches" in log
     wrapper = dict(optimizer=dict(type="Adam", lr=0.01), accumulative_counts=2)
     log = log_of("gathered", optim_wrapper=wrapper, checkpoint=dict(by_epoch=False, interval=3))
     assert "every 3 iterations falls between the 2 that accumulative_counts gathers" in log

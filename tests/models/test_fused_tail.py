@@ -165,13 +165,13 @@ def kept(model, x):
 
 
 def test_memory_kept_for_backward():
-    """The bars on a CPU; the small size moves the ratios little."""
+    """The targets on a CPU; the small size moves the ratios little."""
     x = torch.randn(2, 3, 64, 64)
     plain = {depth: kept(PlainResNet(depth), x) for depth in (50, 101)}
-    for depth, kind, bar in ((50, "MRLALight", 1.35), (50, "MRLABase", 1.60),
-                             (101, "MRLABase", 1.60)):  # fmt: skip
+    for depth, kind, target in ((50, "MRLALight", 1.35), (50, "MRLABase", 1.60),
+                                (101, "MRLABase", 1.60)):  # fmt: skip
         model = MRLAResNet(depth, layer_attention=dict(type=kind))
-        assert kept(model, x) <= bar * plain[depth], (depth, kind)
+        assert kept(model, x) <= target * plain[depth], (depth, kind)
     model = MRLAResNet(101, layer_attention=dict(type="MRLABase", recompute_values=True))
     assert kept(model, x) <= 1.08 * plain[101]
 

@@ -511,7 +511,7 @@ def test_plain_checkpoint_warm_starts_it(name, tmp_path, monkeypatch):
     )  # fmt: skip
     model.init_weights()
     assert len(logged) == 1
-    assert logged[0].endswith("tensors of plugins start fresh")
+    assert logged[0].endswith("tensors of plugins are newly initialised")
     state, own = plain.state_dict(), model.state_dict()
     kept = state.keys() & own.keys()
     assert len(kept) == len(state) - (16 if name == "aa" else 0)

@@ -295,11 +295,11 @@ def test_timms_networks_compute_the_same(attention):
     with pytest.raises(ValueError, match="must be 0, got 0.1"):
         timm.create_model(name, layer_attention=attention, mrla_drop_path_rate=0.1, **kwargs)
     if attention is not DENSE:
-        with pytest.raises(ValueError, match="AttnRes: it sits behind each sub-layer"):
+        with pytest.raises(ValueError, match="AttnRes: it sits after each sub-layer"):
             timm.create_model(name, layer_attention=attention, block_fn=ResPostBlock, **kwargs)
 
 
-SUBLAYER = "AttnRes: it sits behind each sub-layer of a transformer, in place of the residual str"
+SUBLAYER = "AttnRes: it sits after each sub-layer of a transformer, in place of the residual str"
 OUTPUT = "DenseFormer: it sits at a layer's output, which it replaces; there "
 
 

@@ -396,8 +396,8 @@ class Between(Peeking):
             ValueError,
             "cannot find .* CSPDarknet.*stem",
         ),
-        (dict(backbone=dict(type=Peeking)), ValueError, "only stages.1|looks at features"),
-        (dict(backbone=dict(type=Peeking), layers="stages.1.*"), ValueError, "looks at features"),
+        (dict(backbone=dict(type=Peeking)), ValueError, "only stages.1|reads features"),
+        (dict(backbone=dict(type=Peeking), layers="stages.1.*"), ValueError, "reads features"),
         (dict(backbone=dict(type=Twice), layers="stages.1.*"), ValueError, "runs 2 times"),
         (
             dict(backbone=dict(type=Between), layers="stages.1.*"),
@@ -488,7 +488,7 @@ def test_a_refused_module_stays_as_it_was():
         (peeking, dict(layers="stages.1.*")),  # seen when the layers are extended
     ):
         cls, keys, attributes = type(given), list(given.state_dict()), vars(given).keys()
-        with pytest.raises(ValueError, match="no module|65|looks at features"):
+        with pytest.raises(ValueError, match="no module|65|reads features"):
             LayerAttentionWrapper(given, **kwargs)
         assert type(given) is cls
         assert list(given.state_dict()) == keys

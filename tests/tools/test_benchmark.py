@@ -94,12 +94,14 @@ def test_each_variant_runs_its_own_backend(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["float32-nchw", "bfloat16-channels_last"])
-def test_memory_meets_its_bars(bench, mode):
-    """The bars that no other load of the machine changes."""
+def test_memory_meets_its_targets(bench, mode):
+    """The targets that no other load of the machine changes."""
     models, run = bench["models"], bench["run"]
     case = models.Case("ResNet-50", 1, 64, mode)
     kept = {name: models.Variant(case, name, CPU).kept() for name in models.VARIANTS}
-    bounds = {bar.variant: bar.bound for bar in run.BARS if bar.column == "kept over plain"}
+    bounds = {
+        target.variant: target.bound for target in run.TARGETS if target.column == "kept over plain"
+    }
     assert bounds == {"light": 1.35, "base": 1.60}
     for name, bound in bounds.items():
         assert kept[name] / kept["plain"] <= bound
@@ -121,16 +123,16 @@ def test_cases_and_modes(bench, monkeypatch):
     rows = models.measure(CPU, 1, modes=["bfloat16-channels_last"], cases=cases)
     assert {row["mode"] for row in rows} == {"bfloat16-channels_last"}
     assert models.measure(CPU, 1, modes=["bfloat16-nchw"], cases=cases) == []
-    # What the bars ask for is measured.
-    for bars, cases in ((bench["run"].BARS, models.CPU_CASES),
-                        (bench["run"].GPU_BARS, models.GPU_CASES)):  # fmt: skip
-        for bar in bars:
+    # What the targets ask for is measured.
+    for targets, cases in ((bench["run"].TARGETS, models.CPU_CASES),
+                        (bench["run"].GPU_TARGETS, models.GPU_CASES)):  # fmt: skip
+        for target in targets:
             assert any(
-                bar.network in (None, case.network)
-                and bar.mode in (None, case.mode)
-                and bar.batch in (None, case.batch)
+                target.network in (None, case.network)
+                and target.mode in (None, case.mode)
+                and target.batch in (None, case.batch)
                 for case in cases
-            ), bar
+            ), target
 
 
 def test_columns_of_compiled_variants_and_kernels(bench, monkeypatch):
@@ -157,7 +159,7 @@ def test_columns_of_compiled_variants_and_kernels(bench, monkeypatch):
     assert rows["base compiled"]["train over eager"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_bars_say_the_worst_and_what_was_not_measured(bench, tmp_path):
+def test_targets_say_the_worst_and_what_was_not_measured(bench, tmp_path):
     run = bench["run"]
     rows = [
         {"network": "ResNet-50", "batch": 2, "mode": mode, "variant": variant,
@@ -166,7 +168,7 @@ def test_bars_say_the_worst_and_what_was_not_measured(bench, tmp_path):
         for mode, over in (("float32-nchw", 0.9), ("bfloat16-channels_last", 1.1))
         for variant, kept in (("plain", 1.0), ("light naive", 1.8), ("light", 1.3))
     ]  # fmt: skip
-    found = {(row["bar"], row["on"]): row for row in run.bars(rows, CPU)}
+    found = {(row["target"], row["on"]): row for row in run.targets(rows, CPU)}
     assert found["ResNet-50, every mode: light, kept over plain", "cpu"]["met"] == "yes"
     worst = found["every network, every mode: light, train over naive", "cpu"]
     assert (worst["measured"], worst["met"], worst["remark"]) == (1.1, "no", "odd")

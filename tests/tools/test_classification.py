@@ -237,9 +237,9 @@ def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
         line["top1"] for line in lines[1:]
     ]
     (tmp_path / "b/y.jsonl").write_text("{\n{}\n")
-    with pytest.raises(ValueError, match="y.jsonl: line 1 is no JSON"):
+    with pytest.raises(ValueError, match="y.jsonl: line 1 is not JSON"):
         table(tmp_path / "b")
-    with pytest.raises(ValueError, match="of other settings"):
+    with pytest.raises(ValueError, match="has other settings"):
         run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mmrla.analysis import record_layer_attention
 from mmrla.analysis.figures import all_heads_figure, layer_attention_figure, save
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import (
     add_image_arguments,
     add_network_arguments,
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         network, images = network_of(args)
         with record_layer_attention(network.model) as rec:
             for path in tqdm(images, unit="image"):

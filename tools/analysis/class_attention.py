@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mmrla.analysis.figures import overlay_figure, save
 from mmrla.analysis.token_attention import record_token_attention
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import (
     add_beside_arguments,
     add_image_arguments,
@@ -58,7 +58,7 @@ def heads_of(network: Network, layer: int, asked: list[int] | None) -> list[int]
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         images = find_images(args.images, args.max_images)
         networks = networks_of(args)
         for network in networks.values():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mmrla.analysis import complexity
 from mmrla.analysis.figures import flops_figure, save
 from mmrla.analysis.modules import layer_attentions
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import add_network_arguments, choose_device, write_csv
 from mmrla.engine.network import build_network, share_weights
 
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         sizes = sorted(set(args.sizes))
         if len(sizes) < 2 or sizes[0] < 1:
             raise ValueError(f"--sizes must be two or more sides above 0, got {args.sizes}")

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mmrla.engine.amp import warn_of_slow_bfloat16
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import add_run_arguments, choose_device, write_csv
 from mmrla.engine.layout import use_channels_last
 from mmrla.engine.network import Network, build_network, extract_features
@@ -102,7 +102,7 @@ def measure(networks: dict[str, Network], precision: str, args: argparse.Namespa
 def main() -> None:
     args = parse_args()
     rows = []
-    with reporting_errors():
+    with exit_with_message():
         for name in ("batch", "size", "rounds"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mmrla.analysis import activation_memory, complexity
 from mmrla.analysis.figures import memory_figure, save
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import add_run_arguments, choose_device, write_csv
 from mmrla.engine.network import plain_model, read_config, seed_everything
 from mmrla.registry import LAYER_ATTENTIONS, MODELS
@@ -90,7 +90,7 @@ def peak_of_step(model: nn.Module, image: torch.Tensor, amp: bool) -> float:
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         types = check_types(args.types)
         for name in ("batch", "size"):
             if getattr(args, name) < 1:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mmrla.analysis import query_similarity, record_layer_attention
 from mmrla.analysis.figures import save, similarity_figure
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import (
     add_image_arguments,
     add_network_arguments,
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         if args.bins < 1:
             raise ValueError(f"--bins must be at least 1, got {args.bins}")
         network, images = network_of(args)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mmrla.analysis.cam import Logits, feature_layer, score_cam
 from mmrla.analysis.figures import overlay_figure, save
-from mmrla.engine.errors import reporting_errors
+from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import (
     add_beside_arguments,
     add_image_arguments,
@@ -69,7 +69,7 @@ def class_names(network: Network) -> list[str] | None:
 
 def main() -> None:
     args = parse_args()
-    with reporting_errors():
+    with exit_with_message():
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
         images = find_images(args.images, args.max_images)

@@ -21,14 +21,14 @@ from mmengine.logging import MMLogger
 PARTS = ("models", "scaling", "detector")
 
 
-class Bar(NamedTuple):
+class Target(NamedTuple):
     """An upper bound of a column, in every row that has what is said here."""
 
     variant: str
     column: str
     bound: float
     before: str
-    """What it was when the bar was set."""
+    """The value when the target was set."""
     mode: str | None = None
     network: str | None = "ResNet-50"
     batch: int | None = None
@@ -51,50 +51,50 @@ class Bar(NamedTuple):
 
 
 F32, BF16, BF16_NCHW = "float32-nchw", "bfloat16-channels_last", "bfloat16-nchw"
-BARS = [
-    Bar("light", "train over plain", 1.35, "1.38", F32),
-    Bar("light", "train over plain", 1.65, "2.66", BF16),
-    Bar("light", "inference over plain", 1.30, "1.35", F32),
-    Bar("light", "inference over plain", 1.50, "1.79", BF16),
-    Bar("light", "train over plain", 2.0, "4.0", BF16, "ResNet-20"),
-    Bar("light", "train over naive", 1.03, "2.00", network=None),
-    Bar("light", "inference over naive", 1.03, "1.10", network=None),
-    Bar("base", "train over naive", 1.03, "1.86", network=None),
-    Bar("base", "inference over naive", 1.03, "1.22", network=None),
-    Bar("light", "kept over plain", 1.35, "1.07"),
-    Bar("base", "kept over plain", 1.60, "1.32"),
+TARGETS = [
+    Target("light", "train over plain", 1.35, "1.38", F32),
+    Target("light", "train over plain", 1.65, "2.66", BF16),
+    Target("light", "inference over plain", 1.30, "1.35", F32),
+    Target("light", "inference over plain", 1.50, "1.79", BF16),
+    Target("light", "train over plain", 2.0, "4.0", BF16, "ResNet-20"),
+    Target("light", "train over naive", 1.03, "2.00", network=None),
+    Target("light", "inference over naive", 1.03, "1.10", network=None),
+    Target("base", "train over naive", 1.03, "1.86", network=None),
+    Target("base", "inference over naive", 1.03, "1.22", network=None),
+    Target("light", "kept over plain", 1.35, "1.07"),
+    Target("base", "kept over plain", 1.60, "1.32"),
 ]
-GPU_BARS = [
-    Bar("light", "train over plain", 1.25, "2.22", BF16, batch=256),
-    Bar("light", "train over plain", 1.25, "2.14", BF16_NCHW, batch=256),
-    Bar("light", "inference over plain", 1.05, "2.30", BF16, batch=256),
-    Bar("light", "inference over plain", 1.05, "2.16", BF16_NCHW, batch=256),
-    Bar("base", "train over plain", 1.40, "2.37", BF16, batch=256),
-    Bar("base", "train over plain", 1.40, "2.28", BF16_NCHW, batch=256),
-    Bar("base", "inference over plain", 1.15, "2.59", BF16, batch=256),
-    Bar("base", "inference over plain", 1.15, "2.28", BF16_NCHW, batch=256),
-    Bar("light", "peak over plain", 1.10, "1.09", BF16, batch=256),
-    Bar("base", "peak over plain", 1.35, "1.35", BF16, batch=256),
-    Bar("light", "train over plain", 1.25, "", BF16, batch=8),
-    Bar("light", "inference over plain", 1.25, "", BF16, batch=8),
+GPU_TARGETS = [
+    Target("light", "train over plain", 1.25, "2.22", BF16, batch=256),
+    Target("light", "train over plain", 1.25, "2.14", BF16_NCHW, batch=256),
+    Target("light", "inference over plain", 1.05, "2.30", BF16, batch=256),
+    Target("light", "inference over plain", 1.05, "2.16", BF16_NCHW, batch=256),
+    Target("base", "train over plain", 1.40, "2.37", BF16, batch=256),
+    Target("base", "train over plain", 1.40, "2.28", BF16_NCHW, batch=256),
+    Target("base", "inference over plain", 1.15, "2.59", BF16, batch=256),
+    Target("base", "inference over plain", 1.15, "2.28", BF16_NCHW, batch=256),
+    Target("light", "peak over plain", 1.10, "1.09", BF16, batch=256),
+    Target("base", "peak over plain", 1.35, "1.35", BF16, batch=256),
+    Target("light", "train over plain", 1.25, "", BF16, batch=8),
+    Target("light", "inference over plain", 1.25, "", BF16, batch=8),
 ]
 
 
-def bars(rows: Sequence[Row], device: torch.device) -> list[Row]:
-    """Each bar with the worst that was measured, or that nothing was."""
+def targets(rows: Sequence[Row], device: torch.device) -> list[Row]:
+    """Each target with the worst measurement, if there is one."""
     found: list[Row] = []
-    for on, listed in (("cpu", BARS), ("cuda", GPU_BARS)):
-        for bar in listed:
-            row = bar.worst(rows) if device.type == on else None
-            value = row and float(str(row[bar.column]))
+    for on, listed in (("cpu", TARGETS), ("cuda", GPU_TARGETS)):
+        for target in listed:
+            row = target.worst(rows) if device.type == on else None
+            value = row and float(str(row[target.column]))
             found.append(
                 {
-                    "bar": str(bar),
+                    "target": str(target),
                     "on": on,
-                    "before": bar.before,
-                    "must reach": f"<= {bar.bound}",
+                    "before": target.before,
+                    "must reach": f"<= {target.bound}",
                     "measured": value or "not measured",
-                    "met": "" if not value else "yes" if value <= bar.bound else "no",
+                    "met": "" if not value else "yes" if value <= target.bound else "no",
                     "worst row": row and f"{row['network']}, {row['mode']}",
                     "remark": row and row["remark"],
                 }
@@ -189,8 +189,8 @@ def main() -> None:
     title = f"{device_name(device)}, torch {torch.__version__}"
     text = [f"# {title}", *(f"## {part}\n\n{markdown(rows)}" for part, rows in results.items())]
     if "models" in results:
-        table = bars(results["models"], device)
-        text.insert(1, f"## Bars\n\n{markdown(table)}")
+        table = targets(results["models"], device)
+        text.insert(1, f"## Targets\n\n{markdown(table)}")
         print(f"\n{markdown(table)}")
     (args.out / "benchmark.md").write_text("\n\n".join(text) + "\n")
     for path in (args.out / "benchmark.md", *draw(results, args.out, title)):

@@ -30,7 +30,7 @@ class ImageToTokensStem(BaseModule):
 
     Args:
         in_channels: Channels of the image.
-        channels: Channels of the map that patches are cut from.
+        channels: Channels of the map that is split into patches.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -74,7 +74,7 @@ class LocallyEnhancedFeedForward(BaseModule):
         patches = self.act(self.bn1(self.conv1(patches)))
         patches = self.act(self.bn2(self.conv2(patches)))
         patches = self.bn3(self.conv3(patches))
-        # In this order: behind flatten(2).transpose(1, 2) the gradient of a batch of one would have
+        # In this order: after flatten(2).transpose(1, 2) the gradient of a batch of one would have
         # strides that torch on the CPU misreads in the backward of a batch norm in evaluation.
         tokens = torch.cat([x[:, :extra], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
         return identity + self.drop_path(tokens)
@@ -106,7 +106,7 @@ class LayerwiseClassTokenAttention(TransformerEncoderLayer):
     """LCA (section 3.4): the last layer's class token attends to the class tokens of all layers.
 
     Args:
-        num_layers: L, how many class tokens come in; each layer has its own position embedding.
+        num_layers: L, the number of class tokens; each layer has its own position embedding.
         **kwargs: As mmpretrain's encoder layer.
     """
 
@@ -124,25 +124,25 @@ class LayerwiseClassTokenAttention(TransformerEncoderLayer):
 
 @MODELS.register_module()
 class CeiT(VisionTransformer):
-    """CeiT on mmpretrain's VisionTransformer, whose arguments keep their meaning.
+    """CeiT, based on mmpretrain's VisionTransformer, whose arguments keep their meaning.
 
     Image-to-tokens stem, locally enhanced feed-forward, layer-wise class-token attention.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict as in the ancestor.
-        img_size: The usual size of images; others are taken too.
+        img_size: The usual size of images; other sizes work too.
         patch_size: Of the patches on the stem's map, whose stride is 4.
         in_channels: Channels of the image.
         stem_channels: Channels of the stem's map.
-        out_type: As in the ancestor. ``'cls_token'``: at the last layer the result of the
-            layer-wise class-token attention, at earlier ones their class token. With any other
-            type there is no layer-wise attention.
+        out_type: As in the ancestor. ``'cls_token'``: the result of the layer-wise class-token
+            attention at the last layer, the class token at earlier layers. Any other type disables
+            the layer-wise attention.
         norm_cfg: Of the LayerNorms.
         **kwargs: Arguments of :class:`mmpretrain.models.VisionTransformer`, except
             ``with_cls_token``, ``pre_norm``, ``patch_cfg`` and ``layer_cfgs``.
 
     Raises:
-        ValueError: An unknown ``arch``, or an argument that CeiT cannot have.
+        ValueError: An unknown ``arch``, or an argument that CeiT does not support.
 
     Example:
         >>> import torch
@@ -223,7 +223,7 @@ class CeiT(VisionTransformer):
             trunc_normal_(self.cls_token, std=0.02)
 
     def train(self, mode: bool = True) -> CeiT:
-        """Frozen stages stay in evaluation: their batch norms learn nothing."""
+        """Frozen stages stay in evaluation mode, so their batch norms do not change."""
         super().train(mode)
         if mode and self.frozen_stages > 0:
             self._freeze_stages()
@@ -232,7 +232,7 @@ class CeiT(VisionTransformer):
     def attend(
         self, index: int, x: Tensor, shortcut: Tensor, grid: tuple[int, int], state: Any
     ) -> tuple[Tensor, Any]:
-        """What comes behind a layer; nothing in the plain network."""
+        """Apply what follows a layer; nothing in the plain network."""
         return x, state
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

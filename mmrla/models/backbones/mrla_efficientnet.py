@@ -92,7 +92,7 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
                     self.with_cp,
                 )
         self._free_fresh_norms()
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def _blocks(self) -> Iterator[nn.Module]:
         for stage in self.layers[1:-1]:

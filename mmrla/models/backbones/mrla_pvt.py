@@ -32,13 +32,13 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
 
     Args:
         arch: ``'b0'``, ``'b1'``, ``'b2'``: sets ``embed_dims`` and ``num_layers``. Default None:
-            they are given, or the ancestor's.
-        layer_attention: Config of the layer attention, None for the plain network. MRLA-light's
-            value passes a GELU here (Algorithm 4) unless ``value_act`` says otherwise.
-            Default: ``dict(type='MRLALight', head_channels=16)``.
+            both are given, or the ancestor's defaults.
+        layer_attention: Config of the layer attention, None for the plain network. A GELU is
+            applied to MRLA-light's value (Algorithm 4) unless ``value_act`` is set. Default:
+            ``dict(type='MRLALight', head_channels=16)``.
         mrla_drop_path_rate: Stochastic depth of the attention branch. None: the block's own rate,
             as in the paper.
-        norm_cfg: Of all norms, those around the layer attention too.
+        norm_cfg: Of all norms, including those around the layer attention.
         **kwargs: Arguments of :class:`mmdet.models.PyramidVisionTransformerV2`.
 
     Raises:
@@ -92,12 +92,12 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
                     branch_rate(mrla_drop_path_rate, block.ffn),
                 )
         self._free_fresh_norms()
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def init_weights(self) -> None:
         """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.
 
-        The ancestor's reads the authors' key names alone and passes over all others in silence.
+        The ancestor's reads only the authors' key names and silently ignores all others.
         """
         cfg = self.init_cfg
         if isinstance(cfg, Mapping) and cfg.get("type", "Pretrained") == "Pretrained":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import OpenReLU
 from mmrla.layers.norm import is_plain
-from mmrla.models.arguments import check_arguments, naming
+from mmrla.models.arguments import check_arguments, name_arguments_in_errors
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
 from mmrla.models.host import LayerAttentionHost, check_drop_path_rate
@@ -29,11 +29,11 @@ from mmrla.registry import MODELS
 
 
 class LayerAttentionBlock(PluginBlock):
-    """Puts a layer attention behind a residual block of mmpretrain; mixed in before that block.
+    """Adds a layer attention after a residual block of mmpretrain; a mixin before that class.
 
     ``y = ReLU(residual(x) + shortcut)``, then ``out = y + drop_path(norm(o_t))`` with
-    ``(o_t, state) = layer_attention(y, shortcut, state)``. A layer attention that sits on the
-    residual branch takes its place: ``y = ReLU(drop_path(o_t) + shortcut)`` with
+    ``(o_t, state) = layer_attention(y, shortcut, state)``. A layer attention on the residual branch
+    replaces its output: ``y = ReLU(drop_path(o_t) + shortcut)`` with
     ``(o_t, state) = layer_attention(residual(x), shortcut, state)``.
 
     Args:
@@ -78,7 +78,7 @@ class LayerAttentionBlock(PluginBlock):
         for name, value in given.items():
             if value:
                 raise ValueError(
-                    f"{name} is for what a layer attention adds behind a layer, and "
+                    f"{name} is for what a layer attention adds after a layer, and "
                     f"{type(self.mrla).__name__} adds nothing there: must be None, got {value!r}"
                 )
         assert self.mrla is not None
@@ -87,11 +87,11 @@ class LayerAttentionBlock(PluginBlock):
 
     @property
     def mrla_norm(self) -> Any:
-        """The norm behind the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
+        """The norm after the layer attention: ``bn_mrla``, or ``gn_mrla`` with group norm."""
         return getattr(self, self.mrla_norm_name)
 
     def start_as_identity(self) -> None:
-        """Make what the layer attention adds zero, without cutting its gradients off for good."""
+        """Make the layer attention add zero at first, without blocking its gradients."""
         if self.mrla is not None and self.mrla.placement != "after":
             self.mrla.start_as_identity()
         elif self.mrla is not None:
@@ -152,14 +152,14 @@ class LayerAttentionBlock(PluginBlock):
         return out + self.mrla_drop_path(retrieved), state
 
     def _branch(self, z: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """The residual branch as it is added, behind its last norm and the plugins there."""
+        """The residual branch before the addition, after its last norm and the plugins there."""
         out = self.last_norm(z)
         if self._ends_with_plugins():
             out = self._run_plugins(out, f"after_conv{self.convs}", features)
         return out
 
     def _fuses_tail(self, z: Tensor, shortcut: Tensor) -> bool:
-        """Whether all of the block's end is what a layer attention may do in one operation."""
+        """Whether the whole block end can run as one operation of the layer attention."""
         return (
             self.mrla is not None
             and not self._ends_with_plugins()
@@ -172,7 +172,7 @@ class LayerAttentionBlock(PluginBlock):
 
 
 class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
-    """mmpretrain's basic block with a layer attention behind it."""
+    """mmpretrain's basic block with a layer attention after it."""
 
     convs = 2
 
@@ -187,7 +187,7 @@ class MRLABasicBlock(LayerAttentionBlock, BasicBlock):
 
 
 class MRLABottleneck(LayerAttentionBlock, Bottleneck):
-    """mmpretrain's bottleneck with a layer attention behind it."""
+    """mmpretrain's bottleneck with a layer attention after it."""
 
     convs = 3
 
@@ -204,12 +204,12 @@ class MRLABottleneck(LayerAttentionBlock, Bottleneck):
 
 
 class LayerAttentionStage(ResLayer):
-    """A stage of blocks: the group of layers along which the state of a layer attention travels.
+    """A stage of blocks: the group of layers that pass on the state of a layer attention.
 
     Args:
         *args: As of mmpretrain's.
         plugins: Checked plugins of this stage, see :func:`mmrla.models.plugins.check_plugins`.
-        follows: Whether there is a stage before, whose state may arrive here.
+        follows: Whether there is an earlier stage whose state may arrive here.
         **kwargs: As of mmpretrain's, and the arguments of the blocks.
     """
 
@@ -236,8 +236,9 @@ class LayerAttentionStage(ResLayer):
 
         Args:
             x: The stage's input.
-            carried: Of a layer attention whose state spans stages, a list that holds the state of
-                the layer before; it is left with that of the last block. None: no state arrives.
+            carried: For a layer attention whose state spans stages, a list with the state of the
+                previous layer; on return it contains the state of the last block. None: no state
+                arrives.
         """
         state = carried[0] if carried else None
         for block in self:
@@ -256,18 +257,18 @@ def make_norm(norm_cfg: Mapping[str, Any], channels: int) -> nn.Module:
 class MRLAResNet(LayerAttentionHost, ResNet):
     """mmpretrain's ResNet with a layer attention after every residual layer.
 
-    Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and holds for the parts
-    of the layer attention too: ``frozen_stages`` and ``norm_eval`` freeze them, ``norm_cfg`` makes
-    their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them. The plain network's
+    Every argument of :class:`mmpretrain.models.ResNet` keeps its meaning and also applies to the
+    parts of the layer attention: ``frozen_stages`` and ``norm_eval`` freeze them, ``norm_cfg``
+    defines their norm (``bn_mrla``, ``gn_mrla``), ``with_cp`` recomputes them. The plain network's
     state-dict keys are unchanged; the added keys all contain ``mrla``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        layer_attention: Config of the layer attention, which is built for each residual layer;
-            None for the plain network. A stage is one group of layers.
-            Default: ``dict(type='MRLALight', head_channels=32)``.
-        mrla_drop_path_rate: Stochastic depth of the attention branch alone, the same in all
-            layers (0.2 in the paper's ImageNet recipe, 0 for short schedules). None: the rate that
+        layer_attention: Config of the layer attention, built for each residual layer; None for the
+            plain network. Each stage is one group of layers. Default:
+            ``dict(type='MRLALight', head_channels=32)``.
+        mrla_drop_path_rate: Stochastic depth of the attention branch, the same in all layers (0.2
+            in the paper's ImageNet recipe, 0 for short schedules). None: the rate that
             ``drop_path_rate`` gives the layer.
         mrla_act_cfg: Activation between the attention's norm and its addition to the layer's
             output. Default None: no activation, as in the released network with a 7x7 stem.
@@ -275,17 +276,17 @@ class MRLAResNet(LayerAttentionHost, ResNet):
             ``dict(cfg=dict(type='mmrla.ECA'), stages=(False, True, True, True),
             position='after_conv3')`` each. ``position`` is ``after_conv1`` to ``after_conv3``
             (``after_conv2`` in basic blocks; the default is the last, before the residual
-            addition), ``after_block``, or ``conv1`` to ``conv3`` for what takes a convolution's
-            place. ``stages`` is by default all, and ``blocks``, indices of a stage's blocks, too.
-            They work with and without a layer attention.
+            addition), ``after_block``, or ``conv1`` to ``conv3`` for a plugin that replaces a
+            convolution. ``stages``, and ``blocks``, indices of blocks within a stage, are all by
+            default. Plugins work with and without a layer attention.
         **kwargs: Arguments of :class:`mmpretrain.models.ResNet`. ``init_cfg=None`` means its
             default, Kaiming normal and zero gamma in the last norm of each residual branch;
-            ``init_cfg=dict(type='mmrla.WarmStart', checkpoint=...)`` starts from a plain or an
-            MRLA checkpoint, see :class:`mmrla.models.WarmStart` for what is frozen then.
+            ``init_cfg=dict(type='mmrla.WarmStart', checkpoint=...)`` starts from a plain or an MRLA
+            checkpoint; see :class:`mmrla.models.WarmStart` for the parts that are frozen then.
 
     Raises:
-        ValueError: A depth that is not allowed, an unknown layer attention or plugin, or one that
-            refuses its arguments, as ``head_channels`` that does not divide a stage's channels.
+        ValueError: A depth that is not allowed, an unknown layer attention or plugin, or invalid
+            arguments of one, such as ``head_channels`` that does not divide a stage's channels.
 
     Example:
         >>> import torch
@@ -327,7 +328,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         given = {**kwargs, "mrla_act_cfg": mrla_act_cfg}
         check_arguments(ResNet, given, stages=stages, outputs=stages, frozen=stages)
         if mrla_act_cfg is not None:
-            with naming(type(self).__name__, dict(mrla_act_cfg=mrla_act_cfg)):
+            with name_arguments_in_errors(type(self).__name__, dict(mrla_act_cfg=mrla_act_cfg)):
                 build_activation_layer(mrla_act_cfg)
         self.plugins = check_plugins(plugins, stages, self.arch_settings[depth][0].convs)
         # Before the ancestor's constructor, which calls make_res_layer.
@@ -348,7 +349,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
         self._concatenates = self.mrla_output is not None and last.concat_output
         if self._concatenates:
             self.feat_dim += last.hidden_channels
-        self._rest_unreached()
+        self._freeze_unused_parameters()
 
     def _last_attention(self) -> Any:
         return getattr(self, self.res_layers[-1])[-1].mrla
@@ -374,7 +375,7 @@ class MRLAResNet(LayerAttentionHost, ResNet):
 
     def make_res_layer(self, **kwargs: Any) -> LayerAttentionStage:
         """Build one stage; called by the ancestor's constructor."""
-        # The ancestor lists a stage behind this call.
+        # The ancestor lists a stage after this call.
         index = len(self.res_layers)
         plugins = plugins_of_stage(self.plugins, index)
         return LayerAttentionStage(

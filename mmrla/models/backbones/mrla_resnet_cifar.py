@@ -27,14 +27,14 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
 
     Three stages of stride 1, 2 and 2 on mmpretrain's ``ResNet_CIFAR``. The stem is a 3x3
     convolution of stride 1 to 16 channels, without pooling. A shortcut is the identity, or a 1x1
-    convolution with a norm if a block changes the channels or has a stride: with bottlenecks the
-    first block of each stage, with basic blocks that of the second and third. Where a stage has
-    fewer channels than ``head_channels``, it has one head.
+    convolution with a norm if a block changes the channels or has a stride: with bottlenecks in the
+    first block of each stage, with basic blocks in that of the second and third. A stage with fewer
+    channels than ``head_channels`` has one head.
 
     In the protocol of DLA and KCLA the blocks are bottlenecks and no norm starts at zero
-    (``zero_init_residual=False``; the default here, mmpretrain's, is True). Their start of
-    convolutions, normal with a standard deviation of ``sqrt(2 / (k * k * C_out))``, is
-    mmpretrain's default.
+    (``zero_init_residual=False``; the default here, mmpretrain's, is True). Their initialisation of
+    convolutions, normal with a standard deviation of ``sqrt(2 / (k * k * C_out))``, is mmpretrain's
+    default.
 
     Args:
         depth: 20, 56 or 110.

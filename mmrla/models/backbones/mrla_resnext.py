@@ -12,7 +12,7 @@ from mmrla.registry import MODELS
 
 
 class MRLAResNeXtBottleneck(MRLABottleneck, ResNeXtBottleneck):
-    """mmpretrain's grouped bottleneck with a layer attention behind it."""
+    """mmpretrain's grouped bottleneck with a layer attention after it."""
 
 
 @MODELS.register_module()
@@ -22,8 +22,8 @@ class MRLAResNeXt(MRLAResNet):
     State-dict keys of :class:`mmpretrain.models.ResNeXt` are unchanged.
 
     Args:
-        depth: 50, 101 or 152. ResNeXt is made of grouped bottlenecks, so depths 18 and 34, whose
-            blocks have none, do not exist.
+        depth: 50, 101 or 152. ResNeXt consists of grouped bottlenecks, so there are no depths 18
+            and 34, which have basic blocks.
         groups: Groups of the 3x3 convolution. Default 32.
         width_per_group: Its channels per group in the first stage. Default 4.
         **kwargs: As in :class:`MRLAResNet`.

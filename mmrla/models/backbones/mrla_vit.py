@@ -27,20 +27,20 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
     the added keys all contain ``mrla``. With ``out_type='featmap'`` it is a detector's backbone.
 
     Args:
-        layer_attention: Config of the layer attention, None for the plain network. MRLA-light's
-            value passes a GELU here (Algorithm 4) unless ``value_act`` says otherwise.
-            Default: ``dict(type='MRLALight', head_channels=16)``.
+        layer_attention: Config of the layer attention, None for the plain network. A GELU is
+            applied to MRLA-light's value (Algorithm 4) unless ``value_act`` is set. Default:
+            ``dict(type='MRLALight', head_channels=16)``.
         mrla_group_size: Blocks 0, g, 2g, ... begin a new group. Default 4.
         mrla_drop_path_rate: Stochastic depth of the attention branch, 0 as released; None: the
-            block's own rate, as the paper says.
-        norm_cfg: Of all norms, those around the layer attention too.
+            block's own rate, as in the paper.
+        norm_cfg: Of all norms, including those around the layer attention.
         **kwargs: Arguments of :class:`mmpretrain.models.VisionTransformer`.
 
     Raises:
-        TypeError: A group size that is no int.
+        TypeError: A group size that is not an int.
         ValueError: A group size below 1, an unknown layer attention, ``head_channels`` that does
-            not divide the width, or a checkpoint whose position embedding has other tokens than
-            this network's extra ones and a square grid.
+            not divide the width, or a checkpoint whose position embedding is not this network's
+            extra tokens followed by a square grid.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
 class MRLADistilledVisionTransformer(MRLAVisionTransformer, DistilledVisionTransformer):
     """mmpretrain's DeiT with a distillation token, and a layer attention after every block.
 
-    Class and distillation token pass the layer attention by. State-dict keys of
+    Class and distillation tokens bypass the layer attention. State-dict keys of
     :class:`mmpretrain.models.DistilledVisionTransformer` are unchanged.
 
     Args:

@@ -1,4 +1,4 @@
-"""Heads that recipes here need and mmpretrain does not ship."""
+"""Heads that the recipes need and mmpretrain does not have."""
 
 from mmrla.models.heads.dropout_head import DropoutLinearClsHead
 

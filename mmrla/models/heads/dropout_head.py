@@ -1,4 +1,4 @@
-"""A linear classifier behind dropout, as EfficientNets are trained."""
+"""A linear classifier after dropout, as EfficientNets are trained."""
 
 from __future__ import annotations
 

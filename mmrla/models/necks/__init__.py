@@ -1,4 +1,4 @@
-"""Necks that hosts here need and mmdet does not ship."""
+"""Necks that the hosts need and mmdet does not have."""
 
 from mmrla.models.necks.simple_fpn import SimpleFeaturePyramid
 

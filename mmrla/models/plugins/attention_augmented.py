@@ -21,9 +21,9 @@ from mmrla.registry import MODELS
 
 @MODELS.register_module()
 class AttentionAugmentedConv(ConvPlugin):
-    """Takes a convolution's place; part of its output channels comes from self-attention.
+    """Replaces a convolution; some of its output channels come from self-attention.
 
-    Where the convolution has a stride, its input is averaged (3x3, that stride) before attention.
+    If the convolution has a stride, the input of the attention is averaged (3x3, that stride).
 
     Args:
         in_channels: Given by the block, as are the others up to ``groups``.
@@ -37,9 +37,9 @@ class AttentionAugmentedConv(ConvPlugin):
         key_ratio: kappa, d_k over F.
         value_ratio: upsilon, d_v over F. d_v is rounded down to a multiple of ``num_heads`` and of
             ``groups``, but not to zero.
-        min_key_channels: Least channels a head of queries and keys.
-        size: Height and width of the map (an integer for both) that relative positions are learnt
-            for. Larger distances take the embedding of the largest.
+        min_key_channels: Minimum number of channels per head of queries and keys.
+        size: Height and width of the map (an integer for both) for which relative positions are
+            learned. Larger distances use the embedding of the largest.
         downsample: Attention runs on a map smaller by this factor and is interpolated back, for
             large images; the paper's way to save memory.
 
@@ -99,7 +99,7 @@ class AttentionAugmentedConv(ConvPlugin):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings of standard deviation ``1 / sqrt(channels a head)``."""
+        """Embeddings of standard deviation ``1 / sqrt(channels per head)``."""
         for table in (self.relative_height, self.relative_width):
             nn.init.normal_(table, std=1 / sqrt(self.head_channels))
 

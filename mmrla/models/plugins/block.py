@@ -12,15 +12,15 @@ from mmrla.models.plugins.contract import BranchPlugin, ConvPlugin
 
 
 class PluginBlock:
-    """Puts plugins into a residual block of mmpretrain; mixed in before that block.
+    """Adds plugins to a residual block of mmpretrain; a mixin placed before that class.
 
-    A plugin stands behind norm and activation of convolution i (``after_conv<i>``; behind the last
-    one, behind its norm and before the residual addition), behind the whole block
-    (``after_block``), or in a convolution's place (``conv<i>``).
+    A plugin comes after norm and activation of convolution i (``after_conv<i>``; for the last
+    convolution after its norm, before the residual addition) or after the whole block
+    (``after_block``), or it replaces a convolution (``conv<i>``).
     """
 
     convs: int
-    """How many convolutions the block has."""
+    """Number of convolutions of the block."""
     plugin_names: tuple[str, ...] = ()
     """The block's attributes that are plugins."""
 
@@ -29,7 +29,7 @@ class PluginBlock:
 
         Raises:
             TypeError: A plugin does not take its arguments.
-            ValueError: It refuses them, or two have the same name.
+            ValueError: Its arguments are invalid, or two plugins have the same name.
         """
         self._plugins_at: dict[str, list[str]] = {}
         for plugin in plugins:
@@ -86,7 +86,7 @@ class PluginBlock:
         return getattr(norm, "num_features", None) or norm.num_channels
 
     def _ends_with_plugins(self) -> bool:
-        """Whether plugins stand between the last norm and the residual addition."""
+        """Whether there are plugins between the last norm and the residual addition."""
         return bool(self.plugin_names) and f"after_conv{self.convs}" in self._plugins_at
 
     def _residual_with_plugins(self, x: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:

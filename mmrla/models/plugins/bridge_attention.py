@@ -1,8 +1,8 @@
 """Bridge attention.
 
 Paper: BA-Net: Bridge Attention for Deep Convolutional Neural Networks, ECCV 2022,
-https://arxiv.org/abs/2112.04150: the gate of a block sees all its convolutions, not the last alone.
-With F_i the output of convolution i of the block (behind norm and activation; the last behind its
+https://arxiv.org/abs/2112.04150: the gate of a block uses all its convolutions, not only the last.
+With F_i the output of convolution i of the block (after norm and activation; the last after its
 norm), ``out = F_n * sigmoid(W relu(sum_i norm_i(W_i mean(F_i))))``.
 """
 
@@ -33,16 +33,16 @@ class _Squeeze(nn.Sequential):
 class BridgeAttention(BranchPlugin):
     """A gate for each channel from the outputs of all convolutions of a residual block.
 
-    Its batch norms see one value a sample and channel, so training needs two samples or more.
+    Its batch norms get one value per sample and channel, so training needs at least two samples.
 
     Args:
         in_channels: C.
         branch_channels: Given by the block, see :class:`BranchPlugin`.
-        norm_cfg: Given by the block; unused, as the norms here are of one dimension.
-        reduction: C over the channels that the outputs are squeezed to.
+        norm_cfg: Given by the block; unused, because the norms here are one-dimensional.
+        reduction: Ratio of C to the number of channels that the outputs are squeezed to.
 
     Raises:
-        ValueError: ``reduction`` is no positive integer.
+        ValueError: ``reduction`` is not a positive integer.
     """
 
     _abbr_ = "bridge_attention"

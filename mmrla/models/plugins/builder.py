@@ -1,4 +1,4 @@
-"""From a host's ``plugins=[dict(cfg=..., stages=..., position=...)]`` to modules of its blocks."""
+"""Builds modules from a host's ``plugins=[dict(cfg=..., stages=..., position=...)]``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
     """The class that a plugin's ``cfg`` names: mmrla's, mmcv's or any mm package's.
 
     Raises:
-        TypeError: ``cfg`` is no mapping with a ``type``.
+        TypeError: ``cfg`` is not a mapping with a ``type``.
         ValueError: The type is unknown.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
@@ -41,9 +41,9 @@ def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
 
 
 def plugin_name(plugin: Mapping[str, Any]) -> str:
-    """The attribute of a block that a checked plugin becomes: its abbreviation and ``postfix``.
+    """The attribute name of a checked plugin in a block: its abbreviation and ``postfix``.
 
-    One that takes a convolution's place has that convolution's name.
+    A plugin that replaces a convolution has that convolution's name.
     """
     cls = plugin_class(plugin["cfg"])
     if issubclass(cls, ConvPlugin):
@@ -54,7 +54,7 @@ def plugin_name(plugin: Mapping[str, Any]) -> str:
 def is_plugin_key(key: str, names: Collection[str]) -> bool:
     """Whether a state-dict key belongs to a plugin of one of ``names`` (:func:`plugin_name`).
 
-    A convolution's own ``conv2.weight`` does not; of a plugin in its place there is one level more.
+    A convolution's own ``conv2.weight`` does not; a plugin that replaces it adds one level.
     """
     parts = key.split(".")
     return any(
@@ -66,18 +66,18 @@ def is_plugin_key(key: str, names: Collection[str]) -> bool:
 def check_plugins(
     plugins: Sequence[Mapping[str, Any]] | None, stages: int, convs: int
 ) -> tuple[dict[str, Any], ...]:
-    """Check ``plugins`` of a host and give them with their positions.
+    """Check ``plugins`` of a host and return them with their positions.
 
-    The position of one that does not say it is behind the last convolution or, for one that takes a
-    convolution's place, the 3x3 convolution's, which is the second.
+    The default position is after the last convolution or, for a plugin that replaces a convolution,
+    that of the 3x3 convolution, which is the second.
 
     Args:
-        plugins: What the host was given.
-        stages: How many stages it has.
-        convs: How many convolutions a block has.
+        plugins: The host's argument.
+        stages: Number of stages of the host.
+        convs: Number of convolutions per block.
 
     Raises:
-        TypeError: It is no sequence of such mappings.
+        TypeError: ``plugins`` is not a sequence of such mappings.
         ValueError: A key, a type, a position or the length of ``stages`` is not allowed.
     """
     if plugins is None:
@@ -136,7 +136,7 @@ def plugins_of_block(
     """Those of a stage's ``plugins`` that are in block number ``block`` of ``count``.
 
     Raises:
-        ValueError: The stage has no block of an index in ``blocks``.
+        ValueError: An index in ``blocks`` is out of range.
     """
     found = []
     for plugin in plugins:

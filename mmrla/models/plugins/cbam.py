@@ -3,7 +3,7 @@
 Paper: CBAM: Convolutional Block Attention Module, ECCV 2018, https://arxiv.org/abs/1807.06521,
 Eq. 1 to 3: ``x' = x * sigmoid(MLP(mean(x)) + MLP(max(x)))`` with mean and maximum over positions,
 then ``out = x' * sigmoid(norm(conv_7x7([max(x'); mean(x')])))`` with both over channels. The batch
-norm behind the convolution is the released code's.
+norm after the convolution is from the released code.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class CBAM(nn.Module):
 
     Args:
         in_channels: C.
-        reduction: C over the channels of the MLP's hidden layer.
-        kernel_size: Of the convolution that makes the positions' gates, odd.
+        reduction: Ratio of C to the number of channels in the MLP's hidden layer.
+        kernel_size: Of the convolution that computes the gates of positions, odd.
 
     Raises:
         ValueError: An argument is not positive, or ``kernel_size`` even.

@@ -1,4 +1,4 @@
-"""What plugins that need more than their input ask of a residual block."""
+"""Interface between residual blocks and plugins that need more than their input."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Rerun = Callable[[int, Tensor, Sequence[nn.Module]], Tensor]
 
 
 class BranchPlugin(nn.Module):
-    """A plugin behind a residual branch that looks at what the branch computed on its way.
+    """A plugin after a residual branch that uses intermediate results of the branch.
 
-    It is built with the arguments below besides its own, and stands behind the last convolution.
+    It is built with the arguments below in addition to its own, and comes after the last
+    convolution.
 
     Args:
         in_channels: Channels of the branch's output.
@@ -34,7 +35,7 @@ class BranchPlugin(nn.Module):
         """Map the branch's output to a new one.
 
         Args:
-            x: Behind the last norm, ``[B, C, H, W]``.
+            x: After the last norm, ``[B, C, H, W]``.
             features: The inputs of the branch's convolutions, in order.
             rerun: ``rerun(first, x, norms)`` runs the branch's convolutions from number ``first``
                 (from 0) to the last on ``x`` once more, with ``norms`` in place of the block's.
@@ -46,12 +47,12 @@ class BranchPlugin(nn.Module):
 
 
 class ConvPlugin(nn.Module):
-    """A plugin that takes the place of a convolution, built from the arguments below and its own.
+    """A plugin that replaces a convolution, built with the arguments below and its own.
 
     Args:
         in_channels: Channels of its input.
         out_channels: Channels of its output.
-        kernel_size: As of the convolution whose place it takes; so are the others.
+        kernel_size: As of the convolution it replaces, like those below.
         stride: As above.
         padding: As above.
         dilation: As above.

@@ -2,8 +2,8 @@
 
 Paper: A^2-Nets: Double Attention Networks, NeurIPS 2018, https://arxiv.org/abs/1810.11579, Eq. 5:
 ``Z = [A(x) softmax(B(x))^T] softmax(V(x))``. The first softmax runs over positions and gathers n
-global features of m channels each, the second over those features and hands them out again to every
-position. A, B and V are 1x1 convolutions, and a further one brings Z back to C channels:
+global features of m channels each, the second over those features and distributes them to every
+position. A, B and V are 1x1 convolutions, and another one maps Z back to C channels:
 ``out = x + extend(Z)``.
 """
 
@@ -18,12 +18,12 @@ from mmrla.registry import MODELS
 
 @MODELS.register_module()
 class DoubleAttention(nn.Module):
-    """A residual block that gathers features from all positions and hands them out to each.
+    """A residual block that gathers features from all positions and distributes them to each.
 
     Args:
         in_channels: C.
-        reduction: C over m and n. Default 2, which gives the paper's 33.0 M parameters with its
-            five blocks in ResNet-50.
+        reduction: Ratio of C to m and n. Default 2, which gives the paper's 33.0 M parameters with
+            its five blocks in ResNet-50.
 
     Raises:
         ValueError: An argument is not positive.
@@ -42,7 +42,7 @@ class DoubleAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as identity, as a block put into a network that works without it."""
+        """Start as the identity, like any block added to a network that works without it."""
         for parameter in self.extend.parameters():
             nn.init.zeros_(parameter)
 

@@ -24,7 +24,7 @@ class ECA(nn.Module):
         in_channels: C.
         kernel_size: k, odd. Default None: from C, as above (5 for 256 to 1024 channels, 7 for
             2048 in ResNet-50).
-        drop_path_rate: Stochastic depth of the module: in training a sample passes it by with this
+        drop_path_rate: Stochastic depth of the module: in training a sample bypasses it with this
             probability, ``out = x * (1 + drop_path(gate - 1))``.
 
     Raises:
@@ -52,8 +52,8 @@ class ECA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``[B, C, H, W]`` channel by channel."""
-        summary = x.mean((2, 3))
-        gate = torch.sigmoid(self.conv(summary[:, None])[:, 0])
+        means = x.mean((2, 3))
+        gate = torch.sigmoid(self.conv(means[:, None])[:, 0])
         if self.drop_path is not None:
             gate = 1 + self.drop_path(gate - 1)
         return x * gate[:, :, None, None]

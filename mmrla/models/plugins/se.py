@@ -20,11 +20,11 @@ class SE(SELayer):
 
     Args:
         in_channels: C.
-        ratio: C over the channels of the hidden layer, which mmpretrain rounds to a multiple of 8.
+        ratio: Ratio of C to the channels of the hidden layer, rounded to a multiple of 8.
         **kwargs: Other arguments of mmpretrain's ``SELayer``.
 
     Raises:
-        ValueError: ``ratio`` is no positive integer.
+        ValueError: ``ratio`` is not a positive integer.
     """
 
     _abbr_ = "se_layer"

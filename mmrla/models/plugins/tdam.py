@@ -1,15 +1,15 @@
 """Top-down attention module.
 
 Paper: TDAM: Top-Down Attention Module for Contextually Guided Feature Selection in CNNs, ECCV 2022,
-https://arxiv.org/abs/2111.13470. A residual branch runs T times. Behind each but the last, what it
-put out (top, y) makes a searchlight s for the input of its last m convolutions (bottom, b):
+https://arxiv.org/abs/2111.13470. A residual branch runs T times. After each run but the last, its
+output (top, y) gives a searchlight s for the input of its last m convolutions (bottom, b):
 
     s   = W relu(W_y mean(y))                                     searchlight='top'
     s   = W [relu(W_y mean(y)); relu(W_b mean(b))]                searchlight='joint'
     b'  = sigmoid(s) * b                                          channels
     b'' = sigmoid(sum_c s_c b'_c) * b'                            positions
 
-and those m convolutions run again on b'', with the same weights and norms of their own.
+and those m convolutions run again on b'', with the same weights but separate norms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Searchlight(nn.Module):
 
 @MODELS.register_module()
 class TDAM(BranchPlugin):
-    """Runs the end of a residual branch again on an input that its own output has modulated.
+    """Runs the end of a residual branch again on an input modulated by its own output.
 
     Args:
         in_channels: C of the branch's output.
@@ -54,11 +54,11 @@ class TDAM(BranchPlugin):
         norm_cfg: Given by the block, of the norms of the further runs.
         steps: T, at least 2.
         convs: m, from 1 to the number of the block's convolutions.
-        reduction: C over the channels that the searchlight is made from.
+        reduction: Ratio of C to the number of hidden channels of the searchlight.
         searchlight: ``'joint'`` (top and bottom) or ``'top'``.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     _abbr_ = "tdam"
@@ -95,7 +95,7 @@ class TDAM(BranchPlugin):
         )
 
     def last_norms(self) -> list[nn.Module]:
-        """Of each further run the norm that ends the residual branch."""
+        """The norm that ends the residual branch, for each further run."""
         return [norms[-1] for norms in self.norms]  # type: ignore[index]
 
     def forward(self, x: Tensor, features: Sequence[Tensor], rerun: Rerun) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stops a run at the first number that is not finite, and says where it came from."""
+"""Stops a run at the first number that is not finite, and reports its origin."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class NonFiniteError(FloatingPointError):
 
 @HOOKS.register_module()
 class NonFiniteGuardHook(Hook):
-    """Stops training where a loss or a gradient is NaN or infinite, before it reaches a weight.
+    """Stops training if a loss or a gradient is NaN or infinite, before it reaches a weight.
 
-    Looks at the loss of each iteration, at all gradients before each step of the optimizer, and at
-    every tensor of a checkpoint before it is saved: neither weights nor files get anything bad.
-    What it then raises names the first layer whose output is not finite, found by running the same
-    batch once more with the same random numbers, or the image that holds the NaN, or the parameters
-    whose gradients do. All processes of a distributed run stop together.
+    Checks the loss of each iteration, all gradients before each optimizer step, and every tensor of
+    a checkpoint before it is saved, so neither weights nor files are corrupted. The error names the
+    first layer whose output is not finite, found by running the same batch once more with the same
+    random numbers, or the image that contains the NaN, or the parameters whose gradients do. All
+    processes of a distributed run stop together.
 
-    Steps that mixed precision's loss scaler skips, to go on with a smaller scale, are no errors; a
-    scale below ``min_loss_scale`` is one.
+    Steps that the loss scaler of mixed precision skips, to continue with a smaller scale, are not
+    errors; a scale below ``min_loss_scale`` is.
 
-    The check costs one transfer from the device an iteration. A hook that saves must not run
+    The check costs one transfer from the device per iteration. A hook that saves must not run
     before it; mmengine's ``CheckpointHook`` runs last.
 
     Args:
-        min_loss_scale: The smallest scale of a dynamic loss scaler that is taken for usual.
+        min_loss_scale: The smallest acceptable scale of a dynamic loss scaler.
 
     Raises:
         ValueError: ``min_loss_scale`` is not positive.
@@ -57,7 +57,7 @@ class NonFiniteGuardHook(Hook):
         self._random: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse weights that are bad from the start, and watch the optimizers' steps."""
+        """Refuse initial weights that are not finite, and start checking optimizer steps."""
         require_finite("the network before training", unwrapped(runner.model).state_dict())
         self._remove()
         wrappers = runner.optim_wrapper
@@ -67,7 +67,7 @@ class NonFiniteGuardHook(Hook):
             self._unwatch.append(_before_step(wrapper.optimizer, check))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Remember what is needed to run the iteration once more."""
+        """Save what is needed to rerun the iteration."""
         self._batch = data_batch
         self._random = [torch.get_rng_state()]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -76,7 +76,7 @@ class NonFiniteGuardHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Look at what the iteration told of its loss, and at the loss scale."""
+        """Check the iteration's loss and the loss scale."""
         bad = [name for name, value in (outputs or {}).items() if not _is_finite(value)]
         if _anywhere(bool(bad)):
             where = ", ".join(bad) or "of another process"
@@ -94,13 +94,13 @@ class NonFiniteGuardHook(Hook):
         self._batch = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to save what is not finite."""
+        """Refuse to save tensors that are not finite."""
         require_finite(
             f"iteration {runner.iter}, no checkpoint saved: the network", checkpoint["state_dict"]
         )
 
     def after_train(self, runner: Runner) -> None:
-        """Watch no longer."""
+        """Stop checking optimizer steps."""
         self._remove()
 
     def _remove(self) -> None:
@@ -128,12 +128,12 @@ class NonFiniteGuardHook(Hook):
         found = f"of {len(bad)} parameters, {bad[-1]!r} nearest to the loss" if bad else ""
         raise NonFiniteError(
             f"iteration {runner.iter + 1}: gradients are not finite "
-            f"({found or 'in another process'}), the weights were left as they are; "
+            f"({found or 'in another process'}), the weights are unchanged; "
             f"{self._reason(runner)}"
         )
 
     def _reason(self, runner: Runner) -> str:
-        """Where the first value that is not finite comes from, in words."""
+        """A description of the origin of the first value that is not finite."""
         model = unwrapped(runner.model)
         for name, tensor in model.named_parameters():
             if not bool(tensor.isfinite().all()):
@@ -161,10 +161,10 @@ class NonFiniteGuardHook(Hook):
 
 
 def _before_step(optimizer: torch.optim.Optimizer, check: Callable[[], None]) -> Callable[[], None]:
-    """Call ``check`` before each step; returns what ends that.
+    """Call ``check`` before each step; returns a function that stops this.
 
-    Not by ``register_step_pre_hook``: once torch.compile has been used, torch 2.1 calls no such
-    hooks of optimizers that are made later.
+    Not by ``register_step_pre_hook``: once torch.compile has been used, torch 2.1 does not call
+    such hooks of optimizers created later.
     """
     step = optimizer.step
     own = "step" in vars(optimizer)  # a schedule's, which counts steps
@@ -188,8 +188,8 @@ def _before_step(optimizer: torch.optim.Optimizer, check: Callable[[], None]) ->
 def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
     """Find a network's first output that is not finite.
 
-    The dict it gives has a ``text`` afterwards, where there was one: the layer's name and type,
-    how many values, and whether its inputs were finite.
+    If there was one, the yielded dict has a ``text`` afterwards: the layer's name and type, the
+    number of values, and whether its inputs were finite.
 
     Args:
         model: The network.
@@ -221,11 +221,11 @@ def require_finite(what: str, tensors: dict[str, Any]) -> None:
     """Raise unless all tensors are finite.
 
     Args:
-        what: What they are, for the message.
-        tensors: By name; values that are no floating point tensors are not looked at.
+        what: A description of the tensors, for the message.
+        tensors: By name; values that are not floating-point tensors are ignored.
 
     Raises:
-        NonFiniteError: Naming those that are not.
+        NonFiniteError: The message names the tensors that are not finite.
     """
     bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
@@ -251,7 +251,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _anywhere(bad: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether ``bad`` is True in any process."""
     if not is_distributed():
         return bad
     flag = torch.tensor(float(bad))
@@ -262,7 +262,7 @@ def _anywhere(bad: bool) -> bool:
 
 
 def _float_inputs(batch: Any) -> Iterator[tuple[Tensor, str]]:
-    """Images of a batch that may hold NaN, with what tells which one it is."""
+    """Images of a batch that may contain NaN, with a description of each."""
     inputs = batch.get("inputs") if isinstance(batch, dict) else None
     samples: Sequence[Any] = batch.get("data_samples") or () if isinstance(batch, dict) else ()
     for i, image in enumerate(inputs if inputs is not None else ()):

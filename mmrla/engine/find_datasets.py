@@ -1,4 +1,4 @@
-"""``mmrla check-data``: finds the sets in a folder or of a config, and reports on each."""
+"""``mmrla check-data``: finds the datasets in a folder or a config, and reports on each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmrla.engine.data_check import SPLITS, datasets_of, path_under, type_name
 
 @dataclass
 class DataSet:
-    """One set to look at."""
+    """One dataset to check."""
 
     images: Path
     """Folder of images, or of class folders."""
@@ -34,7 +34,7 @@ class DataSet:
     classes: Sequence[str] | None = None
     need_masks: bool | None = None
     turns: bool = True
-    """Whether images are read turned as their EXIF data ask for."""
+    """Whether images are rotated by their EXIF data when read."""
     used_as: list[str] = field(default_factory=list)
     """Places in the config."""
 
@@ -50,7 +50,7 @@ class DataSet:
         return self.ann_file is not None and self.ann_file.suffix == ".json"
 
     def check(self, decode: bool, workers: int) -> tuple[list[Finding], bool]:
-        """What is wrong with it, and whether :func:`repair` can mend some of that."""
+        """The findings, and whether :func:`repair` can fix some of them."""
         if self.ann_file is None:
             return check_class_folders(self.images, decode=decode, workers=workers), False
         try:
@@ -88,8 +88,8 @@ def sets_in(root: str | Path) -> list[DataSet]:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: No set is found in it, it is in a format that has to be converted, or nobody can
-            tell where an annotation file's images are.
+        ValueError: No set is found in it, it is in a format that must be converted, or the images
+            of an annotation file cannot be located.
     """
     root = Path(root)
     if not root.is_dir():
@@ -150,11 +150,11 @@ def sets_of_config(cfg: Config) -> tuple[list[DataSet], dict[str, str]]:
     """The sets that a config's dataloaders read, as far as they can be checked.
 
     With the classes that the config names, or those of its dataset's class, and whether masks are
-    loaded. A set that is used twice in one way is there once.
+    loaded. A set that is used twice in the same way is listed once.
 
     Returns:
-        The sets in COCO's format, of Pascal VOC or of class folders; and why each other one, by its
-        place and type, cannot be checked.
+        The sets in COCO's or Pascal VOC's format or of class folders; and the reason why each of
+        the others, by its place and type, cannot be checked.
 
     Raises:
         ValueError: The config names no set that can be checked.
@@ -179,7 +179,7 @@ def sets_of_config(cfg: Config) -> tuple[list[DataSet], dict[str, str]]:
 
 
 def _set_of(dataset: Any, where: str, scope: str) -> DataSet | str:
-    """A set to check, or why it cannot be."""
+    """A set to check, or the reason why it cannot be checked."""
     root, kind = dataset.get("data_root") or "", type_name(dataset)
     prefix, ann_file = dataset.get("data_prefix") or {}, dataset.get("ann_file")
     if kind in ("ImageNet", "CustomDataset") and not ann_file:
@@ -217,7 +217,7 @@ _REMOTE = "it is not in a local folder"
 
 
 def _formats(dataset: Any, scope: str) -> tuple[bool, bool]:
-    """Whether a dataset reads its files as mmdet's of Pascal VOC does, or as that of COCO."""
+    """Whether a dataset reads its files like mmdet's for Pascal VOC, or like the one for COCO."""
     from mmdet.datasets import CocoDataset, XMLDataset
 
     cls = class_of(DATASETS, dataset, scope)
@@ -244,15 +244,15 @@ def report(
     """Lines about each set, then the number of errors.
 
     Args:
-        sets: What to look at.
+        sets: The datasets to check.
         decode: Whether to decode all images.
-        workers: Processes that look at images.
-        allow: Kinds of errors that do not count.
-        limit: Findings of a kind that are listed, 0 for all.
+        workers: Number of processes that check images.
+        allow: Kinds of errors to ignore.
+        limit: Maximum number of findings to list per kind, 0 for all.
         details: Gets a dict for each set, with all findings.
 
     Yields:
-        Lines; at last the number of errors.
+        Lines, and finally the number of errors.
     """
     errors = 0
     for one in sets:
@@ -289,7 +289,7 @@ def report(
 
 
 def print_report(sets: Iterable[DataSet], **options: Any) -> int:
-    """Print :func:`report` as it comes, with its options; returns the number of errors."""
+    """Print :func:`report` line by line, with its options; returns the number of errors."""
     errors = 0
     for line in report(sets, **options):
         if isinstance(line, int):

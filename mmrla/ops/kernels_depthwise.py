@@ -1,11 +1,11 @@
-"""Pieces of Triton kernels: depthwise 3x3 stencils, queries and keys, for both block ends.
+"""Pieces of Triton kernels: depthwise 3x3 convolutions, queries and keys, for both block ends.
 
-A stencil walks along one axis of the map and holds ``LINES`` neighbouring lines of it in registers,
-so that each value is loaded and converted once per line and used by nine outputs. In channels_last,
-lines are rows and steps are columns; in NCHW, lines are columns and steps are rows, so that
-neighbouring threads read neighbouring addresses. The lines of all samples form groups of ``LINES``;
-a tile is a strip of steps of ``GROUPS`` groups and ``BC`` channels, and a program loops over tiles.
-All blocks are ``[GROUPS, BC]``.
+A depthwise conv walks along one axis of the map and holds ``LINES`` neighbouring lines in
+registers, so that each value is loaded and converted once per line and used by nine outputs. In
+channels_last, lines are rows and steps are columns; in NCHW, lines are columns and steps are rows,
+so that neighbouring threads read neighbouring addresses. The lines of all samples form groups of
+``LINES``; a tile is a strip of steps of ``GROUPS`` groups and ``BC`` channels, and a program loops
+over tiles. All blocks are ``[GROUPS, BC]``.
 
 A name that a loop carries must start as a tensor of its own (``zeros``): of two names for one
 tensor the compiler carries one.
@@ -39,7 +39,7 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return blocks
 
 
-# ---- stencils ------------------------------------------------------------------------------------
+# ---- depthwise convolutions ----------------------------------------------------------------------
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def load_taps(weight, scale, c, kept, FLIP: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def plus_identity(taps):
-    """The stencil that adds its input to what ``taps`` give."""
+    """Taps of the convolution plus its input."""
     total = ()
     for k in tl.static_range(9):
         total = total + (taps[k] + 1.0 if k == 4 else taps[k],)
