@@ -11,6 +11,7 @@ from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
@@ -27,6 +28,7 @@ __all__ = [
     "METRICS",
     "MODELS",
     "OPTIM_WRAPPERS",
+    "STRATEGIES",
     "TRANSFORMS",
     "VISBACKENDS",
     "VISUALIZERS",
@@ -59,6 +61,8 @@ LOOPS = _child("loop", MMENGINE_LOOPS, "mmrla.engine")
 """Training loops: ``ResumableTrainLoop``."""
 OPTIM_WRAPPERS = _child("optim_wrapper", MMENGINE_OPTIM_WRAPPERS, "mmrla.engine")
 """Optimizer wrappers: ``AmpOptimWrapper``, for CPUs too."""
+STRATEGIES = _child("strategy", MMENGINE_STRATEGIES, "mmrla.engine")
+"""How mmengine's ``FlexibleRunner`` uses several processes: ``FSDPStrategy``."""
 METRICS = _child("metric", MMENGINE_METRICS, "mmrla.engine")
 """Evaluators: ``FasterCocoMetric``."""
 VISUALIZERS = _child("visualizer", MMENGINE_VISUALIZERS, "mmrla.engine")

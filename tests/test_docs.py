@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, HOOKS, LOOPS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, HOOKS, LOOPS, MODELS, STRATEGIES, DefaultScope
 
 from mmrla import config_path, list_configs
 from mmrla.checkpoints import to_released
@@ -45,7 +45,7 @@ REASONS = {
     "run by tests/projects",
     "run by tests/test_names.py",
     "run by tests/commands/test_run.py on data of its own",
-    "needs several processes with a GPU each",
+    "needs DeepSpeed and several processes",
 }
 SHELL, TEXT = {"bash", "shell", "sh", "console"}, {"text", "bibtex", "diff"}
 SMALL = (
@@ -377,6 +377,7 @@ def test_configs_build(block, checkout):
                 built += 1
         named = [(LOOPS, cfg.get("train_cfg"))]
         named += [(DATASETS, (cfg.get("train_dataloader") or {}).get("dataset"))]
+        named += [(STRATEGIES, cfg.get("strategy"))]
         for registry, part in named:  # these need a runner, or data
             if part and part.get("type", "").startswith("mmrla."):
                 assert registry.get(part.type) is not None, part.type

@@ -10,12 +10,14 @@ from mmrla.engine.hooks import CheckLoadHook, LayerAttentionVisHook, LogInterval
 from mmrla.engine.launch import build_runner, init_cpu_distributed, load_config
 from mmrla.engine.layout import ChannelsLastHook, use_channels_last
 from mmrla.engine.resume import AtomicCheckpointHook, ResumableTrainLoop
+from mmrla.engine.strategy import FSDPStrategy
 
 __all__ = [
     "AmpOptimWrapper",
     "AtomicCheckpointHook",
     "ChannelsLastHook",
     "CheckLoadHook",
+    "FSDPStrategy",
     "FasterCocoMetric",
     "LayerAttentionVisHook",
     "LogIntervalHook",

@@ -22,7 +22,7 @@ _TOP = frozenset(
      "test_evaluator", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
      "launcher", "env_cfg", "log_processor", "log_level", "visualizer", "default_scope",
      "randomness", "experiment_name", "custom_imports", "runner_type", "model_wrapper_cfg",
-     "allow_missing", "find_unused_parameters"}
+     "allow_missing", "find_unused_parameters", "strategy"}
 )  # fmt: skip
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",

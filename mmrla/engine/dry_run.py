@@ -39,7 +39,8 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
     splits = tuple(splits)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     # First what names the place in the config where it fails.
-    build_parts(cfg, MODELS.build(cfg.model), splits)
+    network = MODELS.build(cfg.model)
+    build_parts(cfg, network, splits)
     cfg = copy.deepcopy(cfg)
     cfg.launcher = "none"
     cfg.log_level = "WARNING"
@@ -71,7 +72,7 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
         parts = ["evaluators", "hooks", "visualizer"]
         if "train" in splits:
             parts = ["optimizer", "schedule", *parts]
-        model = type(getattr(runner, "model", None)).__name__
+    model = type(network).__name__
     return (
         f"dry run: fine are config, data (images: {', '.join(sizes)}), loaders, {model}, "
         f"{', '.join(parts[:-1])} and {parts[-1]}; weights were not read"

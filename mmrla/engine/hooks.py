@@ -47,7 +47,9 @@ class CheckLoadHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Called by the runner between reading a checkpoint and filling the model."""
-        model = unwrapped(runner.model)
+        # Of spread weights a process has a part alone.
+        whole = getattr(getattr(runner, "strategy", None), "unsharded", None)
+        model = unwrapped(runner.model) if whole is None else whole
         state = state_dict_of(checkpoint)
         report, fitting = compare(model, state)
         # A runner that tests has no training loop built.
@@ -133,8 +135,8 @@ class LayerAttentionVisHook(Hook):
         max_images: Number of images of the batch to average over.
 
     Raises:
-        ValueError: A number below 1; before training, a network without layer attention; with the
-            first picture, a head that a group does not have.
+        ValueError: A number below 1; before training, a network without layer attention or
+            with weights sharded by FSDP; with the first picture, a head that a group does not have.
         TypeError: Before training, a layer attention that does not support recording.
     """
 
@@ -154,6 +156,8 @@ class LayerAttentionVisHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse a network that cannot be recorded, before training starts."""
+        if hasattr(getattr(runner, "strategy", None), "unsharded"):
+            raise ValueError("LayerAttentionVisHook: no process has all weights with FSDP")
         LayerAttentionRecorder(unwrapped(runner.model))
 
     @master_only

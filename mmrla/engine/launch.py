@@ -27,6 +27,7 @@ from mmrla.engine.data_check import (
     type_name,
 )
 from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
+from mmrla.engine.strategy import use_one_process
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -259,7 +260,7 @@ def build_runner(cfg: Config) -> Runner:
 
     Args:
         cfg: A config as :func:`load_config` returns it, with ``work_dir``; if there is no GPU, a
-            ``mmrla.TrimHeapHook`` is added.
+            ``mmrla.TrimHeapHook`` is added; without a launcher, its ``strategy`` is removed.
 
     Returns:
         mmengine's Runner, or the class named by ``runner_type``; ``train()`` and ``test()`` start
@@ -270,6 +271,7 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         from mmengine.registry import RUNNERS
 
+        use_one_process(cfg)
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
 

@@ -52,7 +52,7 @@ class ChannelsLastHook(Hook):
     Args:
         enabled: True or False; None: True for a network whose backbone consists of convolutions, in
             mixed precision: an ``AmpOptimWrapper``, or ``fp16=True`` in the loop of a run that does
-            not train.
+            not train; False for mmengine's ``FlexibleRunner``.
     """
 
     # Checkpoints are turned after all other hooks have put their part into them.
@@ -92,7 +92,9 @@ class ChannelsLastHook(Hook):
     def _turn(self, runner: Runner, dtype: torch.dtype | None) -> bool:
         if self._turned is None:  # once: validations keep the layout of the training around them
             mixed = dtype in (torch.bfloat16, torch.float16)
-            default = mixed and _is_convolutional(unwrapped(runner.model))
+            # A strategy may have spread the weights as flat pieces.
+            whole = not hasattr(runner, "strategy")
+            default = mixed and whole and _is_convolutional(unwrapped(runner.model))
             self._turned = default if self.enabled is None else self.enabled
             if self._turned:
                 use_channels_last(runner.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -84,3 +85,20 @@ class DigestHook(Hook):
         for _, value in sorted(runner.model.module.state_dict().items()):
             digest.update(value.numpy().tobytes())
         Path(runner.work_dir, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
+
+
+@HOOKS.register_module()
+class LossesHook(Hook):
+    """Each process writes its losses, and how many units FSDP has made of the network."""
+
+    def before_train(self, runner):
+        names = [type(module).__name__ for module in runner.model.modules()]
+        self.units = sum("FullyShardedDataParallel" in name for name in names)
+        self.losses = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(outputs["loss"].item())
+
+    def after_train(self, runner):
+        found = dict(losses=self.losses, units=self.units)
+        Path(runner.work_dir, f"losses{runner.rank}.json").write_text(json.dumps(found))

@@ -17,8 +17,6 @@ from tests.conftest import ROOT, free_port
 from tests.zygote import Zygote
 
 CASES = Path(__file__).with_name("distribution_cases.py")
-FSDP = Path(__file__).with_name("fsdp_case.py")
-
 
 ALL = ("frozen_norms", "sync_norms", "checkpointing", "accumulation", "channels_last")
 
@@ -57,31 +55,6 @@ def test_every_host_and_kind(world, zygote, tmp_path):
 @pytest.mark.slow
 def test_no_parameter_of_any_combination_stays_unused(zygote, tmp_path):
     print(together(zygote, tmp_path, 1, "unused", EVERY="1"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap", [None, "20000"], ids=["one unit", "many units"])
-@pytest.mark.parametrize("name", ["deit", "resnet"])
-def test_weights_spread_over_two_processes(name, wrap, zygote, tmp_path):
-    """mmengine's FlexibleRunner with FSDP: losses are those of one process with twice the batch."""
-    found = {}
-    for world in (1, 2):
-        out, logs = tmp_path / f"of{world}", [tmp_path / f"log{world}{r}" for r in range(world)]
-        env = dict(WORLD_SIZE=str(world), STORE=str(tmp_path / f"store{world}"))
-        env |= dict(WRAP=wrap) if wrap else {}
-        pids = [
-            zygote.start(FSDP, name, out, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-            for rank, log in enumerate(logs)
-        ]
-        status = [zygote.wait(pid, timeout=300) for pid in pids]
-        assert status == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
-        found[world] = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
-    units = found[2][0]["units"]
-    assert (units > 10) if wrap else (units == 1)
-    one, (first, second) = found[1][0]["losses"], [each["losses"] for each in found[2]]
-    assert len(set(one)) == len(one) == 4
-    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    assert mean == pytest.approx(one, abs=1e-5)
 
 
 # --- tools/dist_train.sh ---
