@@ -336,7 +336,7 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(CheckpointError, match="keys are not understood: .*layer1.0.se.fc.w"):
         convert_state_dict({**state, "layer1.0.se.fc.weight": torch.zeros(1)})
     cut = {k: v for k, v in state.items() if not k.startswith("layer3.5.")}
-    with pytest.raises(CheckpointError, match=r"\[3, 4, 5, 3\] bottlenecks a stage"):
+    with pytest.raises(CheckpointError, match=r"\[3, 4, 5, 3\] bottlenecks per stage"):
         convert_state_dict(cut)
     with pytest.raises(CheckpointError, match="not mmrla key names"):
         to_released(state)

@@ -276,7 +276,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_processes("pytorch")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"4 processes .* shows 2 GPU\(s\); allowed: 1 to 2"):
+    with pytest.raises(ValueError, match=r"4 processes .* node with 2 GPU\(s\); allowed: 1 to 2"):
         check_processes("pytorch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_processes("pytorch")
