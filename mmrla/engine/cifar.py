@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmrla
 from mmrla.datasets.cifar import as_arrays
@@ -267,9 +266,7 @@ def run(
     # On a CPU the process's own time, which other work on the machine changes little.
     on_cpu = device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
-    # The backward pass of bfloat16 flash attention takes most of a small ViT's step on a CPU.
-    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu and amp else nullcontext()
-    with attention, log.open("w") as file:
+    with _attention() if on_cpu and amp else nullcontext(), log.open("w") as file:
         print(json.dumps(settings), file=file, flush=True)
         for epoch in range(epochs):
             start = clock()
@@ -285,6 +282,15 @@ def run(
             if (epoch + 1) % eval_interval == 0 or epoch + 1 == epochs:
                 line["top1"] = round(trainer.accuracy(test), 2)
             print(json.dumps(line), file=file, flush=True)
+
+
+def _attention() -> AbstractContextManager:
+    """Plain matrix products: on a CPU, flash attention in bfloat16 is slow in its backward pass."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # before torch 2.3
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
