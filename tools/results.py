@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
-from mmrla.analysis.pages import replace_part
+from mmrla.analysis.pages import gains, last_values, replace_part, spread
 from mmrla.datasets import generate_shapes
 from mmrla.engine import set_data_root
 from mmrla.engine.cifar import read_log, run
@@ -245,10 +245,6 @@ def _seconds(runs: Mapping[str, Mapping[str, Any]], compiled: bool) -> float | N
     return mean(found) if found else None
 
 
-def _spread(values: list[float], sign: str = "") -> str:
-    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each network: mean and spread over seeds, each seed, seconds, over plain."""
     plain = runs[experiment.rows[0].name]
@@ -264,11 +260,10 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
             continue
         last = {seed: found["curve"][-1][1] for seed, found in sorted(of_row.items())}
         cells = [row.name]
-        cells += [_spread([value[i] for value in last.values()]) for i in range(len(titles))]
+        cells += [spread([value[i] for value in last.values()]) for i in range(len(titles))]
         cells.append(", ".join(f"{value[0]:.1f}" for value in last.values()))
-        both = [seed for seed in last if seed in plain]
-        gains = [last[seed][0] - plain[seed]["curve"][-1][1][0] for seed in both]
-        cells.append("" if row is experiment.rows[0] or not gains else _spread(gains, "+"))
+        gained = gains(of_row, plain)
+        cells.append("" if row is experiment.rows[0] or not gained else spread(gained, "+.1f"))
         seconds = _seconds(of_row, experiment.compiled)
         of_plain = _seconds(plain, experiment.compiled)
         cells.append(f"{seconds:.0f}" if seconds else "")
@@ -290,8 +285,8 @@ def summary(record: Mapping[str, Any]) -> Iterator[str]:
         for row in ("plain", "light", "base"):
             of_row = record[name].get(row, {})
             seeds.append(len(of_row))
-            values = [found["curve"][-1][1][0] for found in of_row.values()]
-            cells.append(_spread(values) if values else "not run")
+            values = list(last_values(of_row).values())
+            cells.append(spread(values) if values else "not run")
         yield f"| {' | '.join(cells)} | {max(seeds)} |"
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 
 def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> None:
@@ -50,3 +53,22 @@ def merge_tables(old: str, new: str) -> str:
     ops = {op for text in (old_skipped, new_skipped) for op in re.findall("`.+?`", text)}
     names = ", ".join(sorted(ops, key=lambda op: op.strip("`").lower()))
     return "\n".join([*lines, "", f"{old_skipped.partition(':')[0]}: {names or 'none'}."])
+
+
+def spread(values: Sequence[float], spec: str = ".1f") -> str:
+    """Mean ± standard deviation, of one value the value alone; ``spec`` may ask for a sign."""
+    deviation = f" ± {stdev(values):{spec.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{spec}}{deviation}"
+
+
+def last_values(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By seed, the first metric at the end of each run of a row in docs/results.json."""
+    return {seed: run["curve"][-1][1][0] for seed, run in sorted(runs.items())}
+
+
+def gains(
+    runs: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Mapping[str, Any]]
+) -> list[float]:
+    """What the runs of a row reach above the plain network's with the same seeds."""
+    of_plain = last_values(plain)
+    return [v - of_plain[seed] for seed, v in last_values(runs).items() if seed in of_plain]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from torch import Tensor
 
 import mmrla
+from mmrla.analysis.pages import spread
 from mmrla.datasets.cifar import as_arrays
 
 
@@ -256,8 +257,9 @@ def run(
             raise ValueError(f"{log} has other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
             return
-    # torch.compile gives up a function that it has compiled for eight networks.
-    torch.compiler.reset()
+    if compiled:
+        # torch.compile gives up a function that it has compiled for eight networks.
+        torch.compiler.reset()
     train = load_split(cfg.train_dataloader.dataset, device, images)
     steps = len(train.labels) // cfg.train_dataloader.batch_size
     trainer = Trainer(cfg, seed, device, epochs, amp, compiled, channels_last, steps)
@@ -330,7 +332,6 @@ def table(folder: Path) -> str:
         runs = dict(sorted(runs.items()))
         final = [lines[-1]["top1"] for lines, _ in runs.values()]
         seconds = mean(line["seconds"] for lines, _ in runs.values() for line in lines[1:])
-        spread = f" ± {stdev(final):.2f}" if len(final) > 1 else ""
         digest = hashlib.sha256(b"".join(text for _, text in runs.values())).hexdigest()[:12]
         first = next(iter(runs.values()))[0][0]
         precision = ", bf16" if first["amp"] else ""
@@ -338,7 +339,7 @@ def table(folder: Path) -> str:
             config,
             str(epochs),
             ", ".join(map(str, runs)),
-            f"{mean(final):.2f}{spread}",
+            spread(final, ".2f"),
             ", ".join(f"{value:.2f}" for value in final),
             f"{seconds:.0f}",
             f"{first['device']} x {first['threads']}{precision}, {first['torch']}",

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -21,15 +20,14 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmrla.analysis.naming import DETECTORS, image_size
-from mmrla.analysis.pages import replace_part
-from mmrla.analysis.published import PUBLISHED
-from mmrla.commands.gpu_timing import ratio, side_by_side
+from mmrla.analysis.pages import last_values, replace_part, spread
+from mmrla.analysis.published import PUBLISHED, PUBLISHED_AP, Published
 from mmrla.engine.network import without_layer_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tools"), str(ROOT / "tools/benchmark")]
 
-from compare import Timed, name_of  # noqa: E402
+from compare import Timed, name_of, over_plain  # noqa: E402
 from results import EXPERIMENTS, RECORD  # noqa: E402
 
 # By part of the page; {} are the attentions, which the plain host of each stands above.
@@ -56,12 +54,6 @@ CONFIGS = {
         "bccd/retinanet_efficientnet-lite0_{}_bccd.py": "mrla mrla-base",
     },
 }
-# RLA-Net's paper, https://arxiv.org/abs/2110.11852.
-PUBLISHED_AP = {
-    "faster_rcnn_r50_rla-g_1x": "38.8",
-    "mask_rcnn_r50_rla-g_1x": "39.5",
-    "retinanet_r50_rla-g_1x": "37.9",
-}
 
 
 def paths_of(group: str) -> list[Path]:
@@ -79,47 +71,43 @@ def measured(config: Path, record: Mapping[str, Any]) -> str:
         for row in experiment.rows:
             runs = record.get(name, {}).get(row.name, {})
             if ROOT / "configs" / row.config == config and not row.options and runs:
-                last = [run["curve"][-1][1][0] for run in runs.values()]
-                spread = f" ± {stdev(last):.1f}" if len(last) > 1 else ""
                 title = next(iter(experiment.metrics.values()))
-                return f"{title} {mean(last):.1f}{spread} ({len(last)})"
+                return f"{title} {spread(list(last_values(runs).values()))} ({len(runs)})"
     return ""
 
 
 def time_over_plain(config: Path, rounds: int) -> str:
-    """Training step of a classifier over its plain host's, timed in turn; "" without a pair."""
-    cfg = Config.fromfile(config)
-    plain = Config.fromfile(config)
+    """Training step of a classifier over its plain host's, timed in turn."""
+    cfg, plain = Config.fromfile(config), Config.fromfile(config)
     plain.model = without_layer_attention(plain.model)
     size = image_size(cfg)[0]
     batch = 32 if size < 64 else 4
-    steps = {
-        name: Timed(c, torch.device("cpu"), batch, size).train_step
-        for name, c in (("plain", plain), ("other", cfg))
-    }
-    return f"{ratio(side_by_side(steps, rounds, torch.device('cpu')), 'other', 'plain'):.2f}"
+    other, beside = (Timed(c, torch.device("cpu"), batch, size) for c in (cfg, plain))
+    return over_plain(other, beside, "train_step", rounds)
 
 
 def cells(row: Row, record: Mapping[str, Any], rounds: int, page: str) -> list[str]:
     """One line of the table; with no rounds, the time is the one that the page has."""
     link = link_of(row).replace("](configs/", "](../configs/")
-    time = ""
+    time = published = here = over = ""
+    if row.config:
+        top1 = PUBLISHED.get(name_of(row.config), Published()).top1
+        published = top1 or PUBLISHED_AP.get(row.config.stem, "")
+        here = measured(row.config, record)
+    if row.plain:
+        over = f" (x {row.memory / row.plain.memory:.2f})"
     if row.plain and row.config and row.group != "coco":
         found = re.search(rf"([\d.]+)(?: \|[^|\n]*){{2}} \| {re.escape(link)}", page)
         time = time_over_plain(row.config, rounds) if rounds else found[1] if found else ""
-    published = PUBLISHED.get(name_of(row.config)) if row.config else None
-    top1 = (published.top1 if published else None) or ""
-    in_group = row.config is not None and row.config.parent.name == "imagenet"
     detector = DETECTORS.get(row.detector, row.detector)
     return [
         f"{detector}, {title_of(row)}" if detector else title_of(row),
         f"{row.whole.params / 1e6:.2f}",
         f"{row.whole.macs / 1e9:.{3 if row.group == 'cifar' else 2}f}",
-        f"{row.memory / 2**20:.1f}"
-        + (f" (x {row.memory / row.plain.memory:.2f})" if row.plain else ""),
+        f"{row.memory / 2**20:.1f}{over}",
         time,
-        (top1 if in_group else PUBLISHED_AP.get(row.config.stem, "")) if row.config else "",
-        measured(row.config, record) if row.config else "",
+        published,
+        here,
         link,
     ]
 

@@ -13,7 +13,7 @@ import json
 import re
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mmrla.analysis.figures import save
+from mmrla.analysis.pages import gains, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 5
@@ -147,13 +148,8 @@ MEASURED = {
 
 def gain(record: dict[str, Any], experiment: str, name: str) -> str:
     """Accuracy over the plain network of the same seeds: mean, spread and number of seeds."""
-    plain, runs = record[experiment]["plain"], record[experiment][name]
-    both = [seed for seed in runs if seed in plain]
-    if not both:
-        return "not run"
-    gains = [runs[seed]["curve"][-1][1][0] - plain[seed]["curve"][-1][1][0] for seed in both]
-    spread = f" ± {stdev(gains):.1f}" if len(gains) > 1 else ""
-    return f"{mean(gains):+.1f}{spread} ({len(gains)})"
+    gained = gains(record[experiment][name], record[experiment]["plain"])
+    return f"{spread(gained, '+.1f')} ({len(gained)})" if gained else "not run"
 
 
 def write_gains(page: Path, record: dict[str, Any]) -> None:

@@ -127,6 +127,13 @@ class Timed:
         self._scores()
 
 
+def over_plain(other: Timed, plain: Timed, step: str, rounds: int) -> str:
+    """The time of a method of :class:`Timed` over the plain network's, timed in turn."""
+    steps = {"plain": getattr(plain, step), "other": getattr(other, step)}
+    seconds = side_by_side(steps, rounds, plain.device, warm_up=1)
+    return f"{ratio(seconds, 'other', 'plain'):.2f}"
+
+
 def count(cfg: Config, size: int) -> tuple[int, int, int]:
     """Parameters, multiply-adds, and bytes an image that a training step keeps for backward."""
     model = Classifier(cfg)
@@ -208,9 +215,7 @@ def compare(
         elif plain is not None:
             other = Timed(cfg, device, batch, timed_size)
             for step, column in (("train_step", "training step"), ("infer", "inference")):
-                steps = {"plain": getattr(plain, step), "other": getattr(other, step)}
-                seconds = side_by_side(steps, rounds, device, warm_up=1)
-                row[f"{column} over plain"] = f"{ratio(seconds, 'other', 'plain'):.2f}"
+                row[f"{column} over plain"] = over_plain(other, plain, step, rounds)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
