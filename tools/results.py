@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import math
+import platform
+import re
 import resource
 import subprocess
 import sys
@@ -196,6 +198,15 @@ def train_detector(row: Row, seed: int, folder: Path, data: Path) -> None:
     (folder / "finished").touch()
 
 
+def cpu_name() -> str:
+    """The CPU's name (Linux; elsewhere what the interpreter tells)."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     """What a finished run's files tell: curve, seconds and digest; None if it is not finished."""
     log = folder / "log.jsonl"
@@ -219,6 +230,7 @@ def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
         text, device, compiled = path.read_bytes(), "cpu", False
     else:
         return None
+    device = cpu_name() if device == "cpu" else device
     return dict(
         curve=points, seconds=round(seconds), digest=hashlib.sha256(text).hexdigest()[:12],
         device=device, compiled=compiled, torch=torch.__version__, date=date.today().isoformat(),
@@ -239,18 +251,28 @@ def collect(place: Place) -> dict[str, dict[str, dict[str, Any]]]:
     return record
 
 
-def _seconds(runs: Mapping[str, Mapping[str, Any]], compiled: bool) -> float | None:
-    """Mean time of the runs that were, or were not, compiled; None if there are none."""
-    found = [r["seconds"] for r in runs.values() if r.get("compiled", False) is compiled]
-    return mean(found) if found else None
+def _seconds(runs: Mapping[str, Mapping[str, Any]], compiled: bool) -> dict[str, float]:
+    """By device, the mean time of the runs that were, or were not, compiled."""
+    found: dict[str, list[float]] = {}
+    for one in runs.values():
+        if one.get("compiled", False) is compiled:
+            found.setdefault(one["device"], []).append(one["seconds"])
+    return {device: mean(values) for device, values in found.items()}
+
+
+def _time_over_plain(row: Mapping[str, float], plain: Mapping[str, float]) -> float | None:
+    """Mean ratio of times over the devices that ran both; None if there is none."""
+    ratios = [row[device] / plain[device] for device in row.keys() & plain.keys()]
+    return mean(ratios) if ratios else None
 
 
 def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each network: mean and spread over seeds, each seed, seconds, over plain."""
+    """A row for each network: mean and spread over seeds, each seed, gain and time over plain."""
     plain = runs[experiment.rows[0].name]
     titles = list(experiment.metrics.values())
     head = ["network", *titles, f"{titles[0]} of each seed", f"{titles[0]} over plain, same seeds",
-            "CPU seconds", "time over plain", "logs' SHA-256"]  # fmt: skip
+            "time over plain", "logs' SHA-256"]  # fmt: skip
+    plain_seconds = _seconds(plain, experiment.compiled)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in experiment.rows:
         of_row = runs[row.name]
@@ -264,12 +286,13 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
         cells.append(", ".join(f"{value[0]:.1f}" for value in last.values()))
         gained = gains(of_row, plain)
         cells.append("" if row is experiment.rows[0] or not gained else spread(gained, "+.1f"))
-        seconds = _seconds(of_row, experiment.compiled)
-        of_plain = _seconds(plain, experiment.compiled)
-        cells.append(f"{seconds:.0f}" if seconds else "")
-        cells.append(f"{seconds / of_plain:.2f}" if seconds and of_plain else "")
+        ratio = _time_over_plain(_seconds(of_row, experiment.compiled), plain_seconds)
+        cells.append(f"{ratio:.2f}" if ratio else "")
         cells.append(" ".join(f"`{found['digest']}`" for _, found in sorted(of_row.items())))
         lines.append(f"| {' | '.join(cells)} |")
+    if plain_seconds:
+        times = ", ".join(f"{seconds:.0f} s ({on})" for on, seconds in plain_seconds.items())
+        lines += ["", f"A plain run takes, on one thread: {times}."]
     return "\n".join(lines)
 
 
@@ -291,13 +314,14 @@ def summary(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw(record: Mapping[str, Any]) -> None:
-    """Draw a line per network, mean and spread over seeds, along epochs and CPU time."""
+    """Draw a line per network, mean and spread over seeds, along epochs and time."""
     from matplotlib.figure import Figure
 
     shown = {name: e for name, e in EXPERIMENTS.items() if any(record[name].values())}
     figure = Figure(figsize=(9, 3.2 * max(1, len(shown))), layout="constrained")
     axes = figure.subplots(len(shown), 2, squeeze=False)
     for (name, experiment), (by_epoch, by_time) in zip(shown.items(), axes, strict=True):
+        plain = _seconds(record[name][experiment.rows[0].name], experiment.compiled)
         for row in experiment.rows:
             runs = list(record[name][row.name].values())
             if not runs:
@@ -305,16 +329,17 @@ def draw(record: Mapping[str, Any]) -> None:
             epochs = [point[0] for point in runs[0]["curve"]]
             values = [[run["curve"][i][1][0] for run in runs] for i in range(len(epochs))]
             centre = [mean(v) for v in values]
-            seconds = _seconds(record[name][row.name], experiment.compiled) or math.nan
+            seconds = _seconds(record[name][row.name], experiment.compiled)
+            ratio = _time_over_plain(seconds, plain) or math.nan
             for axis, x in (
                 (by_epoch, epochs),
-                (by_time, [seconds * e / epochs[-1] for e in epochs]),
+                (by_time, [ratio * e / epochs[-1] for e in epochs]),
             ):
                 (line,) = axis.plot(x, centre, marker=".", label=f"{row.name} ({len(runs)})")
                 axis.fill_between(x, [min(v) for v in values], [max(v) for v in values],
                                   color=line.get_color(), alpha=0.15)  # fmt: skip
         by_epoch.set_xlabel("epoch")
-        by_time.set_xlabel("CPU seconds of training")
+        by_time.set_xlabel("training time, in runs of the plain network")
         by_epoch.set_ylabel(next(iter(experiment.metrics.values())))
         by_epoch.set_title(experiment.title, loc="left", fontsize=10)
         by_time.legend(fontsize=7)
