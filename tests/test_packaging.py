@@ -156,9 +156,28 @@ def test_every_command_is_there(command, capsys):
     assert f"usage: mmrla {command} " in capsys.readouterr().out
 
 
+def test_names_of_earlier_versions(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["complexity", "--help"])
+    assert not stopped.value.code
+    assert "usage: mmrla cost flops " in capsys.readouterr().out
+
+
 SHIMS = {"convert_checkpoint": "convert", "publish_checkpoint": "publish"} | {
     name.replace("-", "_"): name
     for name in ("check-data", "check-gpu", "export-onnx", "test", "train", "train-cifar")
+}
+SHIMS |= {
+    "analysis/attention_maps": "figure maps",
+    "analysis/query_similarity": "figure similarity",
+    "analysis/score_cam": "figure cam",
+    "analysis/class_attention": "figure class-token",
+    "analysis/complexity": "cost flops",
+    "analysis/flops_vs_resolution": "cost resolution",
+    "analysis/memory_vs_depth": "cost memory",
+    "analysis/layout_speed": "cost layout",
+    "benchmark/compare": "cost compare",
+    "benchmark/run": "cost speed",
 }
 
 
