@@ -20,14 +20,16 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from tqdm import tqdm
 
-from mmrla.analysis import complexity, tables
-from mmrla.analysis.cost import measure_all
-from mmrla.analysis.depth import memory_row, memory_table
+from mmrla.analysis import complexity
 from mmrla.analysis.figures import lines_figure, lines_of, save
 from mmrla.analysis.modules import layer_attentions
 from mmrla.analysis.pages import markdown, replace_part
-from mmrla.analysis.speed import MODES, Row, measure, measure_detector, measure_scaling
-from mmrla.analysis.targets import device_name, draw, require_parity, targets
+from mmrla.commands import cost_tables as tables
+from mmrla.commands.cost_counts import measure_all
+from mmrla.commands.cost_depth import memory_row, memory_table
+from mmrla.commands.cost_speed import MODES, Row, measure, measure_detector, measure_scaling
+from mmrla.commands.cost_targets import device_name, draw, require_parity, targets
+from mmrla.commands.timing import Timed, ratio, side_by_side
 from mmrla.configs import ROOT
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.errors import exit_with_message, require_at_least
@@ -48,7 +50,6 @@ from mmrla.engine.network import (
     share_weights,
 )
 from mmrla.registry import LAYER_ATTENTIONS, MODELS
-from mmrla.timing import Timed, ratio, side_by_side
 
 # Of the paper's table, in its order; taken by default as far as they are registered.
 TYPES = ("MLA", "MRLABase", "MRLALight")

@@ -221,7 +221,7 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
         with record_token_attention(network.backbone, args.layer):
             pass  # refuses what it cannot record
     blocks: Any = {label: network.backbone.layers for label, network in networks.items()}
-    counts = {label: own[args.layer].attn.num_heads for label, own in blocks.items()}
+    counts = {label: layers[args.layer].attn.num_heads for label, layers in blocks.items()}
     heads = dict(zip(networks, choose_heads(counts, args.heads or 3), strict=True))
     numbers: dict[str, Any] = {}
     boxes: dict[int, tuple[float, float, float, float]] = {}
@@ -242,8 +242,8 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
             yield large[: shown.shape[0], : shown.shape[1]], ""
 
     rows, _ = _overlays(images, networks, draw)
-    columns = [(label, f"head {head}") for label, own in heads.items() for head in own]
-    own = _own(args, networks)
+    columns = [(label, f"head {head}") for label, chosen in heads.items() for head in chosen]
+    own: Any = _own(args, networks)
     what = f"patch {tuple(args.query)}" if args.query else "the class token"
     title = f"What {what} attends to in layers.{args.layer % len(own.backbone.layers)}"
     title += f"\n{describe(networks)}"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mmrla import ops
 from mmrla.commands.gpu_comparison import STAGES
-from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
-from mmrla.timing import (
+from mmrla.commands.timing import (
     ATTENTIONS,
     Classifier,
     Step,
@@ -23,6 +22,7 @@ from mmrla.timing import (
     ratio,
     side_by_side,
 )
+from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
 ROUNDS = 5
 

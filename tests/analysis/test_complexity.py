@@ -10,8 +10,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmrla.analysis import activation_memory, complexity, cost, tables
+from mmrla.analysis import activation_memory, complexity
 from mmrla.analysis.naming import backbone_name, image_size
+from mmrla.commands import cost_counts as cost
+from mmrla.commands import cost_tables as tables
 from mmrla.engine.network import build_network, without_layer_attention
 from mmrla.layers import LayerAttention
 from mmrla.ops import eca_kernel_size

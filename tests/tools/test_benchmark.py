@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from mmrla import ops
-from mmrla.analysis import speed, tables, targets
 from mmrla.analysis.complexity import kept_for_backward
 from mmrla.analysis.pages import replace_part
 from mmrla.analysis.published import PUBLISHED
 from mmrla.commands import cost
+from mmrla.commands import cost_speed as speed
+from mmrla.commands import cost_tables as tables
+from mmrla.commands import cost_targets as targets
+from mmrla.commands.timing import ratio, side_by_side
 from mmrla.ops.dispatch import ENV_VAR, Op
-from mmrla.timing import ratio, side_by_side
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

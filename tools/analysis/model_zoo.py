@@ -17,7 +17,11 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from mmrla.analysis.cost import (
+from mmrla.analysis.naming import DETECTORS, image_size
+from mmrla.analysis.pages import last_values, markdown, replace_part, spread
+from mmrla.analysis.published import PUBLISHED, PUBLISHED_AP, Published
+from mmrla.cli import load_script
+from mmrla.commands.cost_counts import (
     Row,
     link_of,
     measure_all,
@@ -25,11 +29,7 @@ from mmrla.analysis.cost import (
     timed_classifier,
     title_of,
 )
-from mmrla.analysis.naming import DETECTORS, image_size
-from mmrla.analysis.pages import last_values, markdown, replace_part, spread
-from mmrla.analysis.published import PUBLISHED, PUBLISHED_AP, Published
-from mmrla.analysis.tables import name_of
-from mmrla.cli import load_script
+from mmrla.commands.cost_tables import name_of
 from mmrla.configs import ROOT
 from mmrla.engine.network import without_layer_attention
 

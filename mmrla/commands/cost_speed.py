@@ -17,12 +17,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmrla.analysis.complexity import kept_for_backward
-from mmrla.configs import ROOT
-from mmrla.engine.amp import has_fast_bfloat16
-from mmrla.engine.layout import use_channels_last
-from mmrla.models import MRLAResNet, MRLAResNetCIFAR
-from mmrla.models.backbones.mrla_resnet import MRLABottleneck
-from mmrla.timing import (
+from mmrla.commands.timing import (
     ATTENTIONS,
     Classifier,
     Timed,
@@ -31,6 +26,11 @@ from mmrla.timing import (
     ratio,
     side_by_side,
 )
+from mmrla.configs import ROOT
+from mmrla.engine.amp import has_fast_bfloat16
+from mmrla.engine.layout import use_channels_last
+from mmrla.models import MRLAResNet, MRLAResNetCIFAR
+from mmrla.models.backbones.mrla_resnet import MRLABottleneck
 
 Row = dict[str, Any]
 MIB = 2**20

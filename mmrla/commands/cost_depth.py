@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmrla.analysis.complexity import activation_memory, complexity
-from mmrla.timing import Timed, peak_memory
+from mmrla.commands.timing import Timed, peak_memory
 
 MIB = 2**20
 

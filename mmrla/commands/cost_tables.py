@@ -13,9 +13,9 @@ import torch
 from mmengine.config import Config
 
 from mmrla.analysis import pages
-from mmrla.analysis.cost import Row, link_of, measure, over_plain, timed_classifier, title_of
 from mmrla.analysis.naming import DETECTORS
 from mmrla.analysis.published import ORDER, PAPER, PUBLISHED, REASONS, Published
+from mmrla.commands.cost_counts import Row, link_of, measure, over_plain, timed_classifier, title_of
 from mmrla.configs import ROOT
 from mmrla.engine.network import without_layer_attention
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mmrla.analysis.figures import bars_figure, lines_figure, lines_of, save
-from mmrla.analysis.speed import Row
+from mmrla.commands.cost_speed import Row
 from mmrla.configs import ROOT
 
 
@@ -131,11 +131,11 @@ def draw(results: Mapping[str, Sequence[Row]], out: Path, title: str) -> Iterato
     columns = {"train over plain": "training step", "inference over plain": "inference",
                "kept over plain": "memory kept for backward"}  # fmt: skip
     if "models" in results:
-        rows = [row for row in results["models"] if row["variant"] != "plain"]
-        bars = ["{network}, {batch} x, {mode}: {variant}".format(**row) for row in rows]
+        others = [row for row in results["models"] if row["variant"] != "plain"]
+        bars = ["{network}, {batch} x, {mode}: {variant}".format(**row) for row in others]
         panels = {
             f"{what}, over the plain network": {
-                bar: row[column] or math.nan for bar, row in zip(bars, rows, strict=True)
+                bar: row[column] or math.nan for bar, row in zip(bars, others, strict=True)
             }
             for column, what in columns.items()
         }

@@ -30,9 +30,9 @@ from mmrla.analysis.naming import (
     options_of,
     short_type,
 )
+from mmrla.commands.timing import Timed, ratio, side_by_side
 from mmrla.configs import ROOT
 from mmrla.engine.network import without_layer_attention
-from mmrla.timing import Timed, ratio, side_by_side
 
 
 class _Forward(nn.Module):
@@ -109,7 +109,7 @@ def measure(
         whole = complexity(_Forward(built, size), image)
         key = json.dumps([model.backbone.to_dict(), size], default=str)
         if key not in cache:  # several detectors have the same
-            part = built.backbone
+            part: Any = built.backbone
             # Two images, because batch norm has to see more than one value a channel.
             pair = image.new_empty(2, 3, *size)
             cache[key] = complexity(part, image).macs, activation_memory(part, pair)
