@@ -31,24 +31,11 @@ from mmrla.commands.cost_speed import MODES, Row, measure, measure_detector, mea
 from mmrla.commands.cost_targets import device_name, draw, require_parity, targets
 from mmrla.commands.timing import Timed, ratio, side_by_side
 from mmrla.configs import ROOT
+from mmrla.engine import inspection
+from mmrla.engine import network as networks
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.errors import exit_with_message, require_at_least
-from mmrla.engine.inspection import (
-    add_network_arguments,
-    add_run_arguments,
-    add_subcommand,
-    choose_device,
-    write_csv,
-)
 from mmrla.engine.layout import use_channels_last
-from mmrla.engine.network import (
-    build_network,
-    extract_features,
-    plain_model,
-    read_config,
-    seed_everything,
-    share_weights,
-)
 from mmrla.registry import LAYER_ATTENTIONS, MODELS
 
 # Of the paper's table, in its order; taken by default as far as they are registered.
@@ -67,9 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs = (flops, compare, memory, resolution, layout, speed)
-    parsers = {run: add_subcommand(commands, run) for run in runs}
+    parsers = {run: inspection.add_subcommand(commands, run) for run in runs}
     own = {run: parser.add_argument for run, parser in parsers.items()}
-    add_network_arguments(parsers[resolution])
+    inspection.add_network_arguments(parsers[resolution])
 
     add = own[flops]
     add("configs", nargs="*", help="paths or globs; default: all of configs/ but the demo")
@@ -113,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         own[run]("--rounds", type=int, default=rounds, help=f"of each timing; default {rounds}")
     for run in (memory, layout):
         own[run]("--size", type=int, default=224, help="side of the images; default 224")
-        add_run_arguments(parsers[run])
+        inspection.add_run_arguments(parsers[run])
     for run in (compare, speed):
         own[run]("--out", type=Path, default=ROOT / "work_dirs/benchmark")
     return parser.parse_args(argv)
@@ -168,7 +155,7 @@ def compare(args: argparse.Namespace) -> Iterator[Any]:
     flags = [f"--rounds {args.rounds}", *["--quick"] * args.quick, *["--own-host"] * args.own_host]
     command = " ".join(["mmrla cost compare", *map(str, args.configs), *flags])
     MMLogger.get_current_instance().setLevel("WARNING")
-    device = choose_device()
+    device = inspection.choose_device()
     batch = args.batch or (128 if device.type == "cuda" else 2)
     size, rounds = (64, min(args.rounds, 1)) if args.quick else (args.size, args.rounds)
     rows = tables.compare(
@@ -191,7 +178,7 @@ def compare(args: argparse.Namespace) -> Iterator[Any]:
 def save_rows(part: str, rows: Sequence[dict], out: Path, device: torch.device) -> Path:
     """Write ``<part>_<device>_torch<version>.csv``; returns its path."""
     version = torch.__version__.split("+")[0]
-    return write_csv(out / f"{part}_{device_name(device)}_torch{version}.csv", rows)
+    return inspection.write_csv(out / f"{part}_{device_name(device)}_torch{version}.csv", rows)
 
 
 def memory(args: argparse.Namespace) -> Iterator[Any]:
@@ -203,21 +190,21 @@ def memory(args: argparse.Namespace) -> Iterator[Any]:
     """
     types = _check_types(args.types)
     require_at_least(args, batch=1, size=1)
-    device = choose_device(args.device)
-    cfg = read_config(args.config, args.cfg_options)
-    backbone = plain_model(cfg.model).backbone
+    device = inspection.choose_device(args.device)
+    cfg = networks.read_config(args.config, args.cfg_options)
+    backbone = networks.plain_model(cfg.model).backbone
     backbone.pop("init_cfg", None)
     cls = MODELS.get(backbone.type)
     if "depth" not in inspect.signature(cls.__init__).parameters:
         raise ValueError(f"{args.config}: its backbone {cls.__name__} takes no depth")
-    networks = list(product(sorted(set(args.depths)), ("plain", *types)))
+    cases = list(product(sorted(set(args.depths)), ("plain", *types)))
     scope = cfg.get("default_scope", "mmengine")
     rows = []
-    for depth, name in (progress := tqdm(networks, unit="network")):
+    for depth, name in (progress := tqdm(cases, unit="network")):
         progress.set_postfix_str(f"{depth} {name}")
         own = copy.deepcopy(backbone)
         own.update(depth=depth, layer_attention=None if name == "plain" else dict(type=name))
-        seed_everything(args.seed)
+        networks.seed_everything(args.seed)
         with DefaultScope.overwrite_default_scope(scope):
             row = memory_row(MODELS.build(own).to(device), args.batch, args.size, args.amp)
         rows.append({"depth": depth, "layer_attention": name, **row})
@@ -237,7 +224,7 @@ def memory(args: argparse.Namespace) -> Iterator[Any]:
     figure = lines_figure(ticks, panels, "depth of the network, layers", title)
     stem = f"{args.out}/memory_vs_depth_{Path(args.config).stem}"
     yield save(figure, f"{stem}.png")
-    yield write_csv(f"{stem}.csv", rows)
+    yield inspection.write_csv(f"{stem}.csv", rows)
 
 
 def _check_types(asked: list[str] | None) -> list[str]:
@@ -265,12 +252,14 @@ def resolution(args: argparse.Namespace) -> Iterator[Path]:
     sizes = sorted(set(args.sizes))
     if len(sizes) < 2 or sizes[0] < 1:
         raise ValueError(f"--sizes must be two or more sides above 0, got {args.sizes}")
-    common = dict(options=args.cfg_options, seed=args.seed, device=choose_device(args.device))
-    network = build_network(args.config, args.checkpoint, **common)
+    common = dict(
+        options=args.cfg_options, seed=args.seed, device=inspection.choose_device(args.device)
+    )
+    network = networks.build_network(args.config, args.checkpoint, **common)
     if not layer_attentions(network.backbone):
         raise ValueError(f"{args.config}: the backbone has no layer attention to count")
-    plain = build_network(args.config, plain=True, **common)
-    share_weights(network.model, plain.model)
+    plain = networks.build_network(args.config, plain=True, **common)
+    networks.share_weights(network.model, plain.model)
     rows = []
     for size in tqdm(sizes, unit="size"):
         image = torch.rand(1, 3, size, size, device=network.device)
@@ -305,7 +294,7 @@ def resolution(args: argparse.Namespace) -> Iterator[Path]:
     )
     stem = f"{args.out}/flops_vs_resolution_{network.stem}"
     yield save(figure, f"{stem}.png")
-    yield write_csv(f"{stem}.csv", rows)
+    yield inspection.write_csv(f"{stem}.csv", rows)
 
 
 def layout(args: argparse.Namespace) -> Iterator[Any]:
@@ -315,21 +304,23 @@ def layout(args: argparse.Namespace) -> Iterator[Any]:
     Layouts take turns in one process: a machine that slows down slows both.
     """
     require_at_least(args, batch=1, size=1, rounds=1)
-    device = choose_device(args.device)
+    device = inspection.choose_device(args.device)
     if "bfloat16" in args.precisions:
         warn_of_slow_bfloat16()
     rows = []
     for config, precision in tqdm(list(product(args.configs, args.precisions)), unit="row"):
         timed: dict[str, Timed] = {}
         for name, memory_format in LAYOUTS.items():
-            network = build_network(config, options=args.cfg_options, seed=args.seed, device=device)
+            network = networks.build_network(
+                config, options=args.cfg_options, seed=args.seed, device=device
+            )
             if name == "channels_last":
                 use_channels_last(network.model)
             images = torch.rand(args.batch, 3, args.size, args.size, device=device)
             images = images.to(memory_format=memory_format)
 
             def forward(model: Any = network.model, images: torch.Tensor = images) -> torch.Tensor:
-                maps = extract_features(model, images)
+                maps = networks.extract_features(model, images)
                 return sum(out.float().square().mean() for out in maps)
 
             timed[name] = Timed(network.model, forward, device, precision == "bfloat16")
@@ -342,7 +333,7 @@ def layout(args: argparse.Namespace) -> Iterator[Any]:
             row[f"{what} ratio"] = round(ratio(seconds, "channels_last", "NCHW"), 2)
         rows.append(row)
     yield markdown(rows)
-    yield write_csv(args.out / "layout_speed.csv", rows)
+    yield inspection.write_csv(args.out / "layout_speed.csv", rows)
 
 
 def speed(args: argparse.Namespace) -> Iterator[Any]:
@@ -357,7 +348,7 @@ def speed(args: argparse.Namespace) -> Iterator[Any]:
     MMLogger.get_instance("mmrla", log_level="WARNING")
     require_parity()
     torch.backends.cudnn.benchmark = True
-    device = choose_device()
+    device = inspection.choose_device()
     results: dict[str, list[Row]] = {}
     for part in args.parts:
         yield f"\n{part}"

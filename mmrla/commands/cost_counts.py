@@ -19,17 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mmrla.registry  # noqa: F401
+from mmrla.analysis import naming
 from mmrla.analysis.complexity import Complexity, activation_memory, complexity
-from mmrla.analysis.naming import (
-    ATTENTIONS,
-    BACKBONES,
-    attention_of,
-    backbone_name,
-    group_of,
-    image_size,
-    options_of,
-    short_type,
-)
 from mmrla.commands.timing import Timed, ratio, side_by_side
 from mmrla.configs import ROOT
 from mmrla.engine.network import without_layer_attention
@@ -53,7 +44,7 @@ def network(model: ConfigDict) -> str:
     """The same text for configs whose plain hosts are the same network."""
     found = without_layer_attention(model).to_dict()
     found.pop("data_preprocessor", None)
-    if short_type(model) == "ImageClassifier":  # what only training sees
+    if naming.short_type(model) == "ImageClassifier":  # what only training sees
         found.pop("train_cfg", None)
         found.get("head", {}).pop("loss", None)
     backbone = found["backbone"]
@@ -101,7 +92,7 @@ def measure(
     cfg: Config, model: ConfigDict, path: Path | None, size: tuple[int, int], cache: dict
 ) -> Row:
     """Build ``model``, which is that of ``cfg`` or its plain host, and count it."""
-    group = group_of(cfg)
+    group = naming.group_of(cfg)
     built = build(model, cfg.get("default_scope", "mmengine"))
     image = torch.rand(1, 3, *size)
     backbone_macs = 0
@@ -122,10 +113,10 @@ def measure(
         group = "ablation"
     return Row(
         group=group,
-        backbone=backbone_name(model.backbone),
-        detector=short_type(model) if group == "coco" else "",
-        attention=attention_of(built),
-        options=options_of(model.backbone),
+        backbone=naming.backbone_name(model.backbone),
+        detector=naming.short_type(model) if group == "coco" else "",
+        attention=naming.attention_of(built),
+        options=naming.options_of(model.backbone),
         config=path,
         schedule=schedule[1] if schedule else "",
         network=network(model),
@@ -144,7 +135,7 @@ def measure_all(paths: Iterable[Path], size: tuple[int, int] | None = None) -> l
         progress.set_postfix_str(path.name)
         torch.manual_seed(0)  # proposals depend on the weights
         cfg = Config.fromfile(path)
-        at = size or image_size(cfg)
+        at = size or naming.image_size(cfg)
         key = network(cfg.model), at
         row = measure(cfg, cfg.model, path, at, cache)
         if not row.attention:
@@ -160,7 +151,7 @@ def measure_all(paths: Iterable[Path], size: tuple[int, int] | None = None) -> l
 
 def position(row: Row) -> tuple:
     """Detector, family, size, then the plain network before its layer attentions."""
-    families, attentions = list(BACKBONES.values()), list(ATTENTIONS)
+    families, attentions = list(naming.BACKBONES.values()), list(naming.ATTENTIONS)
     family = row.backbone.replace("DeiT", "ViT").split("-")[0]
     return (
         row.detector,
@@ -176,7 +167,7 @@ def position(row: Row) -> tuple:
 def title_of(row: Row) -> str:
     """The network as tables call it."""
     parts = row.attention.split(" + ") if row.attention else []
-    name = " + ".join([row.backbone, *(ATTENTIONS.get(part, part) for part in parts)])
+    name = " + ".join([row.backbone, *(naming.ATTENTIONS.get(part, part) for part in parts)])
     size = row.options.get("block_size")
     return f"{name}, blocks of {size}" if size else name
 

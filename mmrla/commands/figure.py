@@ -14,30 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmrla.analysis import GroupRecord, query_similarity, record_layer_attention
+from mmrla.analysis import GroupRecord, figures, query_similarity, record_layer_attention
 from mmrla.analysis.cam import Logits, feature_layer, score_cam
-from mmrla.analysis.figures import (
-    all_heads_figure,
-    choose_heads,
-    layer_attention_figure,
-    overlay_figure,
-    save,
-    similarity_figure,
-)
 from mmrla.analysis.token_attention import record_token_attention
+from mmrla.engine import inspection
 from mmrla.engine.errors import exit_with_message, require_at_least
-from mmrla.engine.inspection import (
-    add_beside_arguments,
-    add_image_arguments,
-    add_network_arguments,
-    add_subcommand,
-    describe,
-    find_images,
-    network_of,
-    networks_of,
-    save_numbers,
-    write_csv,
-)
 from mmrla.engine.network import Network
 
 
@@ -46,13 +27,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "mmrla figure", description="Draw what a config's network attends to, as in the paper."
     )
-    figures = parser.add_subparsers(required=True, metavar="FIGURE")
-    own = {run: add_subcommand(figures, run) for run in (maps, similarity, cam, class_token)}
+    commands = parser.add_subparsers(required=True, metavar="FIGURE")
+    own = {
+        run: inspection.add_subcommand(commands, run)
+        for run in (maps, similarity, cam, class_token)
+    }
     for one in own.values():
-        add_network_arguments(one)
-        add_image_arguments(one)
+        inspection.add_network_arguments(one)
+        inspection.add_image_arguments(one)
     for run in (cam, class_token):
-        add_beside_arguments(own[run])
+        inspection.add_beside_arguments(own[run])
     for run in (maps, class_token):
         own[run].add_argument(
             "--heads", nargs="+", type=int, help="these; default: 3, spread evenly"
@@ -95,18 +79,20 @@ def maps(args: argparse.Namespace) -> Iterator[Path]:
     network, images, groups = _record(args)
     title = f"{network.title}, mean of {_count(images)}"
     heads = args.heads or 3
-    figure = layer_attention_figure(groups, heads, f"What each layer attends to\n{title}")
+    figure = figures.layer_attention_figure(groups, heads, f"What each layer attends to\n{title}")
     stem = f"{args.out}/attention_maps_{network.stem}"
-    yield save(figure, f"{stem}.png")
+    yield figures.save(figure, f"{stem}.png")
     for group in groups if args.all_heads else ():
-        yield save(all_heads_figure(group, title), f"{stem}_{group.name.replace(' ', '_')}.png")
+        yield figures.save(
+            figures.all_heads_figure(group, title), f"{stem}_{group.name.replace(' ', '_')}.png"
+        )
     numbers: dict[str, Any] = {}
     for group in groups:
         numbers[f"{group.name}/scores"] = group.scores.numpy()
         numbers[f"{group.name}/layers"] = np.array(group.layers)
         numbers[f"{group.name}/sources"] = np.array(group.sources)
     numbers |= dict(images=_names(images), scores_are=groups[0].label)
-    yield save_numbers(f"{stem}.npz", title=title, **numbers)
+    yield inspection.save_numbers(f"{stem}.npz", title=title, **numbers)
 
 
 def similarity(args: argparse.Namespace) -> Iterator[Path]:
@@ -126,9 +112,9 @@ def similarity(args: argparse.Namespace) -> Iterator[Path]:
         )
     title = f"{network.title}, {_count(images)}"
     stem = f"{args.out}/query_similarity_{network.stem}"
-    figure = similarity_figure(found, args.bins, f"Queries of consecutive layers\n{title}")
-    yield save(figure, f"{stem}.png")
-    yield save_numbers(f"{stem}.npz", title=title, images=_names(images), **found)
+    figure = figures.similarity_figure(found, args.bins, f"Queries of consecutive layers\n{title}")
+    yield figures.save(figure, f"{stem}.png")
+    yield inspection.save_numbers(f"{stem}.npz", title=title, images=_names(images), **found)
     edges = np.linspace(0, 1, args.bins + 1)
     rows = [
         {"group": name, "from": round(low, 6), "to": round(high, 6), "pairs": int(pairs)}
@@ -137,12 +123,12 @@ def similarity(args: argparse.Namespace) -> Iterator[Path]:
             edges[:-1], edges[1:], np.histogram(values.clip(0, 1), edges)[0], strict=True
         )
     ]
-    yield write_csv(f"{stem}.csv", rows)
+    yield inspection.write_csv(f"{stem}.csv", rows)
 
 
 def _record(args: argparse.Namespace) -> tuple[Network, list[Path], list[GroupRecord]]:
     """What a network attends to in a command's images."""
-    network, images = network_of(args)
+    network, images = inspection.network_of(args)
     with record_layer_attention(network.model) as rec:
         for path in tqdm(images, unit="image"):
             network.features(network.read(path)[0])
@@ -164,8 +150,8 @@ def cam(args: argparse.Namespace) -> Iterator[Path]:
     once for each channel of a layer and image: 3072 times an image for ResNet-50, minutes on a CPU.
     """
     require_at_least(args, batch_size=1)
-    images = find_images(args.images, args.max_images)
-    networks = networks_of(args, need_head=True)
+    images = inspection.find_images(args.images, args.max_images)
+    networks = inspection.networks_of(args, need_head=True)
     for network in networks.values():
         classes = getattr(getattr(network.model, "head", None), "num_classes", None)
         if classes is None or not hasattr(network.model, "extract_feat"):
@@ -195,11 +181,11 @@ def cam(args: argparse.Namespace) -> Iterator[Path]:
 
     rows, notes = _overlays(images, networks, draw)
     columns = [(label, name) for label, names in layers.items() for name in names]
-    title = f"ScoreCAM\n{describe(networks)}"
-    figure = overlay_figure(rows, columns, "contribution (1: most)", title, notes)
+    title = f"ScoreCAM\n{inspection.describe(networks)}"
+    figure = figures.overlay_figure(rows, columns, "contribution (1: most)", title, notes)
     stem = f"{args.out}/score_cam_{_own(args, networks).stem}"
-    yield save(figure, f"{stem}.png")
-    yield save_numbers(
+    yield figures.save(figure, f"{stem}.png")
+    yield inspection.save_numbers(
         f"{stem}.npz",
         maps=np.stack([np.stack(maps) for _, _, maps in rows]),
         columns=np.array([" ".join(column) for column in columns]),
@@ -215,14 +201,14 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
     Fig. 7 of the MRLA paper: single heads of the last block. With --query the attention of one
     patch, which a red box marks, as in that figure.
     """
-    images = find_images(args.images, args.max_images)
-    networks = networks_of(args)
+    images = inspection.find_images(args.images, args.max_images)
+    networks = inspection.networks_of(args)
     for network in networks.values():
         with record_token_attention(network.backbone, args.layer):
             pass  # refuses what it cannot record
     blocks: Any = {label: network.backbone.layers for label, network in networks.items()}
     counts = {label: layers[args.layer].attn.num_heads for label, layers in blocks.items()}
-    heads = dict(zip(networks, choose_heads(counts, args.heads or 3), strict=True))
+    heads = dict(zip(networks, figures.choose_heads(counts, args.heads or 3), strict=True))
     numbers: dict[str, Any] = {}
     boxes: dict[int, tuple[float, float, float, float]] = {}
 
@@ -246,13 +232,15 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
     own: Any = _own(args, networks)
     what = f"patch {tuple(args.query)}" if args.query else "the class token"
     title = f"What {what} attends to in layers.{args.layer % len(own.backbone.layers)}"
-    title += f"\n{describe(networks)}"
+    title += f"\n{inspection.describe(networks)}"
     marks = [boxes.get(index) for index in range(len(rows))]
-    figure = overlay_figure(rows, columns, "attention (1: most)", title, boxes=marks)
+    figure = figures.overlay_figure(rows, columns, "attention (1: most)", title, boxes=marks)
     stem = f"{args.out}/class_attention_{own.stem}"
-    yield save(figure, f"{stem}.png")
+    yield figures.save(figure, f"{stem}.png")
     names = np.array([f"{label}: {network.title}" for label, network in networks.items()])
-    yield save_numbers(f"{stem}.npz", images=_names(images), title=title, networks=names, **numbers)
+    yield inspection.save_numbers(
+        f"{stem}.npz", images=_names(images), title=title, networks=names, **numbers
+    )
 
 
 _Map = tuple[np.ndarray, str]  # in [0, 1], and a note below it

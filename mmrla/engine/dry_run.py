@@ -12,10 +12,23 @@ from mmengine.registry import MODELS, VISBACKENDS, init_default_scope
 from mmengine.runner import Runner
 
 from mmrla.engine.config_check import build_parts, check_registered
-from mmrla.engine.launch import build_runner
+from mmrla.engine.launch import build_runner, check_weights, init_cpu_distributed
 
 # The others would open a run on some server.
 _LOCAL_BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+
+
+def prepare_runner(cfg: Config, splits: Iterable[str], dry_run: bool) -> Runner | None:
+    """Check the weights of a run and build its runner.
+
+    A dry run only prints what :func:`build_only` builds, and there is no runner.
+    """
+    if dry_run:
+        print(build_only(cfg, splits))
+        return None
+    check_weights(cfg)
+    init_cpu_distributed(cfg)
+    return build_runner(cfg)
 
 
 def build_only(cfg: Config, splits: Iterable[str]) -> str:
