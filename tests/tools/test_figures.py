@@ -299,6 +299,7 @@ def test_score_cam(tool, images):
     ]  # fmt: skip
     assert numbers["targets"].tolist() == [[7] * 4]
     network = build_network(str(LIGHT), options=options(SMALL_LIGHT), size=64)
+    assert network.dataset_meta["classes"][7] == "cock"  # for the notes, without a checkpoint
     inputs = network.read(images[0])[0]
     for index, layer in ((2, network.backbone.layer3), (3, network.backbone.layer4)):
         expected = by_hand(network, layer, inputs, 7)
