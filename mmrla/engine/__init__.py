@@ -18,23 +18,9 @@ from mmrla.engine.run.resume import AtomicCheckpointHook, ResumableTrainLoop
 from mmrla.engine.run.runner import FSDPStrategy, build_runner, init_cpu_distributed
 
 __all__ = [
-    "AmpOptimWrapper",
-    "AtomicCheckpointHook",
-    "ChannelsLastHook",
-    "CheckLoadHook",
-    "FSDPStrategy",
-    "FasterCocoMetric",
-    "LayerAttentionVisHook",
-    "LogIntervalHook",
-    "NonFiniteError",
-    "NonFiniteGuardHook",
-    "ResumableTrainLoop",
-    "TrimHeapHook",
-    "build_runner",
-    "check_data",
-    "exit_with_message",
-    "init_cpu_distributed",
-    "load_config",
-    "set_data_root",
+    "AmpOptimWrapper", "AtomicCheckpointHook", "ChannelsLastHook", "CheckLoadHook", "FSDPStrategy",
+    "FasterCocoMetric", "LayerAttentionVisHook", "LogIntervalHook", "NonFiniteError",
+    "NonFiniteGuardHook", "ResumableTrainLoop", "TrimHeapHook", "build_runner", "check_data",
+    "exit_with_message", "init_cpu_distributed", "load_config", "set_data_root",
     "use_channels_last",
-]
+]  # fmt: skip
