@@ -11,15 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_test_amp
-from mmrla.engine.dry_run import prepare_runner
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import (
-    add_common_arguments,
-    load_config,
-    prediction_writer,
-    show_predictions,
-    use_tta,
-)
+from mmrla.engine.run.checks import prepare_runner
+from mmrla.engine.run.config import add_common_arguments, load_config
+from mmrla.engine.run.runner import prediction_writer, show_predictions, use_tta
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,8 +11,8 @@ from mmengine.config import Config
 
 import mmrla.registry  # noqa: F401
 from mmrla.cli import main
-from mmrla.engine.class_check import check_classes
-from mmrla.engine.config_check import check_config
+from mmrla.engine.data.classes import check_classes
+from mmrla.engine.run.checks import check_config
 from tests.datasets.bad_sets import CLASSES, Coco, write_image
 from tests.zygote import run_command
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from mmengine.config import Config
 
-from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
-from mmrla.engine.launch import _check_initial_weights
+from mmrla.engine.data.config import check_evaluators, warn_of_unchecked
+from mmrla.engine.run.checks import _check_initial_weights
 
 
 def write(path, images, categories=("bolt", "nut")):
@@ -62,9 +62,7 @@ def test_what_is_no_coco_file_is_left_alone(tmp_path):
 )
 def test_a_set_that_nobody_checks_is_named(tmp_path, monkeypatch, kind, said):
     lines: list[str] = []
-    monkeypatch.setattr(
-        "mmrla.engine.evaluator_check.print_log", lambda text, **_: lines.append(text)
-    )
+    monkeypatch.setattr("mmrla.engine.data.config.print_log", lambda text, **_: lines.append(text))
     cfg = config(tmp_path)
     cfg.val_dataloader.dataset.dataset.type = kind
     warn_of_unchecked(cfg, ["train", "val", "test"])

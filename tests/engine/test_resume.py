@@ -25,8 +25,8 @@ from mmrla.checkpoints import atomic
 from mmrla.checkpoints.atomic import damage, latest_intact, remove_temporaries, write_atomically
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.datasets import generate_shapes
-from mmrla.engine.launch import check_weights
-from mmrla.engine.resume import ResumableBatches
+from mmrla.engine.run.resume import ResumableBatches
+from mmrla.engine.run.runner import check_weights
 from tests.conftest import ROOT, free_port
 from tests.zygote import Zygote, kill
 
