@@ -140,7 +140,7 @@ def draw(results: Mapping[str, Sequence[Row]], out: Path, title: str) -> Iterato
         rows = results["scaling"]
         depths = {depth: str(depth) for depth in dict.fromkeys(row["depth"] for row in rows)}
         lines = {
-            f"{columns[column]}, over the plain network": lines_of(rows, "variant", column)
+            f"{columns[column]}, over plain": lines_of(rows, "variant", column)
             for column in ("train over plain", "kept over plain")
         }
         yield save(lines_figure(depths, lines, "depth of the ResNet", title), out / "scaling.png")
