@@ -81,11 +81,8 @@ WAYS = (
     Way(r"mmrla cost layout ", "--rounds 1 --batch 2 --size 32", slow=True),
     Way(r"OMP_NUM_THREADS=1 mmrla cost speed ", "--help", slow=True),
     Way(r"python tools/benchmark/kernel_report", "--heights 7 --batch 1", slow=True),
-    Way(
-        r"(OMP_NUM_THREADS=1 )?mmrla cost compare ",
-        "--rounds 0 configs/imagenet/resnet50_dia_in1k.py",
-        slow=True,
-    ),
+    Way(r"OMP_NUM_THREADS=1 mmrla cost compare configs", "--rounds 0", slow=True),
+    Way(r"mmrla cost compare --", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
     Way(r"mmrla (figure|cost) ", slow=True),
     Way(r"mmrla export-onnx ", slow=True),
     Way(r"python tools/(convert|publish)_checkpoint\.py ", slow=True),
