@@ -1,8 +1,6 @@
-"""A process that has imported everything and forks one per command.
+"""A process that has imported everything, which takes ten seconds, and forks one per command.
 
-Starting Python, torch and the mm packages takes ten seconds; most commands of the tests take less.
-The commands are processes of their own, leaders of their process groups, so that tests can start,
-kill and resume them.
+Each command leads a process group, so that tests can start, kill and resume it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 
 class Zygote:
@@ -36,18 +34,9 @@ class Zygote:
         self, *argv: object, log: Path, err: Path | None = None, cwd: Path | None = None,
         environ: Mapping[str, str] = os.environ, **env: str,
     ) -> int:  # fmt: skip
-        """Run a script, or ``-m`` and a module.
+        """Run a script, or ``-m`` and a module, with arguments; returns the id of its group.
 
-        Args:
-            argv: The script and its arguments, without the interpreter.
-            log: What it prints is appended here.
-            err: What it prints on stderr, if not in ``log`` as well.
-            cwd: Where it runs.
-            environ: Its environment.
-            env: Variables that differ from it.
-
-        Returns:
-            Its process id, which is its group's too.
+        ``log`` gets what it prints, stderr too without ``err``; ``env`` differs from ``environ``.
         """
         files = [str(log), str(err or log)]
         cwd = str(cwd or os.getcwd())
@@ -59,6 +48,22 @@ class Zygote:
 
     def run(self, *argv: object, log: Path, **kwargs: object) -> int:
         return self.wait(self.start(*argv, log=log, **kwargs))
+
+    def start_ranks(self, world: int, *argv: object, folder: Path, **env: str) -> list[int]:
+        """Start the processes of a distributed run, which log to ``folder``/rank<number>.log."""
+        env |= dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        return [
+            self.start(*argv, log=folder / f"rank{r}.log", RANK=str(r), LOCAL_RANK=str(r), **env)
+            for r in range(world)
+        ]
+
+    def run_ranks(self, world: int, *argv: object, folder: Path, **env: str) -> list[str]:
+        """What each of them prints."""
+        pids = self.start_ranks(world, *argv, folder=folder, **env)
+        status = [self.wait(pid, timeout=600) for pid in pids]
+        logs = [(folder / f"rank{rank}.log").read_text() for rank in range(world)]
+        assert status == [0] * world, "\n".join(log[-3000:] for log in logs)
+        return logs
 
     def alive(self, pid: int) -> bool:
         return self._ask(dict(alive=pid))
@@ -84,16 +89,9 @@ def run_command(
     timeout: float = 900,
     **env: str,
 ) -> subprocess.CompletedProcess:
-    """``subprocess.run`` of one of this project's Python commands, with its output as text.
+    """``subprocess.run`` of a Python command as for :meth:`Zygote.start`; killed after ``timeout``.
 
-    What a command imports, or when, takes a process of its own to test.
-
-    Args:
-        argv: A script, or ``-m`` and a module, and the arguments; without the interpreter.
-        cwd: Where it runs.
-        environ: Its environment.
-        timeout: Seconds until it is killed.
-        env: Variables that differ from ``environ``.
+    What a command imports, or when, takes a process that has not imported everything to test.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from mmrla import cli
 from mmrla.commands import check_gpu, gpu_comparison, gpu_timing
 from mmrla.commands.gpu_comparison import Check, Outcome, checks_of, compare
+from mmrla.models import MRLAResNet
 from mmrla.ops import whole_map
 from tests.conftest import ROOT
+from tests.helpers import python
 
 CPU = torch.device("cpu")
+ALONE = ["--device", "cpu", "--processes", "0"]
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def loses_taps(monkeypatch):
 
 
 def test_right_on_the_cpu(capsys):
-    assert cli.main(["check-gpu", "--device", "cpu", "--processes", "0", "--no-times"]) == 0
+    assert cli.main(["check-gpu", *ALONE, "--no-times"]) == 0
     out = capsys.readouterr()
     assert f"torch {torch.__version__}" in out.out
     assert "8 checks, 0 wrong, 0 not made" in out.out
@@ -46,22 +49,18 @@ def test_right_on_the_cpu(capsys):
 
 @pytest.mark.usefixtures("loses_taps")
 def test_a_wrong_gradient_is_named(capsys):
-    assert check_gpu.main(["--device", "cpu", "--processes", "0", "--no-times"]) == 1
+    assert check_gpu.main([*ALONE, "--no-times"]) == 1
     out = capsys.readouterr().out
     assert "8 checks, 3 wrong" in out
     wrong = [line for line in out.splitlines() if line.startswith("- WRONG")]
     assert all(": grad of value " in line and "light, float32" in line for line in wrong)
 
 
-def test_another_process_finds_the_same():
-    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu", "--no-times"]
-    done = subprocess.run(
-        [*command, "--processes", "1"], cwd=ROOT, capture_output=True, text=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 checks, 0 wrong, 0 not made" in done.stdout
-    assert "grad of lambda_t" in done.stdout
+def test_another_process_finds_the_same(capsys):
+    assert check_gpu.main(["--device", "cpu", "--no-times", "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "8 checks, 0 wrong, 0 not made" in out
+    assert "grad of lambda_t" in out
 
 
 WITH_TORCH_ALONE = """
@@ -80,11 +79,9 @@ sys.exit(main(["--device", "cpu", "--processes", "0", "--no-times"]))
 
 
 def test_needs_torch_alone():
-    script = WITH_TORCH_ALONE
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 checks, 0 wrong, 0 not made" in done.stdout
-    assert "Triton none" in done.stdout
+    printed = python("-c", WITH_TORCH_ALONE, cwd=ROOT)
+    assert "8 checks, 0 wrong, 0 not made" in printed
+    assert "Triton none" in printed
 
 
 def test_processes_that_crash_or_are_late(monkeypatch):
@@ -102,9 +99,8 @@ def test_processes_that_crash_or_are_late(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(check_gpu, "SECONDS", 3.0)
     found = check_gpu._compare_all(checks, "cpu", 2, CPU, 2)
-    assert [outcome.columns()["result"] for outcome in found] == [
-        "ok", "ok", "WRONG", "not checked",
-    ]  # fmt: skip
+    results = [outcome.columns()["result"] for outcome in found]
+    assert results == ["ok", "ok", "WRONG", "not checked"]
     assert "status 1: illegal memory access" in found[2].explanation()
     assert found[3].note == "no time was left"
 
@@ -170,8 +166,6 @@ class Small(torch.nn.Conv2d):
 
 def test_times(monkeypatch, capsys):
     """The tables of times, with kernels' times as a GPU's profile gives them."""
-    from mmrla.models import MRLAResNet
-
     backbone = MRLAResNet(50, layer_attention=gpu_timing.ATTENTIONS["base"])
     loss = gpu_timing.Classifier(backbone, 2048)
     with torch.no_grad():
@@ -180,7 +174,7 @@ def test_times(monkeypatch, capsys):
     monkeypatch.setattr(gpu_timing, "device_work", lambda step, device: (2e-3, 7))
     monkeypatch.setattr(gpu_timing, "peak_memory", lambda step, device: 2**20)
     monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    assert check_gpu.main(ALONE) == 0
     out = capsys.readouterr().out
     for name in ("plain", "light, fused", "base, naive", "light", "base"):
         assert any(f"| {name} " in line for line in out.splitlines()), name
@@ -192,20 +186,19 @@ def test_times_without_mm_packages(monkeypatch, capsys):
     monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
     monkeypatch.setattr(check_gpu, "operation_rows", lambda *args: iter([{"block end": "plain"}]))
     monkeypatch.setitem(sys.modules, "mmrla.models", None)
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    assert check_gpu.main(ALONE) == 0
     assert "the mm packages cannot be imported" in capsys.readouterr().out
 
     def fails(*args):
         raise RuntimeError("CUDA error")
 
     monkeypatch.setattr(check_gpu, "operation_rows", fails)
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 1
+    assert check_gpu.main(ALONE) == 1
     assert "- WRONG: RuntimeError: CUDA error" in capsys.readouterr().out
 
 
 def test_kernels_of_a_profile(monkeypatch):
     """Annotations span kernels, which count once."""
-    from torch.autograd import DeviceType
 
     def event(name, microseconds, device=DeviceType.CUDA, note=False):
         span = SimpleNamespace(elapsed_us=lambda: microseconds)
@@ -250,13 +243,10 @@ def test_without_a_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("share", ["2/8", "6/8"], ids=["light", "base"])
-def test_by_the_interpreter(share):
+def test_by_the_interpreter(share, monkeypatch):
     """One check of each operation; all of them take minutes."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--part", "interpreter", "--batch", "2", "--share", share], cwd=ROOT,
-        capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET="1"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert '"failed": false' in done.stdout, done.stdout
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    words = ["--device", "cpu", "--part", "interpreter", "--batch", "2", "--share", share]
+    printed = python("-m", "mmrla.commands.check_gpu", *words, cwd=ROOT)
+    assert '"failed": false' in printed, printed

@@ -7,14 +7,14 @@ import pickle
 import cv2
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 from mmrla.cli import main
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT
+from tests.helpers import DEMO, refusal, save_weights
 
-DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
 BOXES = {"model.roi_head.mask_head": None, "test_evaluator.metric": "bbox"}
 
 
@@ -30,12 +30,10 @@ def data(tmp_path_factory):
 def predictions(data, tmp_path, *words: str):
     cfg = Config.fromfile(DEMO)
     cfg.merge_from_dict(BOXES)
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / "w.pth")
+    weights = save_weights(cfg, tmp_path / "w.pth")
     options = [f"{key}={value}" for key, value in BOXES.items()]
     out = tmp_path / "out.pkl"
-    main(["test", str(DEMO), str(tmp_path / "w.pth"), "--data-root", str(data), "--work-dir",
+    main(["test", str(DEMO), weights, "--data-root", str(data), "--work-dir",
           str(tmp_path), "--out", str(out), *words, "--cfg-options", *options,
           "test_dataloader.num_workers=0"])  # fmt: skip
     found = pickle.loads(out.read_bytes())
@@ -43,8 +41,6 @@ def predictions(data, tmp_path, *words: str):
 
 
 def test_detections_mirror(data, tmp_path):
-    from mmdet.apis import inference_detector, init_detector
-
     plain, mirror = predictions(data, tmp_path, "--tta")
     assert len(plain["scores"]) > 10
     best = 10
@@ -66,10 +62,8 @@ def test_detections_mirror(data, tmp_path):
 
 def test_masks_are_refused(data, tmp_path, capsys):
     (tmp_path / "w.pth").touch()
-    with pytest.raises(SystemExit) as stopped:
-        main(["test", str(DEMO), str(tmp_path / "w.pth"), "--data-root", str(data), "--tta"])
-    assert stopped.value.code == 2
-    assert "--cfg-options model.roi_head.mask_head=None" in capsys.readouterr().err
+    words = ["test", DEMO, tmp_path / "w.pth", "--data-root", data, "--tta"]
+    assert "--cfg-options model.roi_head.mask_head=None" in refusal(capsys, *words)
 
 
 def test_a_classifier(tmp_path, monkeypatch):
@@ -85,8 +79,7 @@ def test_a_classifier(tmp_path, monkeypatch):
     options = {"model.backbone.depth": 18, "model.head.in_channels": 512,
                "model.head.num_classes": 2}  # fmt: skip
     cfg.merge_from_dict(options)
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), "w.pth")
+    save_weights(cfg, tmp_path / "w.pth")
     words = [f"{key}={value}" for key, value in options.items()]
     words += ["test_dataloader.dataset.metainfo.classes=[a,b]", "test_dataloader.num_workers=0"]
     main(["test", str(config), "w.pth", "--data-root", "data", "--out", "out.pkl", "--work-dir",

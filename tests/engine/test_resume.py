@@ -27,10 +27,9 @@ from mmrla.checkpoints.files import CheckpointError
 from mmrla.datasets import generate_shapes
 from mmrla.engine.launch import check_weights
 from mmrla.engine.resume import ResumableBatches
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
+from tests.helpers import DEMO
 from tests.zygote import Zygote, kill
-
-TRAIN = ROOT / "tools/train.py"
 
 
 def differences(a: object, b: object, at: str = "") -> list[str]:
@@ -49,6 +48,7 @@ def differences(a: object, b: object, at: str = "") -> list[str]:
 
 
 def assert_same_training(got: Path, expected: Path) -> None:
+    """Two checkpoints hold the same weights, averages, optimizers and schedulers."""
     one, other = (torch.load(path, weights_only=False) for path in (got, expected))
     assert one["meta"]["iter"] == other["meta"]["iter"]
     for part in ("state_dict", "ema_state_dict", "optimizer", "param_schedulers"):
@@ -267,23 +267,23 @@ def test_old_checkpoints_go_only_when_the_new_is_safe(tmp_path, monkeypatch):
 
 # --- runs of a detector ---
 
+# torch 2.1 scales losses on GPUs alone.
+WRAPPER = "ScaledOptimWrapper" if hasattr(torch.amp, "GradScaler") else "OptimWrapper"
 # Random flips in workers, stochastic depth, samplers of anchors and boxes, batch norms in training,
 # averaged weights, a scheduler of iterations and one of epochs, and a validation in between.
-CONFIG = """
-_base_ = {base!r}
+CONFIG = f"""
+_base_ = {str(DEMO)!r}
 custom_imports = dict(imports=["mmrla", "tests.engine.resume_parts"], allow_failed_imports=False)
 randomness = dict(seed=5)
 model = dict(backbone=dict(drop_path_rate=0.2))
 train_dataloader = dict(batch_size=2, num_workers=2, persistent_workers=True)
-train_cfg = dict(max_epochs={epochs}, val_interval=1)
-optim_wrapper = dict(type={wrapper!r})
+train_cfg = dict(val_interval=1)
+optim_wrapper = dict(type={WRAPPER!r})
 custom_hooks = [dict(type="EMAHook", momentum=0.1), dict(type="SyncBuffersHook")]
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=2), logger=dict(interval=1)
 )
 """
-# torch 2.1 scales losses on GPUs alone.
-WRAPPER = "ScaledOptimWrapper" if hasattr(torch.amp, "GradScaler") else "OptimWrapper"
 
 
 class Runs:
@@ -293,15 +293,15 @@ class Runs:
         self.zygote = zygote
         self.folder = folder
         generate_shapes(folder / "shapes", 10, 2, seed=0)
-        base = str(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py")
-        text = CONFIG.format(base=base, epochs=epochs, wrapper=WRAPPER)
-        (folder / "config.py").write_text(text)
+        (folder / "config.py").write_text(f"{CONFIG}train_cfg['max_epochs'] = {epochs}\n")
+
+    def command(self, work_dir: Path, *arguments: str) -> list:
+        return [ROOT / "tools/train.py", self.folder / "config.py", "--data-root",
+                self.folder / "shapes", "--work-dir", work_dir, *arguments]  # fmt: skip
 
     def start(self, work_dir: Path, *arguments: str, **env: str) -> int:
-        return self.zygote.start(
-            TRAIN, self.folder / "config.py", "--data-root", self.folder / "shapes",
-            "--work-dir", work_dir, *arguments, log=self.log(work_dir), **env,
-        )  # fmt: skip
+        command = self.command(work_dir, *arguments)
+        return self.zygote.start(*command, log=self.log(work_dir), **env)
 
     def train(self, work_dir: Path, *arguments: str, **env: str) -> int:
         return self.zygote.wait(self.start(work_dir, *arguments, **env))
@@ -418,17 +418,14 @@ def test_two_processes_are_killed(by_epoch, zygote, tmp_path):
                f"default_hooks.checkpoint.by_epoch={by_epoch}"]  # fmt: skip
 
     def start(work_dir: Path, *arguments: str) -> list[int]:
-        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        return [
-            runs.start(work_dir, *arguments, *options, RANK=str(r), LOCAL_RANK=str(r), **env)
-            for r in range(2)
-        ]
+        command = runs.command(work_dir, *arguments, *options)
+        return zygote.start_ranks(2, *command, folder=tmp_path)
 
     name = "epoch_10.pth" if by_epoch else "iter_18.pth"  # 10 images, 2 x 2 a step
     begun = time.monotonic()
     whole = [zygote.wait(pid) for pid in start(tmp_path / "whole")]
     interval = (time.monotonic() - begun) / (15 if by_epoch else 24)
-    assert whole == [0, 0], runs.log(tmp_path / "whole").read_text()[-3000:]
+    assert whole == [0, 0], (tmp_path / "rank0.log").read_text()[-3000:]
     rng = random.Random(2)
     work_dir = tmp_path / "killed"
     for victims in ((0, 1), (0,), (1,), (1, 0)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
 from tests.zygote import Zygote
 
 BATCH, STEPS = 4, 4
@@ -34,27 +34,22 @@ NETWORKS = {
     ),
 }  # fmt: skip
 RATES = {"deit": 0.01, "resnet": 1e-4}
-SGD = dict(type="SGD", momentum=0.9, weight_decay=0.5)
-CLIPPED = dict(optimizer=SGD, paramwise_cfg=dict(flat_decay_mult=0.0), clip_grad=dict(max_norm=0.5))
-POLICY = "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy"
-ONE = dict(strategy=dict(type="mmrla.FSDPStrategy"), optim=CLIPPED)
-MANY = dict(
-    strategy=dict(
-        type="mmrla.FSDPStrategy",
-        model_wrapper=dict(auto_wrap_policy=dict(type=POLICY, min_num_params=20000)),
-    ),
-    optim=CLIPPED,
+SGD = dict(
+    optimizer=dict(type="SGD", momentum=0.9, weight_decay=0.5),
+    paramwise_cfg=dict(flat_decay_mult=0.0),
 )
+CLIPPED = dict(SGD, clip_grad=dict(max_norm=0.5))
+POLICY = dict(type="torch.distributed.fsdp.wrap.size_based_auto_wrap_policy", min_num_params=20000)
+FSDP = dict(type="mmrla.FSDPStrategy")
+ONE = dict(strategy=FSDP, optim=CLIPPED)
+MANY = dict(strategy=dict(FSDP, model_wrapper=dict(auto_wrap_policy=POLICY)), optim=CLIPPED)
 DEEPSPEED = dict(
     strategy=dict(
-        type="DeepSpeedStrategy",
-        config=dict(zero_allow_untested_optimizer=True),
+        type="DeepSpeedStrategy", config=dict(zero_allow_untested_optimizer=True),
         zero_optimization=dict(stage=3),
     ),
-    optim=dict(
-        type="DeepSpeedOptimWrapper", optimizer=SGD, paramwise_cfg=dict(flat_decay_mult=0.0)
-    ),
-)
+    optim=dict(SGD, type="DeepSpeedOptimWrapper"),
+)  # fmt: skip
 
 CONFIG = """
 _base_ = "mmpretrain::_base_/default_runtime.py"
@@ -101,15 +96,8 @@ def train(
     path = folder / "config.py"
     path.write_text(CONFIG.format(**config, batch=BATCH // world))
     argv = [ROOT / "tools/train.py", path, "--work-dir", folder, *options]
-    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     argv += ["--launcher", "pytorch"] if world > 1 else []
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    pids = [
-        zygote.start(*argv, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank, log in enumerate(logs)
-    ]
-    status = [zygote.wait(pid, timeout=300) for pid in pids]
-    assert status == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    zygote.run_ranks(world, *argv, folder=folder)
     found = [json.loads((folder / f"losses{rank}.json").read_text()) for rank in range(world)]
     return [each["losses"] for each in found], found[0]["units"]
 
