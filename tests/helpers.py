@@ -34,7 +34,7 @@ def python(
     """Start an interpreter that imports from ``path``; its output, with errors too if not ok."""
     done = subprocess.run(
         [str(python), *map(str, args)], cwd=cwd, capture_output=True, text=True, check=False,
-        timeout=900, env={**os.environ, "PYTHONPATH": str(path)},
+        timeout=7200, env={**os.environ, "PYTHONPATH": str(path)},
     )  # fmt: skip
     assert (done.returncode == 0) == ok, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr if both or not ok else done.stdout

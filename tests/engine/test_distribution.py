@@ -15,38 +15,38 @@ import pytest
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT, free_port
 from tests.helpers import DEMO
-from tests.zygote import Zygote
+from tests.zygote import run_command, run_ranks
 
 CASES = Path(__file__).with_name("distribution_cases.py")
 ALL = ("frozen_norms", "sync_norms", "checkpointing", "accumulation", "channels_last")
 
 
-def together(zygote: Zygote, folder: Path, world: int, *cases: str, **env: str) -> str:
+def together(folder: Path, world: int, *cases: str, **env: str) -> str:
     """Run cases in ``world`` processes; what the first one prints."""
-    said = zygote.run_ranks(world, CASES, *cases, folder=folder, **env)
+    said = run_ranks(world, CASES, *cases, folder=folder, **env)
     assert all(f"{case}: passed" in text for text in said for case in cases)
     return said[0]
 
 
-def test_two_processes_are_one_with_twice_the_batch(zygote, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """Gradients with frozen norms and SyncBN, recomputation, accumulation."""
-    together(zygote, tmp_path, 2, *ALL)
+    together(tmp_path, 2, *ALL)
 
 
-def test_no_parameter_stays_unused(zygote, tmp_path):
+def test_no_parameter_stays_unused(tmp_path):
     """One process: DDP looks for parameters without a gradient in each."""
-    assert "combinations" in together(zygote, tmp_path, 1, "unused")
+    assert "combinations" in together(tmp_path, 1, "unused")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_host_and_kind(world, zygote, tmp_path):
-    together(zygote, tmp_path, world, *ALL, EVERY="1")
+def test_every_host_and_kind(world, tmp_path):
+    together(tmp_path, world, *ALL, EVERY="1")
 
 
 @pytest.mark.slow
-def test_no_parameter_of_any_combination_stays_unused(zygote, tmp_path):
-    print(together(zygote, tmp_path, 1, "unused", EVERY="1"))
+def test_no_parameter_of_any_combination_stays_unused(tmp_path):
+    print(together(tmp_path, 1, "unused", EVERY="1"))
 
 
 # --- tools/dist_train.sh ---
@@ -88,14 +88,13 @@ def root_cause(log: str) -> str:
     return log.split("Root Cause (first observed failure)")[1].rstrip(" =\n")
 
 
-def test_a_failure_leaves_its_traceback_for_the_launcher(arguments, zygote, tmp_path):
+def test_a_failure_leaves_its_traceback_for_the_launcher(arguments, tmp_path):
     """torchrun, which sets the variable, shows what is in the file as the root cause."""
     error = tmp_path / "error.json"
-    status = zygote.run(
-        ROOT / "tools/train.py", *arguments, log=tmp_path / "log",
-        TORCHELASTIC_ERROR_FILE=str(error), MMRLA_TEST_RANK="0", MMRLA_TEST_HOW="raise",
-    )  # fmt: skip
-    assert status == 1
+    failing = dict(MMRLA_TEST_RANK="0", MMRLA_TEST_HOW="raise")
+    train = ROOT / "tools/train.py"
+    done = run_command(train, *arguments, TORCHELASTIC_ERROR_FILE=str(error), **failing)
+    assert done.returncode == 1
     message = json.loads(error.read_text())["message"]
     assert "a wire came loose" in message["message"]
     assert "in after_train_iter" in message["extraInfo"]["py_callstack"]

@@ -20,6 +20,7 @@ import tests.networks
 from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
 from tests.conftest import ROOT
 from tests.networks import noise
+from tests.zygote import run_ranks
 
 NAN, INF = float("nan"), float("inf")
 
@@ -208,9 +209,9 @@ def test_steps_that_a_scaler_skips_are_no_errors(fused):
     torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
-def test_all_processes_stop_together(zygote, tmp_path):
+def test_all_processes_stop_together(tmp_path):
     module = "tests.engine.test_finite_check"
-    zygote.run_ranks(2, "-m", module, tmp_path, folder=tmp_path, cwd=ROOT)
+    run_ranks(2, "-m", module, tmp_path, folder=tmp_path, cwd=ROOT)
     said = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("iteration 2: gradients are not finite" in text for text in said), said
     assert "process 1 of the batch (images/5.jpg) holds 1 NaN" in said[1]

@@ -102,7 +102,7 @@ def to_double(module: nn.Module, args: tuple, data: dict) -> dict:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
-    generate_shapes(root, 4, 2, seed=0)
+    generate_shapes(root, 4, 2, image_size=64, seed=0)
     return root
 
 
@@ -111,7 +111,7 @@ def config(kind: str, shapes: Path) -> Config:
     if kind == "detector":
         cfg = Config.fromfile(DEMO)
         set_data_root(cfg, shapes)
-        cfg.optim_wrapper.optimizer = dict(type="SGD", lr=0.01, momentum=0.9)
+        cfg.optim_wrapper.optimizer = dict(type="SGD", lr=0.001, momentum=0.9)
         cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     else:
