@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
 
 import mmrla
+from mmrla.compat import ops_in_use
 from tests.conftest import overlay_environment
 from tests.helpers import python
 
@@ -60,7 +62,7 @@ new.dump("dumped.py")
 told["new"] = [new.optim_wrapper.optimizer.lr, Config.fromfile("dumped.py").model.backbone.type]
 for cfg in (new, Config.fromfile("new_mmdet.py")):
     told["new"].append(kind(MODELS.build(cfg.model)))
-print(json.dumps(told))
+print("told", json.dumps(told))
 """
 MINE = """
 _base_ = 'mmrla::retinanet_r50_mrla_1x.py'
@@ -102,9 +104,10 @@ def told(tmp_path_factory) -> dict:
     files = {"mine": MINE, "new_style": NEW_STYLE, "mmdets": MMDETS, "new_mmdet": ON_MMDETS}
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
-    printed = python("-c", LOOK_UP, cwd=folder)
+    printed = python("-c", LOOK_UP, cwd=folder, both=True)
     assert "OneDL" not in printed
-    return json.loads(printed.splitlines()[-1])
+    assert printed.count("mmcv ops: mmrla's fallback") == (ops_in_use() == "fallback")
+    return json.loads(re.search("^told (.*)", printed, re.M)[1])
 
 
 def test_mmpretrain_lists_every_config_once(told):

@@ -21,9 +21,9 @@ import torch
 
 from tests.conftest import free_port
 
-_SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver")
 # mmrla first: it makes mmcv's operations available to mmdet.
-_SERVER.set_forkserver_preload([
+SERVER.set_forkserver_preload([
     "mmrla.engine", "mmrla.models", "mmdet.datasets", "mmdet.evaluation", "mmdet.models",
     "mmdet.visualization", "mmpretrain.datasets", "mmpretrain.evaluation", "mmpretrain.models",
 ])  # fmt: skip
@@ -39,7 +39,7 @@ def start(
     """
     files, folder = [str(log), str(err or log)], str(cwd or os.getcwd())
     args = ([*map(str, argv)], files, folder, {**environ, **env})
-    process = _SERVER.Process(target=_child, args=args)
+    process = SERVER.Process(target=_child, args=args)
     process.start()
     return process
 

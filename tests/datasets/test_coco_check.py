@@ -29,6 +29,7 @@ from tests.datasets.bad_sets import (
     write_image,
 )  # fmt: skip
 from tests.helpers import build
+from tests.zygote import SERVER
 
 LOAD = dict(type="LoadImageFromFile")
 BOXES = dict(type="LoadAnnotations", with_bbox=True)
@@ -247,7 +248,7 @@ def test_mosaics_that_leave_masks_behind_are_refused():
     check_config(cfg, ["train"])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", SERVER], ids=["fork", "forkserver"])
 def test_processes_of_a_loader_count_together(method, tmp_path):
     coco = Coco(tmp_path).write()
     dataset = dataset_of(coco)
