@@ -138,7 +138,8 @@ def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
 def test_commands_report_bad_files_in_one_line(command, tmp_path, capsys):
     path = tmp_path / "page.pth"
     path.write_bytes(BAD["html"][0])
-    (line,) = refusal(capsys, command, path, tmp_path / "out.pth").splitlines()
+    line, hint = refusal(capsys, command, path, tmp_path / "out.pth").splitlines()
+    assert hint == "(MMRLA_TRACEBACK=1 shows the traceback)"
     assert line.startswith("error: ")
     assert "this is a web page" in line
     assert list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmdet.apis import inference_detector
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import get_torchvision_models
 from mmpretrain.models import ResNet, ResNeXt, VisionTransformer
 from torch import nn
@@ -52,9 +53,9 @@ def warm(source, folder, cls=MRLAResNet, *, init: dict | None = None, depth=50, 
 
 
 def assert_starts_as(plain: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    plain.eval()  # which returns None
     with torch.no_grad():
-        outs = model.eval()(x), plain.eval()(x)
-        assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(model.eval()(x), plain(x), strict=True))
 
 
 @BOTH
@@ -66,8 +67,9 @@ def test_resnet50_starts_as_the_plain_network(style, layer_attention, tmp_path):
     model = warm(styled(plain, style), tmp_path, layer_attention=layer_attention, **width)
     x = torch.randn(2, 3, 64, 96)
     assert_starts_as(plain, model, x)
+    plain.train()
     with torch.no_grad():
-        for a, b in zip(model.train()(x), plain.train()(x), strict=True):
+        for a, b in zip(model.train()(x), plain(x), strict=True):
             assert relative_error(a, b) < 1e-6
 
 
@@ -223,7 +225,8 @@ def test_detector_starts_at_the_plain_detectors_predictions(layer_attention, coc
         results = []
         for model in (plain, started):
             model.cfg = cfg
-            results.append(inference_detector(model.eval(), str(image)).pred_instances)
+            with DefaultScope.overwrite_default_scope("mmdet"):
+                results.append(inference_detector(model.eval(), str(image)).pred_instances)
         a, b = results
         assert len(a) == 20
         for field in ("bboxes", "scores", "labels", "masks"):
