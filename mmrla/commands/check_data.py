@@ -14,11 +14,10 @@ from pathlib import Path
 from mmrla.datasets.findings import ERRORS
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import read_set
-from mmrla.engine.config_check import OptionAction, read_config
-from mmrla.engine.data_check import set_data_root
+from mmrla.engine.data.config import set_data_root
+from mmrla.engine.data.sets import DataSet, print_report, sets_in, sets_of_config, write_json
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.find_datasets import DataSet, print_report, sets_in, sets_of_config, write_json
-from mmrla.engine.launch import find_config
+from mmrla.engine.run.config import OptionAction, find_config, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,8 +11,8 @@ from typing import Any
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.voc import read_set
+from mmrla.engine.data.sets import DataSet, sets_in
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.find_datasets import DataSet, sets_in
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 GPU_IMAGES, CPU_IMAGES = 48_000, 1_200

@@ -10,15 +10,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_amp
-from mmrla.engine.dry_run import build_only
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import (
-    add_common_arguments,
-    build_runner,
-    check_weights,
-    init_cpu_distributed,
-    load_config,
-)
+from mmrla.engine.run.checks import build_only
+from mmrla.engine.run.config import add_common_arguments, load_config
+from mmrla.engine.run.runner import build_runner, check_weights, init_cpu_distributed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
-from mmrla.engine.data_check import set_data_root
+from mmrla.engine.data.config import set_data_root
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import add_layout_argument, find_config
+from mmrla.engine.run.config import add_layout_argument, find_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,8 +14,8 @@ import torch
 
 from mmrla.analysis.modules import layer_attentions
 from mmrla.datasets.images import IMAGE_SUFFIXES, images_in
-from mmrla.engine.config_check import OptionAction
 from mmrla.engine.network import Network, build_network, share_weights
+from mmrla.engine.run.config import OptionAction
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ import mmrla.registry  # noqa: F401
 from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
-from mmrla.engine.data_check import datasets_of, type_name
-from mmrla.engine.launch import find_config, fit_classes
+from mmrla.engine.data.config import datasets_of, type_name
+from mmrla.engine.run.config import find_config, fit_classes
 
 
 def seed_everything(seed: int) -> None:

@@ -16,7 +16,7 @@ from mmrla.datasets.coco_check import check_coco, drop_bad, read_annotations
 from mmrla.datasets.findings import ERRORS, FATAL, DataError, count_kinds
 from mmrla.datasets.images import look_at
 from mmrla.datasets.segmentations import segmentation_fault
-from mmrla.engine.config_check import check_config
+from mmrla.engine.run.checks import check_config
 from tests.datasets.bad_sets import (
     BROKEN,
     CASES,

@@ -15,7 +15,7 @@ from PIL import Image
 import mmrla.registry  # noqa: F401
 from mmrla.datasets import CheckedCocoDataset, DataError, check_coco, voc_to_coco
 from mmrla.engine import check_data, set_data_root
-from mmrla.engine.find_datasets import sets_of_config
+from mmrla.engine.data.sets import sets_of_config
 from mmrla.models import MRLAEfficientNet
 from tests.conftest import ROOT
 

@@ -10,8 +10,8 @@ import pytest
 from mmengine.config import Config
 
 import mmrla.registry  # noqa: F401
-from mmrla.engine.class_check import check_classes
-from mmrla.engine.config_check import check_config
+from mmrla.engine.data.classes import check_classes
+from mmrla.engine.run.checks import check_config
 from tests.datasets.bad_sets import CLASSES, Coco, write_image
 from tests.helpers import refusal
 from tests.zygote import run_command

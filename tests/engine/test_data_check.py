@@ -8,8 +8,8 @@ import pytest
 from mmengine.config import Config
 
 from mmrla.engine import check_data, set_data_root
-from mmrla.engine.evaluator_check import check_evaluators, warn_of_unchecked
-from mmrla.engine.launch import _check_initial_weights
+from mmrla.engine.data.config import check_evaluators, warn_of_unchecked
+from mmrla.engine.run.checks import _check_initial_weights
 
 DATASET = dict(
     type="CocoDataset", data_root="data/coco/", ann_file="annotations/a.json",
@@ -201,9 +201,7 @@ def test_another_set_is_refused(tmp_path):
 )
 def test_a_set_that_nobody_checks_is_named(tmp_path, monkeypatch, kind, said):
     lines: list[str] = []
-    monkeypatch.setattr(
-        "mmrla.engine.evaluator_check.print_log", lambda text, **_: lines.append(text)
-    )
+    monkeypatch.setattr("mmrla.engine.data.config.print_log", lambda text, **_: lines.append(text))
     warn_of_unchecked(evaluated(tmp_path, of=kind), ["train", "val", "test"])
     named = ["val_dataloader.dataset.dataset: type='mmrla.Chec" in line for line in lines]
     assert named == [True] * said

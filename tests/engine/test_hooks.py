@@ -107,7 +107,7 @@ def test_resuming_with_another_optimizer_names_load_from():
 @pytest.mark.parametrize(("done", "says"), [(2, True), (1, False)])
 def test_resuming_a_finished_run_says_so(done, says, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("mmrla.engine.hooks.print_log", lambda text, **_: said.append(text))
+    monkeypatch.setattr("mmrla.engine.run.hooks.print_log", lambda text, **_: said.append(text))
     loop = SimpleNamespace(max_iters=20, max_epochs=2)
     here = SimpleNamespace(train_loop=loop, _resume=True, epoch=done, iter=10 * done)
     CheckLoadHook().before_train(here)

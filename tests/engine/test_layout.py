@@ -23,7 +23,7 @@ from mmrla.cli import load_script
 from mmrla.datasets import generate_shapes
 from mmrla.engine import AmpOptimWrapper, ChannelsLastHook, amp, build_runner, set_data_root
 from mmrla.engine.amp import set_amp, set_test_amp
-from mmrla.engine.launch import set_layout
+from mmrla.engine.run.config import set_layout
 from mmrla.loads import unwrapped
 from tests.conftest import ROOT
 from tests.engine.test_resume import assert_same_training

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmrla.checkpoints import atomic
 from mmrla.checkpoints.atomic import damage, latest_intact, remove_temporaries, write_atomically
 from mmrla.checkpoints.files import CheckpointError
-from mmrla.engine.launch import check_weights
-from mmrla.engine.resume import ResumableBatches
+from mmrla.engine.run.resume import ResumableBatches
+from mmrla.engine.run.runner import check_weights
 
 
 def leaves(value: object, at: str = "") -> dict[str, object]:
