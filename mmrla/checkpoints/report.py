@@ -225,10 +225,6 @@ def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
 
     Heads of another size; and, if the checkpoint is of a backbone or a classifier, all other parts
     of a detector. A detector's checkpoint without a neck or a head is suspicious.
-
-    Args:
-        report: The result of :func:`compare`.
-        state: The checkpoint.
     """
     patterns = [key for key in report.wrong_shape if _matches(key, _HEADS)]
     if not any(_matches(key, _DETECTOR_PARTS) for key in state):

@@ -158,13 +158,7 @@ def look_at(
 def check_class_folders(
     folder: str | Path, *, decode: bool = False, workers: int = 1
 ) -> list[Finding]:
-    """Find errors in a folder with class folders of images, like ImageNet.
-
-    Args:
-        folder: Contains one folder per class.
-        decode: As in :func:`image_fault`.
-        workers: Number of processes that check files.
-    """
+    """Find errors in a folder with class folders of images, like ImageNet."""
     findings: list[Finding] = []
     paths: list[str] = []
     for klass in sorted(path for path in Path(folder).iterdir() if path.is_dir()):

@@ -17,16 +17,7 @@ ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
 
 def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
-    """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder.
-
-    Args:
-        path: The ``.json``, the ``.txt``, or the folder ``Annotations/``.
-        classes: As in :func:`voc_to_coco`, which reads a list; a COCO file has its own order.
-
-    Raises:
-        mmrla.datasets.findings.DataError: It, or an annotation, cannot be read.
-        FileNotFoundError: It does not exist.
-    """
+    """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder."""
     path = Path(path)
     if path.name == ANNOTATIONS and path.is_dir():
         return voc_to_coco(path.parent, None, classes)

@@ -73,14 +73,7 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device with a given name.
-
-    Args:
-        name: ``'auto'``: a GPU if there is one; otherwise an argument of :class:`torch.device`.
-
-    Raises:
-        ValueError: There is no such device.
-    """
+    """The device of a name; ``'auto'``: a GPU if there is one. ValueError if it does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -95,17 +88,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def find_images(
     patterns: Sequence[str], limit: int | None = None, option: str = "--images"
 ) -> list[Path]:
-    """Files that match patterns, in their order, each once.
-
-    Args:
-        patterns: Files; folders, of which all images below are taken, by name; globs.
-        limit: Use at most this many.
-        option: Name of the option in messages.
-
-    Raises:
-        FileNotFoundError: A pattern matches nothing, or a folder contains no image.
-        ValueError: A ``limit`` below 1.
-    """
+    """Files, images below folders, and matches of globs, each once; at most ``limit`` of them."""
     if limit is not None and limit < 1:
         raise ValueError(f"--max-images must be at least 1, got {limit}")
     found: dict[Path, None] = {}
@@ -130,15 +113,7 @@ def find_images(
 
 
 def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
-    """The network and the images of a command's options.
-
-    Args:
-        args: Of :func:`add_network_arguments` and :func:`add_image_arguments`.
-
-    Raises:
-        FileNotFoundError: No such config, checkpoint or image.
-        ValueError: See :func:`build_network`, :func:`choose_device`, :func:`find_images`.
-    """
+    """The network and the images of a command's options."""
     images = find_images(args.images, args.max_images)
     network = build_network(
         args.config,
@@ -156,14 +131,6 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
 
     The plain host comes first: with the same random weights if there is no checkpoint, else with
     ``--plain-checkpoint``, else not at all, with a message.
-
-    Args:
-        args: Of :func:`add_network_arguments` and :func:`add_beside_arguments`; ``size`` if any.
-        need_head: Whether checkpoints must contain the head too.
-
-    Raises:
-        FileNotFoundError: No such config or checkpoint.
-        ValueError: See :func:`build_network`; or a ``--plain-checkpoint`` without a checkpoint.
     """
     common = dict(
         seed=args.seed,

@@ -35,12 +35,7 @@ def seed_everything(seed: int) -> None:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as ``[H, W, 3]`` of uint8 in BGR.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image.
-    """
+    """An image file as ``[H, W, 3]`` of uint8 in BGR."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such image: {Path(path).absolute()}")
     data = np.frombuffer(Path(path).read_bytes(), np.uint8)
@@ -94,10 +89,6 @@ class Network:
         Returns:
             Its input ``[1, 3, H, W]``, normalised, on the device; and the image that was cut from
             the file, ``[H', W', 3]`` of uint8 in RGB, before normalisation and padding.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not an image.
         """
         image = read_image(path)
         if self.rgb:
@@ -131,12 +122,7 @@ def extract_features(model: Any, inputs: Tensor) -> Any:
 
 
 def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
-    """Read a config of a model, and override settings.
-
-    Raises:
-        FileNotFoundError: There is no such config.
-        ValueError: It has no model with a backbone.
-    """
+    """Read a config of a model, and override settings."""
     cfg = Config.fromfile(find_config(path))
     if options:
         cfg.merge_from_dict(dict(options))
@@ -147,11 +133,7 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
 
 
 def plain_model(model: ConfigDict) -> ConfigDict:
-    """The config of the same network without layer attention and plugins.
-
-    Raises:
-        ValueError: The backbone takes no layer attention.
-    """
+    """The config of the same network without layer attention and plugins."""
     from mmrla.models.host import LayerAttentionHost
 
     kind = model.backbone.type
@@ -206,14 +188,6 @@ def build_network(
         device: Where the model goes.
         size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
         need_head: Whether a checkpoint must contain the head too.
-
-    Returns:
-        The network, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: No such config or checkpoint.
-        ValueError: The config has no backbone, or ``plain`` is set and the backbone is not mmrla's;
-            the checkpoint cannot be read safely, or would leave parts of the model random.
     """
     cfg = read_config(path, options)
     model_cfg = plain_model(cfg.model) if plain else copy.deepcopy(cfg.model)

@@ -123,13 +123,7 @@ class QueryKeyValue(LayerAttention):
         )
 
     def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: Any,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
+        self, z: Tensor, shortcut: Tensor, state: Any, norm: Any, out_norm: Any, scale: Any
     ) -> tuple[Tensor, Any]:
         """See :class:`LayerAttention`."""
         assert self.value is not None

@@ -119,13 +119,7 @@ def check_token_norm(value: Any) -> None:
 
 
 def check_arch(arch: Any, known: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError unless ``arch`` is a known name or describes a transformer.
-
-    Args:
-        arch: A name, or a dict with ``embed_dims``, ``num_layers``, ``num_heads`` and
-            ``feedforward_channels``.
-        known: The names.
-    """
+    """Raise TypeError or ValueError unless ``arch`` is a known name or a dict of ``_ARCH_KEYS``."""
     if isinstance(arch, str):
         if arch.lower() not in known:
             raise ValueError(f"arch must be one of {sorted(known)}, got {arch!r}")

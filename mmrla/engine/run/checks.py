@@ -42,17 +42,7 @@ _WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
 
 
 def check_config(cfg: Config, splits: Iterable[str]) -> None:
-    """Raise on misspelt keys and wrong types; builds nothing.
-
-    Args:
-        cfg: The config, after all options.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
-
-    Raises:
-        TypeError: A part of it is of the wrong type.
-        ValueError: A key is misspelt, a type is not registered, a head has another number of
-            classes than a dataset, or masks are loaded and a transform moves only boxes.
-    """
+    """Raise on misspelt keys and wrong types; builds nothing."""
     splits = tuple(splits)
     for key in cfg:
         close = difflib.get_close_matches(key, _TOP, n=1, cutoff=0.85)
@@ -232,17 +222,6 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
     Model, datasets, samplers, loaders, evaluators, hooks, visualizer, optimizer and schedulers are
     built. No weights are read, no image is loaded, and nothing is left on the disk. Of visualizer
     backends that log to a server only the name is checked.
-
-    Args:
-        cfg: The config, after all options; not changed.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
-
-    Returns:
-        One line that lists the parts that were built.
-
-    Raises:
-        ValueError: The config of a part is invalid; parts may also raise TypeError, KeyError and
-            others.
     """
     splits = tuple(splits)
     init_default_scope(cfg.get("default_scope", "mmengine"))
@@ -288,16 +267,7 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
 
 
 def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
-    """Build everything except the model and discard it; no annotations are read.
-
-    Args:
-        cfg: The config, whose default scope is active.
-        model: The model, for the optimizer.
-        splits: As in :func:`check_config`.
-
-    Raises:
-        ValueError: The config of a part is invalid; the message names the part.
-    """
+    """Build everything except the model and discard it; no annotations are read."""
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
 

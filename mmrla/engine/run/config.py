@@ -43,12 +43,7 @@ class OptionAction(DictAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Add the options to the namespace.
-
-        Raises:
-            argparse.ArgumentError: An option has no value, or it begins like a dict or a list of
-                dicts but is not one.
-        """
+        """Add the options to the namespace."""
         for option in values:
             key, equals, value = option.partition("=")
             if not key or not equals:
@@ -160,12 +155,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
 
 
 def read_config(path: str) -> Config:
-    """Read a config file.
-
-    Raises:
-        ValueError: It, or one of its bases, cannot be read; the message of one line names the file.
-        FileNotFoundError: A base does not exist.
-    """
+    """Read a config file."""
     try:
         return Config.fromfile(path)
     except Exception as error:  # configs are Python, which may raise anything
@@ -175,11 +165,7 @@ def read_config(path: str) -> Config:
 
 
 def find_config(path: str) -> str:
-    """The file of a config: ``path`` itself or, if it does not exist, the shipped one of that name.
-
-    Raises:
-        FileNotFoundError: There is neither; the message gives similar names.
-    """
+    """The file of a config: ``path`` itself or, if there is none, the shipped one of that name."""
     if Path(path).is_file():
         return path
     name = path.removesuffix(".py")
@@ -230,12 +216,7 @@ def fit_workers(cfg: Config) -> None:
 
 
 def set_layout(cfg: Config, channels_last: bool | None) -> None:
-    """Add a ``mmrla.ChannelsLastHook`` to a run, in place.
-
-    Args:
-        cfg: The config of the run, after all options.
-        channels_last: Argument of the hook; None: from the config, else the hook's default.
-    """
+    """Add a ``mmrla.ChannelsLastHook`` to a run; None: as its config says, else automatic."""
     hooks = list(cfg.get("custom_hooks") or ())
     others = [hook for hook in hooks if type_name(hook) != "ChannelsLastHook"]
     if channels_last is None and len(others) < len(hooks):

@@ -190,9 +190,6 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
     If there was one, the yielded dict has a ``text`` afterwards: the layer's name and type, the
     number of values, and whether its inputs were finite.
-
-    Args:
-        model: The network.
     """
     found: dict[str, str] = {}
 
@@ -218,15 +215,7 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def require_finite(what: str, tensors: dict[str, Any]) -> None:
-    """Raise unless all tensors are finite.
-
-    Args:
-        what: A description of the tensors, for the message.
-        tensors: By name; values that are not floating-point tensors are ignored.
-
-    Raises:
-        NonFiniteError: The message names the tensors that are not finite.
-    """
+    """Raise NonFiniteError, naming some of them, unless all floating-point tensors are finite."""
     bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

@@ -81,12 +81,7 @@ class CheckLoadHook(Hook):
 
 
 def check_optimizer(wrapper: Any, saved: Any) -> None:
-    """Raise CheckpointError if a checkpoint's optimizer cannot be resumed in this run.
-
-    Args:
-        wrapper: The run's optimizer wrapper; not checked if it has several optimizers.
-        saved: The checkpoint's entry ``optimizer``, None if it has none.
-    """
+    """Raise CheckpointError if a checkpoint's optimizer cannot be resumed with a run's wrapper."""
     groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
     if groups is None or "param_groups" not in (saved or {}):
         return

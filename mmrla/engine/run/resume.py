@@ -70,11 +70,7 @@ class SeededBatch:
 
 
 class ResumableBatches:
-    """A batch sampler that can start in the middle of an epoch, with a seed for every sample.
-
-    Args:
-        batches: The batch sampler that it wraps.
-    """
+    """A batch sampler that can start in the middle of an epoch, with a seed for every sample."""
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches

@@ -26,12 +26,7 @@ from mmrla.registry import MODELS
 
 
 class ImageToTokensStem(BaseModule):
-    """The convolutional half of Image-to-Tokens (Eq. 3): ``MaxPool(BN(Conv7x7(x)))``, stride 4.
-
-    Args:
-        in_channels: Channels of the image.
-        channels: Channels of the map that is split into patches.
-    """
+    """The convolutional half of Image-to-Tokens (Eq. 3): ``MaxPool(BN(Conv7x7(x)))``, stride 4."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -48,11 +43,6 @@ class LocallyEnhancedFeedForward(BaseModule):
     """LeFF (section 3.3): the feed-forward on the map of patches, with a depthwise convolution.
 
     ``Conv1x1, BN, GELU, DWConv3x3, BN, GELU, Conv1x1, BN``; extra tokens pass through.
-
-    Args:
-        embed_dims: C.
-        hidden_channels: Between the 1x1 convolutions.
-        drop_path_rate: Stochastic depth of the branch.
     """
 
     def __init__(self, embed_dims: int, hidden_channels: int, drop_path_rate: float = 0.0) -> None:
@@ -103,12 +93,7 @@ class CeiTEncoderLayer(TransformerEncoderLayer):
 
 
 class LayerwiseClassTokenAttention(TransformerEncoderLayer):
-    """LCA (section 3.4): the last layer's class token attends to the class tokens of all layers.
-
-    Args:
-        num_layers: L, the number of class tokens; each layer has its own position embedding.
-        **kwargs: As mmpretrain's encoder layer.
-    """
+    """LCA (section 3.4): the last layer's class token attends to the class tokens of all layers."""
 
     def __init__(self, num_layers: int, embed_dims: int, **kwargs: Any) -> None:
         super().__init__(embed_dims=embed_dims, **kwargs)
