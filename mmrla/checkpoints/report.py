@@ -62,14 +62,9 @@ class LoadReport:
         return "\n".join(lines)
 
     def require(
-        self,
-        source: str,
-        allowed: Iterable[str],
-        model: nn.Module,
-        state: Mapping[str, Tensor],
-        *,
+        self, source: str, allowed: Iterable[str], model: nn.Module, state: Mapping[str, Tensor], *,
         fresh_mrla: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raise CheckpointError if nothing matches, or parts of the model would stay random.
 
         Also if the checkpoint contains layer attentions that the model has no place for.
@@ -134,12 +129,9 @@ def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, T
 
 
 def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    allow_missing: Iterable[str] = (),
+    model: nn.Module, state: Mapping[str, Tensor], *, allow_missing: Iterable[str] = (),
     source: str = "checkpoint",
-) -> LoadReport:
+) -> LoadReport:  # fmt: skip
     """Load matching tensors and report the rest; raise if a part other than MRLA's stays random.
 
     Works with and without a ``backbone.`` prefix on either side, from a detector's or classifier's

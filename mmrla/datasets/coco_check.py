@@ -41,16 +41,10 @@ def read_annotations(path: str | Path) -> Any:
 
 
 def check_coco(
-    content: Any,
-    ann_file: str | Path,
-    images: str | Path | None,
-    *,
-    classes: Sequence[str] | None = None,
-    need_masks: bool | None = None,
-    files: str = "headers",
-    workers: int = 1,
-    turns: bool = True,
-) -> list[Finding]:
+    content: Any, ann_file: str | Path, images: str | Path | None, *,
+    classes: Sequence[str] | None = None, need_masks: bool | None = None, files: str = "headers",
+    workers: int = 1, turns: bool = True,
+) -> list[Finding]:  # fmt: skip
     """Find the errors of a dataset.
 
     Args:

@@ -139,12 +139,9 @@ def _faults_of(
 
 
 def look_at(
-    jobs: Sequence[tuple[str, tuple[int, int] | None]],
-    *,
-    decode: bool,
-    workers: int = 1,
+    jobs: Sequence[tuple[str, tuple[int, int] | None]], *, decode: bool, workers: int = 1,
     turns: bool = True,
-) -> list[Fault | None]:
+) -> list[Fault | None]:  # fmt: skip
     """:func:`image_fault` of many files with their sizes, in order, in ``workers`` processes."""
     if workers <= 1 or len(jobs) < 64:
         return _faults_of(jobs, decode, turns)

@@ -29,13 +29,9 @@ def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
 
 
 def voc_to_coco(
-    folder: str | Path,
-    split: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-    *,
-    annotations: str = ANNOTATIONS,
-    images: str = IMAGES,
-) -> dict[str, Any]:
+    folder: str | Path, split: str | Path | None = None, classes: Sequence[str] | None = None, *,
+    annotations: str = ANNOTATIONS, images: str = IMAGES,
+) -> dict[str, Any]:  # fmt: skip
     """Read the boxes of a Pascal VOC folder: ``Annotations/``, ``JPEGImages/`` and ``ImageSets/``.
 
     VOC counts pixels from 1 and its corners belong to the box, so ``xmin, xmax`` becomes

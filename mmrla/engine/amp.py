@@ -17,12 +17,8 @@ from mmengine.optim.optimizer.amp_optimizer_wrapper import GradScaler
 from mmrla.registry import OPTIM_WRAPPERS
 
 __all__ = [
-    "AmpOptimWrapper",
-    "has_fast_bfloat16",
-    "set_amp",
-    "set_test_amp",
-    "warn_of_slow_bfloat16",
-]
+    "AmpOptimWrapper", "has_fast_bfloat16", "set_amp", "set_test_amp", "warn_of_slow_bfloat16",
+]  # fmt: skip
 
 
 @OPTIM_WRAPPERS.register_module()

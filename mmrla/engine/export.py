@@ -70,12 +70,9 @@ def exportable(network: Network, part: str) -> Flat:
 
 
 def export_onnx(
-    network: nn.Module,
-    path: str | Path,
-    size: tuple[int, int],
-    dynamic: bool = True,
+    network: nn.Module, path: str | Path, size: tuple[int, int], dynamic: bool = True,
     others: Mapping[str, Tensor] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a network as ONNX, by torch's exporter.
 
     Layer attentions are exported as plain operations (their naive backend), which any runtime

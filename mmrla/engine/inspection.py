@@ -28,12 +28,9 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """How a network is built, where it runs, and where results go."""
     parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=OptionAction,
-        metavar="KEY=VALUE",
+        "--cfg-options", nargs="+", action=OptionAction, metavar="KEY=VALUE",
         help="override settings of the config, such as model.backbone.depth=18",
-    )
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: a GPU if any")
     parser.add_argument("--seed", type=int, default=0, help="of random weights; default 0")
     parser.add_argument(
@@ -63,13 +60,9 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
         "left out where only the other has a checkpoint",
     )
     parser.add_argument(
-        "--beside",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="FILE",
+        "--beside", nargs="+", action="append", default=[], metavar="FILE",
         help="another config and its checkpoint, if any; several times for several",
-    )
+    )  # fmt: skip
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -116,13 +109,9 @@ def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
     """The network and the images of a command's options."""
     images = find_images(args.images, args.max_images)
     network = build_network(
-        args.config,
-        args.checkpoint,
-        options=args.cfg_options,
-        seed=args.seed,
-        device=choose_device(args.device),
-        size=args.size,
-    )
+        args.config, args.checkpoint, options=args.cfg_options, seed=args.seed,
+        device=choose_device(args.device), size=args.size,
+    )  # fmt: skip
     return network, images
 
 
@@ -133,11 +122,8 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
     ``--plain-checkpoint``, else not at all, with a message.
     """
     common = dict(
-        seed=args.seed,
-        device=choose_device(args.device),
-        size=args.size,
-        need_head=need_head,
-    )
+        seed=args.seed, device=choose_device(args.device), size=args.size, need_head=need_head,
+    )  # fmt: skip
     own = build_network(args.config, args.checkpoint, options=args.cfg_options, **common)
     found: dict[str, Network] = {}
     if args.checkpoint is None and args.plain_checkpoint is not None:

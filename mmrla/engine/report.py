@@ -75,13 +75,10 @@ def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
                 label = f"{title} AP"
                 handles += right.plot(*zip(*points, strict=True), "o-", color=color, label=label)
                 right.annotate(
-                    f"{title} {points[-1][1]:.3f}",
-                    points[-1],
-                    xytext=(0, 8 if key == "segm" else -16),
-                    textcoords="offset points",
-                    color=color,
-                    ha="right",
-                )
+                    f"{title} {points[-1][1]:.3f}", points[-1],
+                    xytext=(0, 8 if key == "segm" else -16), textcoords="offset points",
+                    color=color, ha="right",
+                )  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     figure.savefig(out, dpi=120)
 
@@ -102,13 +99,9 @@ def _enlarged(instances: InstanceData, factor: int, size: tuple[int, int]) -> In
 
 
 def draw_predictions(
-    model: Any,
-    dataset: Any,
-    indices: Sequence[int],
-    out: str | Path,
-    min_side: int = 480,
+    model: Any, dataset: Any, indices: Sequence[int], out: str | Path, min_side: int = 480,
     score_thr: float = 0.5,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Write one picture per image: ground truth on the left, predictions on the right.
 
     Args:
@@ -138,14 +131,9 @@ def draw_predictions(
 
 
 def draw_sample(
-    visualizer: Any,
-    sample: Any,
-    path: Path,
-    min_side: int = 480,
-    score_thr: float = 0.5,
-    *,
+    visualizer: Any, sample: Any, path: Path, min_side: int = 480, score_thr: float = 0.5, *,
     draw_gt: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write the picture of a detector's result, with ground truth to its left if ``draw_gt``."""
     image = mmcv.imconvert(mmcv.imread(sample.img_path), "bgr", "rgb")
     factor = max(1, -(-min_side // min(image.shape[:2])))

@@ -62,13 +62,9 @@ def layer_attention_class(
 
 
 def check_placement(
-    cls: type[LayerAttention],
-    cfg: Mapping[str, Any],
-    host: str,
-    placements: Collection[str] = ("after",),
-    shares: bool = False,
-    spans: bool = False,
-) -> None:
+    cls: type[LayerAttention], cfg: Mapping[str, Any], host: str,
+    placements: Collection[str] = ("after",), shares: bool = False, spans: bool = False,
+) -> None:  # fmt: skip
     """Raise ValueError if a host does not support a layer attention."""
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:

@@ -43,13 +43,9 @@ class QueryKeyValue(LayerAttention):
     """Class of the activation after the out norm that ``tail_op`` includes."""
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 32,
-        kernel_size: int | None = None,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
+        self, channels: int, head_channels: int | str = 32, kernel_size: int | None = None,
+        projection: str = "conv1d", value_conv: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(channels)
         self.head_channels = head_channels_of(channels, head_channels)
         if projection not in self.PROJECTIONS:

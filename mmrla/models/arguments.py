@@ -36,14 +36,9 @@ _ARCH_KEYS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
 
 
 def check_arguments(
-    ancestor: type,
-    given: Mapping[str, Any],
-    *,
-    stages: int | None = None,
-    outputs: int | None = None,
-    frozen: int | None = None,
-    negative_outputs: bool = False,
-) -> None:
+    ancestor: type, given: Mapping[str, Any], *, stages: int | None = None,
+    outputs: int | None = None, frozen: int | None = None, negative_outputs: bool = False,
+) -> None:  # fmt: skip
     """Raise TypeError or ValueError, naming the argument, if one is invalid.
 
     Args:

@@ -27,13 +27,9 @@ class LayerAttentionOnMap(nn.Module):
     """A layer attention after a convolutional layer: ``out = x + drop_path(norm(o_t))``."""
 
     def __init__(
-        self,
-        layer_attention: Mapping[str, Any],
-        channels: int,
-        norm_cfg: Mapping[str, Any],
-        drop_path_rate: float = 0.0,
-        with_cp: bool = False,
-    ) -> None:
+        self, layer_attention: Mapping[str, Any], channels: int, norm_cfg: Mapping[str, Any],
+        drop_path_rate: float = 0.0, with_cp: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.attention = build_layer_attention(layer_attention, channels, _MAP_DEFAULTS)
         self.norm = build_norm_layer(norm_cfg, channels)

@@ -63,12 +63,9 @@ class LayerAttentionHost:
     keep_plugins_trainable: bool = False
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Mapping[str, Any] | None = None,
-        zero_init_mrla: bool = True,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, layer_attention: Mapping[str, Any] | None = None,
+        zero_init_mrla: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_bool("zero_init_mrla", zero_init_mrla)
         if layer_attention is not None:
             name = type(self).__name__

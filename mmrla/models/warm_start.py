@@ -48,11 +48,8 @@ class WarmStart:
     """
 
     def __init__(
-        self,
-        checkpoint: str,
-        freeze_mrla: bool | None = None,
-        allow_missing: Sequence[str] = (),
-    ) -> None:
+        self, checkpoint: str, freeze_mrla: bool | None = None, allow_missing: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.freeze_mrla = freeze_mrla
         self.allow_missing = tuple(allow_missing)

@@ -19,15 +19,10 @@ _KNOWN = layer_attentions()
 
 
 def build_attention(
-    config: Config,
-    channels: int,
-    host: str,
-    *,
-    shares: bool,
+    config: Config, channels: int, host: str, *, shares: bool,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    placements: Collection[str] = ("after",),
-    index: int | None = None,
-) -> LayerAttention:
+    placements: Collection[str] = ("after",), index: int | None = None,
+) -> LayerAttention:  # fmt: skip
     """Build a layer attention of :mod:`mmrla.layers`.
 
     Raises:

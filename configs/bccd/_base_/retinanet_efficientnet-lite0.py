@@ -32,12 +32,11 @@ model = dict(
 # The photographs have 640 x 480 pixels.
 scale = (256, 192)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="RandomFlip", prob=[0.4, 0.4], direction=["horizontal", "vertical"]),
     dict(type="PackDetInputs"),
-]
+]  # fmt: skip
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),

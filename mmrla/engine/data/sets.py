@@ -59,15 +59,9 @@ class DataSet:
         except DataError as error:
             return [Finding("not-json", str(error), str(self.ann_file))], False
         findings = check_coco(
-            content,
-            self.ann_file,
-            self.images,
-            classes=self.classes,
-            need_masks=self.need_masks,
-            files="decode" if decode else "headers",
-            workers=workers,
-            turns=self.turns,
-        )
+            content, self.ann_file, self.images, classes=self.classes, need_masks=self.need_masks,
+            files="decode" if decode else "headers", workers=workers, turns=self.turns,
+        )  # fmt: skip
         errors = any(finding.severity == "error" for finding in findings)
         return findings, errors and self.is_json and _can_mend(content, self.images)
 
@@ -226,14 +220,9 @@ _READERS = ("load_data_list", "parse_data_info")
 
 
 def print_report(
-    sets: Iterable[DataSet],
-    *,
-    decode: bool = False,
-    workers: int = 1,
-    allow: Sequence[str] = (),
-    limit: int = 20,
-    details: list[dict[str, Any]] | None = None,
-) -> int:
+    sets: Iterable[DataSet], *, decode: bool = False, workers: int = 1, allow: Sequence[str] = (),
+    limit: int = 20, details: list[dict[str, Any]] | None = None,
+) -> int:  # fmt: skip
     """Print lines about each set; returns the number of errors.
 
     Args:

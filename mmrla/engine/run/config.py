@@ -6,7 +6,7 @@ import argparse
 import ast
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,9 @@ class OptionAction(DictAction):
     """
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
         option_string: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add the options to the namespace."""
         for option in values:
             key, equals, value = option.partition("=")
@@ -130,8 +127,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg.merge_from_dict(args.cfg_options or {})
     if args.data_root is not None:
         set_data_root(cfg, args.data_root)
     if args.work_dir is not None:
@@ -154,14 +150,17 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     return cfg
 
 
-def read_config(path: str) -> Config:
-    """Read a config file."""
+def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file, see :func:`find_config`, and override settings."""
+    path = find_config(path)
     try:
-        return Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except Exception as error:  # configs are Python, which may raise anything
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         text = " ".join(str(error).split())[:300]
         raise kind(f"config {path}: {type(error).__name__}: {text}") from error
+    cfg.merge_from_dict(dict(options or {}))
+    return cfg
 
 
 def find_config(path: str) -> str:

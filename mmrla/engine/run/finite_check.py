@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_rank, is_distributed
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmrla.engine.layout import optim_wrappers
 from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 
@@ -60,9 +60,7 @@ class NonFiniteGuardHook(Hook):
         """Refuse initial weights that are not finite, and start checking optimizer steps."""
         require_finite("the network before training", unwrapped(runner.model).state_dict())
         self._remove()
-        wrappers = runner.optim_wrapper
-        many = isinstance(wrappers, OptimWrapperDict)
-        for wrapper in wrappers.values() if many else [wrappers]:
+        for wrapper in optim_wrappers(runner):
             check = functools.partial(self._check_gradients, runner, wrapper.optimizer)
             self._unwatch.append(_before_step(wrapper.optimizer, check))
 
@@ -148,9 +146,8 @@ class NonFiniteGuardHook(Hook):
             torch.cuda.set_rng_state(self._random[1])
         with first_non_finite(model) as found, torch.no_grad():
             try:
-                wrapper = runner.optim_wrapper
-                many = isinstance(wrapper, OptimWrapperDict)
-                with nullcontext() if many else wrapper.optim_context(model):
+                (wrapper, *others) = optim_wrappers(runner)
+                with nullcontext() if others else wrapper.optim_context(model):
                     data = model.data_preprocessor(self._batch, True)
                     model._run_forward(data, mode="loss")
             except Exception as error:  # a network may raise on NaN; what was found counts

@@ -160,12 +160,8 @@ class LayerAttentionVisHook(Hook):
 
     @master_only
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None,
+    ) -> None:  # fmt: skip
         """Called by the runner after each iteration."""
         if not self.every_n_train_iters(runner, self.interval):
             return

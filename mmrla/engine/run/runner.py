@@ -91,13 +91,10 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Make a test run draw its predictions in a window, or into ``show_dir`` below the work dir."""
     if cfg.get("default_scope") == "mmpretrain":
         cfg.default_hooks.visualization = dict(
-            type="mmrla.ClassificationVisHook",
-            enable=True,
-            interval=1,
-            show=args.show,
+            type="mmrla.ClassificationVisHook", enable=True, interval=1, show=args.show,
             wait_time=args.wait_time,
             out_dir=args.show_dir and str(Path(cfg.work_dir, args.show_dir)),
-        )
+        )  # fmt: skip
     else:
         from mmdet.engine.hooks.utils import trigger_visualization_hook
 
@@ -167,12 +164,9 @@ class FSDPStrategy(_strategy.FSDPStrategy):
     """The network before its weights were spread, on the device ``meta``."""
 
     def __init__(
-        self,
-        *,
-        model_wrapper: dict | None = None,
-        state_dict_cfg: str | dict = "full",
+        self, *, model_wrapper: dict | None = None, state_dict_cfg: str | dict = "full",
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         model_wrapper = {"type": "MMFullyShardedDataParallel", **(model_wrapper or {})}
         model_wrapper["use_orig_params"] = True
         on_cpu = not torch.cuda.is_available()

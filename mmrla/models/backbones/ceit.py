@@ -74,13 +74,9 @@ class CeiTEncoderLayer(TransformerEncoderLayer):
     """mmpretrain's encoder layer with a locally enhanced feed-forward."""
 
     def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        drop_path_rate: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
+        self, embed_dims: int, num_heads: int, feedforward_channels: int,
+        drop_path_rate: float = 0.0, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dims, num_heads, feedforward_channels, drop_path_rate=drop_path_rate, **kwargs
         )
@@ -149,19 +145,11 @@ class CeiT(VisionTransformer):
     }  # fmt: skip
 
     def __init__(
-        self,
-        arch: str | dict = "tiny",
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 4,
-        in_channels: int = 3,
-        stem_channels: int = 64,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        qkv_bias: bool = True,
-        out_type: str = "cls_token",
-        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
-        **kwargs: Any,
-    ) -> None:
+        self, arch: str | dict = "tiny", img_size: int | tuple[int, int] = 224, patch_size: int = 4,
+        in_channels: int = 3, stem_channels: int = 64, drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0, qkv_bias: bool = True, out_type: str = "cls_token",
+        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6), **kwargs: Any,
+    ) -> None:  # fmt: skip
         for name, allowed in self._FIXED.items():
             if name in kwargs and (got := kwargs.pop(name)) not in allowed:
                 raise ValueError(f"CeiT has no {name}, got {name}={got!r}")
@@ -170,26 +158,16 @@ class CeiT(VisionTransformer):
         # Of convolution and pooling, both of stride 2.
         size = tuple(-(-side // 4) for side in to_2tuple(img_size))
         super().__init__(
-            arch=arch,
-            img_size=img_size,
-            patch_size=patch_size,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            qkv_bias=qkv_bias,
-            out_type=out_type,
-            norm_cfg=norm_cfg,
-            patch_cfg=dict(in_channels=stem_channels, input_size=size),
-            **kwargs,
-        )
+            arch=arch, img_size=img_size, patch_size=patch_size, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate, qkv_bias=qkv_bias, out_type=out_type, norm_cfg=norm_cfg,
+            patch_cfg=dict(in_channels=stem_channels, input_size=size), **kwargs,
+        )  # fmt: skip
         self.stem = ImageToTokensStem(in_channels, stem_channels)
         common = dict(
-            embed_dims=self.embed_dims,
-            num_heads=self.arch_settings["num_heads"],
-            feedforward_channels=self.arch_settings["feedforward_channels"],
-            drop_rate=drop_rate,
-            qkv_bias=qkv_bias,
-            norm_cfg=norm_cfg,
-        )
+            embed_dims=self.embed_dims, num_heads=self.arch_settings["num_heads"],
+            feedforward_channels=self.arch_settings["feedforward_channels"], drop_rate=drop_rate,
+            qkv_bias=qkv_bias, norm_cfg=norm_cfg,
+        )  # fmt: skip
         rates = torch.linspace(0, drop_path_rate, self.num_layers).tolist()
         self.layers = ModuleList(CeiTEncoderLayer(drop_path_rate=rate, **common) for rate in rates)
         self.lca = None
