@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from mmrla.analysis import LayerAttentionRecorder, record_layer_attention
 from mmrla.analysis.modules import eval_mode
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
-from mmrla.compat.heap import give_back_free_memory
 from mmrla.engine.network import extract_features, preprocess
 from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS, METRICS
@@ -191,11 +191,13 @@ class TrimHeapHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Called by the runner after each epoch of training."""
-        give_back_free_memory()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Called by the runner after each validation."""
-        give_back_free_memory()
+        self.after_train_epoch(runner)
 
 
 @HOOKS.register_module()
