@@ -37,14 +37,8 @@ from mmrla.engine.run.runner import build_runner
 from mmrla.layers.checks import check_count
 
 # What mmengine's runner takes from a config, and what tools read beside it.
-_TOP = frozenset(
-    {"model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg",
-     "val_cfg", "test_cfg", "auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator",
-     "test_evaluator", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
-     "launcher", "env_cfg", "log_processor", "log_level", "visualizer", "default_scope",
-     "randomness", "experiment_name", "custom_imports", "runner_type", "model_wrapper_cfg",
-     "allow_missing", "find_unused_parameters", "strategy"}
-)  # fmt: skip
+_TOP = {"custom_imports", "runner_type", "model_wrapper_cfg", "allow_missing", "strategy",
+        "find_unused_parameters", *inspect.signature(Runner).parameters} - {"cfg"}  # fmt: skip
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
                      "num_batch_per_epoch", "seed"})  # fmt: skip
