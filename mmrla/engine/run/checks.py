@@ -27,7 +27,7 @@ from mmengine.registry import (
     PARAM_SCHEDULERS,
     VISBACKENDS,
     init_default_scope,
-)  # fmt: skip
+)
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
