@@ -15,11 +15,7 @@ WARM_START = "WarmStart"
 
 
 def is_warm_start(init_cfg: Any) -> bool:
-    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class.
-
-    Raises:
-        ValueError: It is one of several in a list: the others would overwrite it.
-    """
+    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class."""
     if isinstance(init_cfg, (list, tuple)):
         if any(is_warm_start(entry) for entry in init_cfg):
             raise ValueError("WarmStart must be the only init_cfg, not one of a list")
@@ -37,16 +33,6 @@ def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_
     are trainable before weights are loaded. ``freeze_mrla`` in the ``init_cfg`` decides; by default
     the keys of a local checkpoint do. ``torchvision://`` and files that do not exist locally (yet)
     count as plain networks.
-
-    Args:
-        init_cfg: The host's argument.
-        is_own: Whether a key belongs to these parts, by default to layer attentions.
-
-    Returns:
-        True for a warm start from a checkpoint without such weights, unless the user froze them.
-
-    Raises:
-        ValueError: ``freeze_mrla`` is not True, False or None.
     """
     if not is_warm_start(init_cfg):
         return False

@@ -102,15 +102,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def predictor_of(network: Network, score_thr: float | None) -> Any:
-    """A predictor for image files, which also writes the pictures.
-
-    Args:
-        network: Of a detector or a classifier, with a trained head.
-        score_thr: See the option.
-
-    Raises:
-        ValueError: The network is neither.
-    """
+    """A predictor for image files, which also writes the pictures."""
     if hasattr(network.model, "head") and network.cfg.get("default_scope") == "mmpretrain":
         return Classifier(network, 0.0 if score_thr is None else score_thr)
     if network.cfg.get("default_scope") == "mmdet":

@@ -20,12 +20,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("mmrla train", description="Train the network of a config.")
     parser.add_argument("config", help="config file, or a name that mmrla list shows")
     parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT",
         help="go on from CHECKPOINT, or from the newest one in the work dir",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--amp",
         action="store_true",

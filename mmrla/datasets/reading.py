@@ -87,11 +87,7 @@ def area_of(polygon: Sequence[float]) -> float:
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, rotated by its EXIF data.
-
-    Raises:
-        mmrla.datasets.findings.DataError: It is not an image.
-    """
+    """Width and height of an image, rotated by its EXIF data."""
     try:
         with Image.open(path) as image:
             return turned(*stored_size(image))

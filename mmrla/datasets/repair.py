@@ -20,15 +20,8 @@ def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
     filled in; backslashes in file names become slashes, and the name of the image folder is removed
     if the file exists without it.
 
-    Args:
-        content: Content of the JSON file.
-        images: The folder of images.
-
     Returns:
         The repaired content, and the number of records changed by each repair.
-
-    Raises:
-        mmrla.datasets.findings.DataError: It does not contain lists of images and annotations.
     """
     lists = [content.get(key) for key in ("images", "annotations")] if _is_dict(content) else []
     if not lists or not all(isinstance(one, list) and all(map(_is_dict, one)) for one in lists):

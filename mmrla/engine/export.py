@@ -26,12 +26,7 @@ PARTS = ("backbone", "model", "detector")
 
 
 class Flat(nn.Module):
-    """A network whose outputs are one flat tuple of tensors.
-
-    Args:
-        function: Takes images ``[B, 3, H, W]``; may return nested tuples, lists and dicts.
-        module: The module that ``function`` belongs to.
-    """
+    """A network whose outputs are one flat tuple of tensors."""
 
     def __init__(self, function: Any, module: nn.Module) -> None:
         super().__init__()
@@ -59,9 +54,6 @@ def exportable(network: Network, part: str) -> Flat:
         part: ``'backbone'``: its feature maps; ``'model'``: a classifier's scores before softmax,
             or a single-stage detector's maps of scores and boxes, without decoding and NMS. For
             ``'detector'``, boxes, see :class:`mmrla.engine.detection_graph.DetectorGraph`.
-
-    Raises:
-        ValueError: An unknown part, or a two-stage detector's ``'model'``.
     """
     if part not in PARTS[:2]:
         raise ValueError(f"part must be one of {PARTS[:2]}, got {part!r}")
@@ -77,12 +69,9 @@ def exportable(network: Network, part: str) -> Flat:
 
 
 def export_onnx(
-    network: nn.Module,
-    path: str | Path,
-    size: tuple[int, int],
-    dynamic: bool = True,
+    network: nn.Module, path: str | Path, size: tuple[int, int], dynamic: bool = True,
     others: Mapping[str, Tensor] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a network as ONNX, by torch's exporter.
 
     Layer attentions are exported as plain operations (their naive backend), which any runtime
@@ -94,14 +83,6 @@ def export_onnx(
         size: H and W of the images used for tracing.
         dynamic: Make batch, H and W dynamic; else the graph takes one image of ``size``.
         others: Further inputs of fixed shapes, by name; only with ``dynamic=False``.
-
-    Returns:
-        The path.
-
-    Raises:
-        ModuleNotFoundError: onnx or onnxscript is not installed.
-        ValueError: ``path`` does not end in ``.onnx``, or the network's graph depends on the size
-            although ``dynamic`` is True.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -166,18 +147,9 @@ def onnx_error(
 ) -> list[float]:
     """Differences between onnxruntime's outputs and torch's, on random images of each size.
 
-    Args:
-        path: The file that :func:`export_onnx` wrote.
-        network: The network that was exported.
-        sizes: H and W.
-        batch: Images of each size.
-
     Returns:
         For each size the largest absolute difference of any output, over that output's largest
         absolute value.
-
-    Raises:
-        ModuleNotFoundError: onnxruntime is not installed.
     """
     session = session_of(path)
     generator = torch.Generator().manual_seed(0)
@@ -202,15 +174,8 @@ def quantize_int8(path: str | Path, images: Sequence[Tensor]) -> Path:
     ``images``. All else, the attention over layers too, stays in float32. Weights keep 7 bits:
     with 8, processors without VNNI add up products in 16 bits, which overflow.
 
-    Args:
-        path: The file that :func:`export_onnx` wrote.
-        images: Calibration inputs ``[B, 3, H, W]``, normalised.
-
     Returns:
         The new file, ``*_int8.onnx``, beside ``path``.
-
-    Raises:
-        ModuleNotFoundError: onnxruntime is not installed.
     """
     require("onnx", "onnxruntime")
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

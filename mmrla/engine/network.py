@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
-from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -24,7 +22,8 @@ from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
 from mmrla.engine.data.config import datasets_of, type_name
-from mmrla.engine.run.config import find_config, fit_classes
+from mmrla.engine.run import config
+from mmrla.engine.run.checks import quiet_logger
 
 
 def seed_everything(seed: int) -> None:
@@ -35,12 +34,7 @@ def seed_everything(seed: int) -> None:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as ``[H, W, 3]`` of uint8 in BGR.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image.
-    """
+    """An image file as ``[H, W, 3]`` of uint8 in BGR."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such image: {Path(path).absolute()}")
     data = np.frombuffer(Path(path).read_bytes(), np.uint8)
@@ -94,10 +88,6 @@ class Network:
         Returns:
             Its input ``[1, 3, H, W]``, normalised, on the device; and the image that was cut from
             the file, ``[H', W', 3]`` of uint8 in RGB, before normalisation and padding.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not an image.
         """
         image = read_image(path)
         if self.rgb:
@@ -131,27 +121,16 @@ def extract_features(model: Any, inputs: Tensor) -> Any:
 
 
 def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
-    """Read a config of a model, and override settings.
-
-    Raises:
-        FileNotFoundError: There is no such config.
-        ValueError: It has no model with a backbone.
-    """
-    cfg = Config.fromfile(find_config(path))
-    if options:
-        cfg.merge_from_dict(dict(options))
+    """Read a config of a model, and override settings."""
+    cfg = config.read_config(path, options)
     if "backbone" not in (cfg.get("model") or {}):
         raise ValueError(f"{path}: not a config of a classifier or detector, it has no backbone")
-    fit_classes(cfg)
+    config.fit_classes(cfg)
     return cfg
 
 
 def plain_model(model: ConfigDict) -> ConfigDict:
-    """The config of the same network without layer attention and plugins.
-
-    Raises:
-        ValueError: The backbone takes no layer attention.
-    """
+    """The config of the same network without layer attention and plugins."""
     from mmrla.models.host import LayerAttentionHost
 
     kind = model.backbone.type
@@ -185,16 +164,10 @@ def without_layer_attention(model: ConfigDict) -> ConfigDict:
 
 
 def build_network(
-    path: str,
-    checkpoint: str | None = None,
-    *,
-    options: Mapping[str, Any] | None = None,
-    plain: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    size: int | None = None,
+    path: str, checkpoint: str | None = None, *, options: Mapping[str, Any] | None = None,
+    plain: bool = False, seed: int = 0, device: torch.device | str = "cpu", size: int | None = None,
     need_head: bool = False,
-) -> Network:
+) -> Network:  # fmt: skip
     """Build a config's model with its weights, for analysis.
 
     Args:
@@ -206,14 +179,6 @@ def build_network(
         device: Where the model goes.
         size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
         need_head: Whether a checkpoint must contain the head too.
-
-    Returns:
-        The network, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: No such config or checkpoint.
-        ValueError: The config has no backbone, or ``plain`` is set and the backbone is not mmrla's;
-            the checkpoint cannot be read safely, or would leave parts of the model random.
     """
     cfg = read_config(path, options)
     model_cfg = plain_model(cfg.model) if plain else copy.deepcopy(cfg.model)
@@ -229,7 +194,7 @@ def build_network(
         meta = (loaded.get("meta") or {}).get("dataset_meta")
     seed_everything(seed)
     scope = cfg.get("default_scope", "mmengine")
-    with DefaultScope.overwrite_default_scope(scope), _quiet():
+    with DefaultScope.overwrite_default_scope(scope), quiet_logger():
         model = MODELS.build(model_cfg)
         if state is None:
             model.init_weights()  # which logs a paragraph for each parameter
@@ -240,15 +205,12 @@ def build_network(
         model.load_state_dict(fitting, strict=False)
     pipeline, rgb = _pipeline(cfg, size)
     return Network(
-        model=model.to(device).eval(),
-        cfg=cfg,
+        model=model.to(device).eval(), cfg=cfg,
         name=Path(path).stem + (" without layer attention" if plain else ""),
         weights=f"random weights (seed {seed})" if state is None else Path(str(checkpoint)).name,
-        device=torch.device(device),
-        pipeline=pipeline,
-        rgb=rgb,
+        device=torch.device(device), pipeline=pipeline, rgb=rgb,
         dataset_meta={k.lower(): v for k, v in (meta or _dataset_meta(cfg)).items()},
-    )
+    )  # fmt: skip
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
@@ -259,17 +221,6 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
             cls = registry.get(kind) if isinstance(kind, str) else kind
             return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     return {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel("WARNING")
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _drop_pretrained(node: Any) -> None:

@@ -16,12 +16,7 @@ for _layer_attention in layer_attentions().values():
 
 
 def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
-    """The class that ``cfg`` names.
-
-    Raises:
-        TypeError: ``cfg`` is not a mapping with a ``type``, or the type is not a layer attention.
-        ValueError: The type is unknown.
-    """
+    """The class that ``cfg`` names."""
     # get, not build: build would look in the default scope (mmdet's) instead of here.
     return class_of(cfg, LAYER_ATTENTIONS.get, lambda: LAYER_ATTENTIONS.module_dict)
 
@@ -32,12 +27,9 @@ def check_host_takes(cfg: Mapping[str, Any], *host: Any) -> None:
 
 
 def build_layer_attention(
-    cfg: Mapping[str, Any],
-    channels: int,
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    fit_heads: bool = False,
-    index: int | None = None,
-) -> LayerAttention:
+    cfg: Mapping[str, Any], channels: int, defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    fit_heads: bool = False, index: int | None = None,
+) -> LayerAttention:  # fmt: skip
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
     Args:

@@ -27,10 +27,6 @@ def check_classes(cfg: Config, splits: Iterable[str]) -> None:
     the config does not set it, or ``num_things_classes`` and ``num_stuff_classes``, which are
     added.
 
-    Args:
-        cfg: The config, after all options; nothing is built.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
-
     Raises:
         ValueError: The numbers differ (the message gives both and a fix), or a dataset's classes
             are a string.
@@ -136,10 +132,6 @@ def classes_of(dataset: Mapping[str, Any], where: str, scope: str) -> tuple[str,
     """The names of a dataset's classes, None if they are not known before it is built.
 
     From the config, else from its type, else from the class folders.
-
-    Raises:
-        ValueError: They are a string that is not a file.
-        TypeError: They are not names.
     """
     given = dataset.get("classes")
     place = f"{where}.classes"
