@@ -147,6 +147,9 @@ def latest_intact(work_dir: str | Path) -> str | None:
 
     Damaged ones are skipped with a warning that names them. The file in ``last_checkpoint`` is also
     searched in ``work_dir``, which may have moved.
+
+    Raises:
+        CheckpointError: All checkpoints are damaged.
     """
     folder = Path(work_dir)
     named = folder / "last_checkpoint"

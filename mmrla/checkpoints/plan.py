@@ -15,7 +15,11 @@ WARM_START = "WarmStart"
 
 
 def is_warm_start(init_cfg: Any) -> bool:
-    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class."""
+    """Whether an ``init_cfg`` is ``dict(type='mmrla.WarmStart', ...)``: name, prefix or class.
+
+    Raises:
+        ValueError: It is one of several in a list: the others would overwrite it.
+    """
     if isinstance(init_cfg, (list, tuple)):
         if any(is_warm_start(entry) for entry in init_cfg):
             raise ValueError("WarmStart must be the only init_cfg, not one of a list")
@@ -33,6 +37,9 @@ def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_
     are trainable before weights are loaded. ``freeze_mrla`` in the ``init_cfg`` decides; by default
     the keys of a local checkpoint do. ``torchvision://`` and files that do not exist locally (yet)
     count as plain networks.
+
+    Raises:
+        ValueError: ``freeze_mrla`` is not True, False or None.
     """
     if not is_warm_start(init_cfg):
         return False

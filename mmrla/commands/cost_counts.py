@@ -54,7 +54,12 @@ def network(model: ConfigDict) -> str:
 
 
 def build(model: ConfigDict, scope: str) -> nn.Module:
-    """A config's network, whose heads see as many proposals whatever its weights."""
+    """A config's network, whose heads see as many proposals whatever its weights.
+
+    Raises:
+        TypeError: An argument that the class does not take.
+        ValueError: An invalid argument.
+    """
     model = copy.deepcopy(model)
     if "rpn" in (model.get("test_cfg") or {}):
         # Suppress nothing, so that the heads see max_per_img = 1000 proposals whatever the weights.

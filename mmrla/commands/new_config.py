@@ -116,7 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tuple[str, str]:
-    """The text of a config and a line about it."""
+    """The text of a config and a line about it.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: A split is missing, or masks are needed and missing.
+    """
     sets = {_split_of(one): one for one in sets_in(data) if one.ann_file is not None}
     for split in ("train", "val"):
         if split not in sets:

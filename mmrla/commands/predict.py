@@ -102,7 +102,11 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def predictor_of(network: Network, score_thr: float | None) -> Any:
-    """A predictor for image files, which also writes the pictures."""
+    """A predictor for image files, which also writes the pictures.
+
+    Raises:
+        ValueError: The network is neither.
+    """
     if hasattr(network.model, "head") and network.cfg.get("default_scope") == "mmpretrain":
         return Classifier(network, 0.0 if score_thr is None else score_thr)
     if network.cfg.get("default_scope") == "mmdet":

@@ -146,7 +146,14 @@ class CheckedCocoDataset(CocoDataset):
         return kept
 
     def prepare_data(self, idx: int) -> Any:
-        """As the ancestor's, after a check of the file; None: it is skipped, take another."""
+        """As the ancestor's, after a check of the image file.
+
+        Returns:
+            Output of the pipeline; None for a skipped image, so that the caller takes another one.
+
+        Raises:
+            DataError: The image is bad, and must not be skipped.
+        """
         info = self.get_data_info(idx)
         path = info["img_path"]
         fault = None

@@ -18,7 +18,12 @@ class _Folders:
     """Reads ``<data_root>/<split>/<class>/*.jpg`` if it exists; a mixin before a dataset."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Images in RGB, ``[32, 32, 3]`` of uint8, with their labels."""
+        """Images in RGB, ``[32, 32, 3]`` of uint8, with their labels.
+
+        Raises:
+            FileNotFoundError: There are neither the official files nor folders of images.
+            ValueError: A class has no folder, or an image is not 32 x 32.
+        """
         root = Path(self.data_prefix["root"])
         folder = root / self.split
         if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):

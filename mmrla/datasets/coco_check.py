@@ -30,7 +30,12 @@ EXTREME_PIXELS = 2**27
 
 
 def read_annotations(path: str | Path) -> Any:
-    """Parse an annotation file."""
+    """Parse an annotation file.
+
+    Raises:
+        DataError: It is not JSON; the message gives the position.
+        FileNotFoundError: It does not exist.
+    """
     raw = Path(path).read_bytes()
     try:
         return json.loads(raw)

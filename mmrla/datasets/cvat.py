@@ -11,7 +11,11 @@ from mmrla.datasets.reading import Reading, split_of
 
 
 def read_cvat(root: Path) -> Reading:
-    """Read CVAT's boxes, rotated or not, and polygons, from a file or a folder with ``images/``."""
+    """Read CVAT's boxes, rotated or not, and polygons, from a file or a folder with ``images/``.
+
+    Raises:
+        mmrla.datasets.findings.DataError: A file cannot be read.
+    """
     files = [root] if root.is_file() else sorted(root.glob("*.xml"))
     folder = root.parent if root.is_file() else root
     reading = Reading()

@@ -50,7 +50,12 @@ def coco_files(root: Path) -> list[Path]:
 
 
 def read(root: str | Path) -> Reading:
-    """Read a dataset in any of the formats in :data:`NAMES`."""
+    """Read a dataset in any of the formats in :data:`NAMES`.
+
+    Raises:
+        mmrla.datasets.findings.DataError: A file cannot be read; the message names it.
+        ValueError: The format is unknown.
+    """
     root = Path(root)
     kind = recognise(root)
     readers = dict(

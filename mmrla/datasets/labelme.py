@@ -12,7 +12,11 @@ from mmrla.datasets.reading import Reading, shown_size, split_of
 
 
 def read_labelme(root: Path) -> Reading:
-    """Read labelme's rectangles, polygons and circles; shapes of a group form one object."""
+    """Read labelme's rectangles, polygons and circles; shapes of a group form one object.
+
+    Raises:
+        mmrla.datasets.findings.DataError: A file cannot be read.
+    """
     reading = Reading()
     for path in sorted(root.rglob("*.json")):
         try:

@@ -87,7 +87,11 @@ def area_of(polygon: Sequence[float]) -> float:
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, rotated by its EXIF data."""
+    """Width and height of an image, rotated by its EXIF data.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It is not an image.
+    """
     try:
         with Image.open(path) as image:
             return turned(*stored_size(image))

@@ -22,6 +22,9 @@ def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
 
     Returns:
         The repaired content, and the number of records changed by each repair.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It does not contain lists of images and annotations.
     """
     lists = [content.get(key) for key in ("images", "annotations")] if _is_dict(content) else []
     if not lists or not all(isinstance(one, list) and all(map(_is_dict, one)) for one in lists):

@@ -17,7 +17,12 @@ ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
 
 def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
-    """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder."""
+    """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It, or an annotation, cannot be read.
+        FileNotFoundError: It does not exist.
+    """
     path = Path(path)
     if path.name == ANNOTATIONS and path.is_dir():
         return voc_to_coco(path.parent, None, classes)

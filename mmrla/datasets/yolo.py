@@ -71,7 +71,12 @@ def _labels_of(image: Path) -> Path:
 
 
 def read_yolo(root: Path) -> Reading:
-    """Read a YOLO folder: boxes, polygons (four corners too), images without labels."""
+    """Read a YOLO folder: boxes, polygons (four corners too), images without labels.
+
+    Raises:
+        mmrla.datasets.findings.DataError: Something cannot be read; the message gives file and
+            line.
+    """
     names = yolo_names(root)
     if names is None:
         raise DataError(f"{root}: no names of classes: neither data.yaml nor classes.txt is there")

@@ -63,7 +63,11 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
 
 
 def set_amp(cfg: Config, amp: bool) -> None:
-    """Prepare a training run's optimizer for mixed precision, in place."""
+    """Prepare a training run's optimizer for mixed precision, in place.
+
+    Raises:
+        ValueError: The config sets another dtype than bfloat16, and there is no GPU.
+    """
     wrapper = cfg.optim_wrapper
     if amp:
         wrapper.type = "AmpOptimWrapper"
@@ -74,7 +78,11 @@ def set_amp(cfg: Config, amp: bool) -> None:
 
 
 def set_test_amp(cfg: Config) -> None:
-    """Have a test run use autocast, in place."""
+    """Have a test run use autocast, in place.
+
+    Raises:
+        ValueError: It is a detector's run, and there is no GPU.
+    """
     if get_device() == "cpu":
         if cfg.get("default_scope") != "mmpretrain":
             raise ValueError(

@@ -36,7 +36,11 @@ class Split(NamedTuple):
 
 
 def load_split(dataset_cfg: dict, device: torch.device, count: int | None = None) -> Split:
-    """Read a config's dataset onto the device: all, or the same ``count`` images each time."""
+    """Read a config's dataset onto the device: all, or the same ``count`` images each time.
+
+    Raises:
+        ValueError: There are fewer than ``count``.
+    """
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         images, labels = as_arrays(DATASETS.build(dataset_cfg))
     if count is not None:
@@ -194,6 +198,9 @@ def run(
     settings is a ValueError. Arguments up to ``channels_last`` are those of :class:`Trainer`;
     ``images`` is the number to train on, ``name`` the network's in the log, and the last epoch
     always has an accuracy.
+
+    Raises:
+        ValueError: The log is of other settings.
     """
     epochs = epochs or cfg.train_cfg.max_epochs
     settings = dict(
@@ -244,7 +251,11 @@ def _attention() -> AbstractContextManager:
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """The settings, then a dict per epoch, without a truncated last line."""
+    """The settings, then a dict per epoch, without a truncated last line.
+
+    Raises:
+        ValueError: Another line is not JSON.
+    """
     found = []
     lines = log.read_text().splitlines()
     for number, line in enumerate(lines, 1):

@@ -210,7 +210,11 @@ def _check_kind(network: Network) -> None:
 
 
 def export_detector(graph: DetectorGraph, path: str | Path, size: tuple[int, int]) -> Path:
-    """Write a detector as ONNX for one image of ``size``, H and W."""
+    """Write a detector as ONNX for one image of ``size``, H and W.
+
+    Raises:
+        ModuleNotFoundError, ValueError: As :func:`mmrla.engine.export.export_onnx`.
+    """
     shape = dict(image_shape=torch.tensor(size))
     return export_onnx(graph, path, size, dynamic=False, others=shape)
 

@@ -54,6 +54,9 @@ def exportable(network: Network, part: str) -> Flat:
         part: ``'backbone'``: its feature maps; ``'model'``: a classifier's scores before softmax,
             or a single-stage detector's maps of scores and boxes, without decoding and NMS. For
             ``'detector'``, boxes, see :class:`mmrla.engine.detection_graph.DetectorGraph`.
+
+    Raises:
+        ValueError: An unknown part, or a two-stage detector's ``'model'``.
     """
     if part not in PARTS[:2]:
         raise ValueError(f"part must be one of {PARTS[:2]}, got {part!r}")
@@ -83,6 +86,11 @@ def export_onnx(
         size: H and W of the images used for tracing.
         dynamic: Make batch, H and W dynamic; else the graph takes one image of ``size``.
         others: Further inputs of fixed shapes, by name; only with ``dynamic=False``.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+        ValueError: ``path`` does not end in ``.onnx``, or the network's graph depends on the size
+            although ``dynamic`` is True.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -150,6 +158,9 @@ def onnx_error(
     Returns:
         For each size the largest absolute difference of any output, over that output's largest
         absolute value.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
     """
     session = session_of(path)
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +187,9 @@ def quantize_int8(path: str | Path, images: Sequence[Tensor]) -> Path:
 
     Returns:
         The new file, ``*_int8.onnx``, beside ``path``.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
     """
     require("onnx", "onnxruntime")
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

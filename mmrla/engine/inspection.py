@@ -84,7 +84,11 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name; ``'auto'``: a GPU if there is one. ValueError if it does not exist."""
+    """The device of a name; ``'auto'``: a GPU if there is one. ValueError if it does not exist.
+
+    Raises:
+        ValueError: There is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -99,7 +103,12 @@ def choose_device(name: str = "auto") -> torch.device:
 def find_images(
     patterns: Sequence[str], limit: int | None = None, option: str = "--images"
 ) -> list[Path]:
-    """Files, images below folders, and matches of globs, each once; at most ``limit`` of them."""
+    """Files, images below folders, and matches of globs, each once; at most ``limit`` of them.
+
+    Raises:
+        FileNotFoundError: A pattern matches nothing, or a folder contains no image.
+        ValueError: A ``limit`` below 1.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"--max-images must be at least 1, got {limit}")
     found: dict[Path, None] = {}
@@ -124,7 +133,12 @@ def find_images(
 
 
 def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
-    """The network and the images of a command's options."""
+    """The network and the images of a command's options.
+
+    Raises:
+        FileNotFoundError: No such config, checkpoint or image.
+        ValueError: See :func:`build_network`, :func:`choose_device`, :func:`find_images`.
+    """
     images = find_images(args.images, args.max_images)
     network = build_network(
         args.config, args.checkpoint, options=args.cfg_options, seed=args.seed,
@@ -138,6 +152,10 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
 
     The plain host comes first: with the same random weights if there is no checkpoint, else with
     ``--plain-checkpoint``, else not at all, with a message.
+
+    Raises:
+        FileNotFoundError: No such config or checkpoint.
+        ValueError: See :func:`build_network`; or a ``--plain-checkpoint`` without a checkpoint.
     """
     common = dict(
         seed=args.seed, device=choose_device(args.device), size=args.size, need_head=need_head,

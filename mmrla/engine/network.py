@@ -34,7 +34,12 @@ def seed_everything(seed: int) -> None:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as ``[H, W, 3]`` of uint8 in BGR."""
+    """An image file as ``[H, W, 3]`` of uint8 in BGR.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such image: {Path(path).absolute()}")
     data = np.frombuffer(Path(path).read_bytes(), np.uint8)
@@ -88,6 +93,10 @@ class Network:
         Returns:
             Its input ``[1, 3, H, W]``, normalised, on the device; and the image that was cut from
             the file, ``[H', W', 3]`` of uint8 in RGB, before normalisation and padding.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not an image.
         """
         image = read_image(path)
         if self.rgb:
@@ -121,7 +130,12 @@ def extract_features(model: Any, inputs: Tensor) -> Any:
 
 
 def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
-    """Read a config of a model, and override settings."""
+    """Read a config of a model, and override settings.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: It has no model with a backbone.
+    """
     cfg = config.read_config(path, options)
     if "backbone" not in (cfg.get("model") or {}):
         raise ValueError(f"{path}: not a config of a classifier or detector, it has no backbone")
@@ -130,7 +144,11 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
 
 
 def plain_model(model: ConfigDict) -> ConfigDict:
-    """The config of the same network without layer attention and plugins."""
+    """The config of the same network without layer attention and plugins.
+
+    Raises:
+        ValueError: The backbone takes no layer attention.
+    """
     from mmrla.models.host import LayerAttentionHost
 
     kind = model.backbone.type
@@ -179,6 +197,11 @@ def build_network(
         device: Where the model goes.
         size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
         need_head: Whether a checkpoint must contain the head too.
+
+    Raises:
+        FileNotFoundError: No such config or checkpoint.
+        ValueError: The config has no backbone, or ``plain`` is set and the backbone is not mmrla's;
+            the checkpoint cannot be read safely, or would leave parts of the model random.
     """
     cfg = read_config(path, options)
     model_cfg = plain_model(cfg.model) if plain else copy.deepcopy(cfg.model)

@@ -20,7 +20,11 @@ _ROWS = {"bbox": "box", "segm": "mask"}
 
 
 def newest(folder: str | Path, pattern: str) -> Path:
-    """The newest file below ``folder`` that matches ``pattern``."""
+    """The newest file below ``folder`` that matches ``pattern``.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no {pattern} in {Path(folder).absolute()}")
@@ -50,7 +54,11 @@ def read_scalars(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """Plot the loss, and AP if it was evaluated, of an epoch-based run over its epochs, as PNG."""
+    """Plot the loss, and AP if it was evaluated, of an epoch-based run over its epochs, as PNG.
+
+    Raises:
+        ValueError: No record contains a loss.
+    """
     from matplotlib.figure import Figure  # no global backend: works without a screen
 
     train = [record for record in scalars if "loss" in record]

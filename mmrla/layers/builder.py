@@ -98,6 +98,10 @@ def build(
     """Build a layer attention; as :func:`mmrla.models.build_layer_attention` for a class.
 
     ``defaults`` are by name of the class or of a base class; ``index`` is for classes that take it.
+
+    Raises:
+        TypeError: An argument that the class does not take.
+        ValueError: An invalid argument.
     """
     kwargs = {key: value for key, value in cfg.items() if key != "type"}
     for base in cls.__mro__:

@@ -16,7 +16,12 @@ for _layer_attention in layer_attentions().values():
 
 
 def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
-    """The class that ``cfg`` names."""
+    """The class that ``cfg`` names.
+
+    Raises:
+        TypeError: ``cfg`` is not a mapping with a ``type``, or the type is not a layer attention.
+        ValueError: The type is unknown.
+    """
     # get, not build: build would look in the default scope (mmdet's) instead of here.
     return class_of(cfg, LAYER_ATTENTIONS.get, lambda: LAYER_ATTENTIONS.module_dict)
 

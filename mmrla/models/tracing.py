@@ -189,7 +189,11 @@ def trial(backbone: Any, shape: tuple[int, ...]) -> Any:
 
 
 def groups_of(backbone: Any, calls: Sequence[Call], named: bool) -> list[list[Call]]:
-    """Layers that pass features on, for each container; if ``named``, none is skipped."""
+    """Layers that pass features on, for each container; if ``named``, none is skipped.
+
+    Raises:
+        ValueError: A layer cannot carry a layer attention.
+    """
     groups: list[list[Call]] = []
     previous: Call | None = None
     for call in calls:

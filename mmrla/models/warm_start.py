@@ -118,7 +118,11 @@ def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_backbone(module: nn.Module, checkpoint: str) -> None:
-    """Load a backbone from a backbone's, classifier's or detector's checkpoint."""
+    """Load a backbone from a backbone's, classifier's or detector's checkpoint.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit.
+    """
     load_into(module, _backbone_of(checkpoint, module), source=checkpoint)
 
 

@@ -40,7 +40,11 @@ def build_attention(
 
 
 def drop_path_of(asked: float | None, block: Any) -> nn.Module:
-    """Stochastic depth of an attention branch: the given rate or, with None, the block's."""
+    """Stochastic depth of an attention branch: the given rate or, with None, the block's.
+
+    Raises:
+        ValueError: A rate outside [0, 1).
+    """
     rates = (part.drop_prob for part in block.modules() if isinstance(part, DropPath))
     rate = max(rates, default=0.0) if asked is None else asked
     if isinstance(rate, bool) or not 0 <= rate < 1:

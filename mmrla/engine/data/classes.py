@@ -132,6 +132,10 @@ def classes_of(dataset: Mapping[str, Any], where: str, scope: str) -> tuple[str,
     """The names of a dataset's classes, None if they are not known before it is built.
 
     From the config, else from its type, else from the class folders.
+
+    Raises:
+        ValueError: They are a string that is not a file.
+        TypeError: They are not names.
     """
     given = dataset.get("classes")
     place = f"{where}.classes"

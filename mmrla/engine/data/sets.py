@@ -80,6 +80,11 @@ def sets_in(root: str | Path) -> list[DataSet]:
     other JSON in ``annotations/`` whose name ends with that of a folder; ``Annotations/`` and
     ``JPEGImages/`` as Pascal VOC has them, by the lists of train, val and test if there are any; or
     class folders of images, directly or in ``train/``, ``val/`` and ``test/``.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: No set is found in it, it is in a format that must be converted, or the images
+            of an annotation file cannot be located.
     """
     root = Path(root)
     if not root.is_dir():
@@ -145,6 +150,9 @@ def sets_of_config(cfg: Config) -> tuple[list[DataSet], dict[str, str]]:
     Returns:
         The sets in COCO's or Pascal VOC's format or of class folders; and the reason why each of
         the others, by its place and type, cannot be checked.
+
+    Raises:
+        ValueError: The config names no set that can be checked.
     """
     found: dict[Any, DataSet] = {}
     unchecked: dict[str, str] = {}

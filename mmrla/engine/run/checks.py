@@ -235,6 +235,10 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
     Model, datasets, samplers, loaders, evaluators, hooks, visualizer, optimizer and schedulers are
     built. No weights are read, no image is loaded, and nothing is left on the disk. Of visualizer
     backends that log to a server only the name is checked.
+
+    Raises:
+        ValueError: The config of a part is invalid; parts may also raise TypeError, KeyError and
+            others.
     """
     splits = tuple(splits)
     init_default_scope(cfg.get("default_scope", "mmengine"))
@@ -280,7 +284,11 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
 
 
 def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
-    """Build everything except the model and discard it; no annotations are read."""
+    """Build everything except the model and discard it; no annotations are read.
+
+    Raises:
+        ValueError: The config of a part is invalid; the message names the part.
+    """
     for split in splits:
         for place, dataset in datasets_of(cfg, [split]):
             with _naming(place):

@@ -212,7 +212,11 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def require_finite(what: str, tensors: dict[str, Any]) -> None:
-    """Raise NonFiniteError, naming some of them, unless all floating-point tensors are finite."""
+    """Raise NonFiniteError, naming some of them, unless all floating-point tensors are finite.
+
+    Raises:
+        NonFiniteError: The message names the tensors that are not finite.
+    """
     bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

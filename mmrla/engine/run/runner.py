@@ -77,6 +77,10 @@ def check_weights(cfg: Config) -> None:
     """Check every load of the run; a local file is read safely once, and a missing one is an error.
 
     ``--resume`` without a file continues from the newest intact one in the work dir.
+
+    Raises:
+        CheckpointError: The file cannot be read without running code from it, or at all.
+        FileNotFoundError: A local file does not exist.
     """
     allowed = list(cfg.get("allow_missing", ()))
     add_hook(cfg, type="mmrla.CheckLoadHook", allow_missing=allowed)
@@ -106,6 +110,10 @@ def use_tta(cfg: Config) -> None:
 
     They are those of ``tta_model`` and ``tta_pipeline``. Without them each image is evaluated
     unchanged and mirrored; a detector's boxes are merged by NMS at an IoU of 0.5.
+
+    Raises:
+        ValueError: The detector predicts masks and the config has no ``tta_model``: mmdet only
+            merges boxes. Or the test set has no pipeline.
     """
     classifies = cfg.get("default_scope") == "mmpretrain"
     datasets = [dataset for _, dataset in datasets_of(cfg, ["test"])]

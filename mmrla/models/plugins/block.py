@@ -25,7 +25,12 @@ class PluginBlock:
     """The block's attributes that are plugins."""
 
     def add_plugins(self, plugins: Sequence[Mapping[str, Any]]) -> None:
-        """Build checked ``plugins`` (:func:`mmrla.models.plugins.check_plugins`) into the block."""
+        """Build checked ``plugins`` (:func:`mmrla.models.plugins.check_plugins`) into the block.
+
+        Raises:
+            TypeError: A plugin does not take its arguments.
+            ValueError: Its arguments are invalid, or two plugins have the same name.
+        """
         self._plugins_at: dict[str, list[str]] = {}
         for plugin in plugins:
             cls, name, position = (

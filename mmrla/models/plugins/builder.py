@@ -16,7 +16,12 @@ _FORM = "dict(cfg=dict(type='mmrla.ECA'), stages=(True, True, True, True), posit
 
 
 def plugin_class(cfg: Mapping[str, Any]) -> type[nn.Module]:
-    """The class that a plugin's ``cfg`` names: mmrla's, mmcv's or any mm package's."""
+    """The class that a plugin's ``cfg`` names: mmrla's, mmcv's or any mm package's.
+
+    Raises:
+        TypeError: ``cfg`` is not a mapping with a ``type``.
+        ValueError: The type is unknown.
+    """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(f"plugins: a plugin's cfg must be a dict with a type, got {cfg!r}")
     kind = cfg["type"]
@@ -65,6 +70,15 @@ def check_plugins(
 
     The default position is after the last convolution or, for a plugin that replaces a convolution,
     that of the 3x3 convolution, which is the second.
+
+    Args:
+        plugins: The host's argument.
+        stages: Number of stages of the host.
+        convs: Number of convolutions per block.
+
+    Raises:
+        TypeError: ``plugins`` is not a sequence of such mappings.
+        ValueError: A key, a type, a position or the length of ``stages`` is not allowed.
     """
     if plugins is None:
         return ()
@@ -119,7 +133,11 @@ def plugins_of_stage(plugins: Sequence[dict[str, Any]], stage: int) -> list[dict
 def plugins_of_block(
     plugins: Sequence[dict[str, Any]], block: int, count: int
 ) -> list[dict[str, Any]]:
-    """Those of a stage's ``plugins`` that are in block number ``block`` of ``count``."""
+    """Those of a stage's ``plugins`` that are in block number ``block`` of ``count``.
+
+    Raises:
+        ValueError: An index in ``blocks`` is out of range.
+    """
     found = []
     for plugin in plugins:
         blocks = plugin.get("blocks")
