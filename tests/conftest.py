@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import mmrla  # noqa: F401  # before mm packages, for which it stands in for mmcv's operations
+
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 # Ground truth and real images that may lie beside a checkout.

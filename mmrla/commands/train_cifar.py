@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data.config import set_data_root
-from mmrla.engine.errors import exit_with_message
+from mmrla.engine.errors import exit_with_message, require_at_least
 from mmrla.engine.run.config import add_layout_argument, read_config
 
 
@@ -52,11 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # mmengine would print how each parameter starts.
     MMLogger.get_instance("mmrla", log_level="WARNING")
     with exit_with_message():
-        if args.epochs is not None and args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        require_at_least(args, epochs=1, threads=1)
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {args.threads}")
             torch.set_num_threads(args.threads)
         configs = [read_config(path) for path in args.configs]
         for cfg in configs if args.data_root is not None else ():

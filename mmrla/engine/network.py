@@ -215,10 +215,10 @@ def build_network(
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Metadata from the test set's class and config; no file is read."""
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         for _, dataset in datasets_of(cfg, ["test"]):
             kind = dataset["type"]
-            cls = DATASETS.get(kind) if isinstance(kind, str) else kind
+            cls = registry.get(kind) if isinstance(kind, str) else kind
             return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     return {}
 

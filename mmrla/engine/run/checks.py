@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from mmrla.engine.data.classes import check_classes
 from mmrla.engine.data.config import datasets_of, evaluators, type_name
-from mmrla.engine.run.runner import build_runner
+from mmrla.engine.run.runner import build_runner, check_weights, init_cpu_distributed
 from mmrla.layers.checks import check_count
 
 # What mmengine's runner takes from a config, and what tools read beside it.
@@ -214,6 +214,19 @@ def check_processes(launcher: str) -> None:
 
 # The others would open a run on some server.
 _LOCAL_BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+
+
+def prepare_runner(cfg: Config, splits: Iterable[str], dry_run: bool) -> Runner | None:
+    """Check the weights of a run and build its runner.
+
+    A dry run only prints what :func:`build_only` builds, and there is no runner.
+    """
+    if dry_run:
+        print(build_only(cfg, splits))
+        return None
+    check_weights(cfg)
+    init_cpu_distributed(cfg)
+    return build_runner(cfg)
 
 
 def build_only(cfg: Config, splits: Iterable[str]) -> str:
