@@ -1,3 +1,4 @@
 # Mask R-CNN, ResNet-50 + MRLA-light, COCO, 1x schedule.
 _base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "./_base_/coco_resnet.py"]
-globals().update(_base_.pop("on_coco"))
+model = dict(backbone=_base_.pop("mrla_resnet"))
+globals().update(_base_.pop("on_coco"))  # checked images, runs that resume exactly
