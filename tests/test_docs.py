@@ -69,16 +69,14 @@ WAYS = (
     Way(r"mmrla (list|convert|check-env)\b|mmrla (check-data|convert-data|new-config) "),
     Way(r"mmrla check-gpu", "--device cpu --processes 0 --no-times"),
     Way(r"mmrla demo", "--epochs 1 --num-train 16 --num-val 4 --pictures 1", slow=True),
-    Way(r"python tools/analysis/score_cam\.py ", f"--size 64 {SMALL}", slow=True),
-    Way(r"python tools/analysis/memory_vs_depth\.py ", "--depths 18 34", slow=True),
-    Way(r"python tools/analysis/layout_speed\.py ", "--rounds 1 --batch 2 --size 32", slow=True),
-    Way(r"OMP_NUM_THREADS=1 python tools/benchmark/run\.py", "--help", slow=True),
+    Way(r"mmrla figure cam ", f"--size 64 {SMALL}", slow=True),
+    Way(r"mmrla cost memory ", "--depths 18 34", slow=True),
+    Way(r"mmrla cost layout ", "--rounds 1 --batch 2 --size 32", slow=True),
+    Way(r"OMP_NUM_THREADS=1 mmrla cost speed ", "--help", slow=True),
     Way(r"python tools/benchmark/kernel_report", "--heights 7 --batch 1", slow=True),
-    Way(
-        r"(OMP_NUM_THREADS=1 )?python tools/benchmark/",
-        "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True,
-    ),
-    Way(r"mmrla (predict|export-onnx) |python tools/(analysis/|demo\.py )", slow=True),
+    Way(r"OMP_NUM_THREADS=1 mmrla cost compare configs", "--rounds 0", slow=True),
+    Way(r"mmrla cost compare --", "--rounds 0 configs/imagenet/resnet50_dia_in1k.py", slow=True),
+    Way(r"mmrla (predict|export-onnx|figure|cost) |python tools/demo\.py ", slow=True),
     Way(r"python tools/(convert|publish)_checkpoint\.py ", slow=True),
 )  # fmt: skip
 

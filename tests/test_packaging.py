@@ -131,6 +131,18 @@ COMMANDS = {name: name for name in (*cli.COMMANDS, *cli.SCRIPTS, *cli.OWN)}
 COMMANDS |= {f"tools/{name}_checkpoint.py": name for name in ("convert", "publish")}
 for command in ("check-data", "check-gpu", "export-onnx", "test", "train", "train-cifar"):
     COMMANDS[f"tools/{command.replace('-', '_')}.py"] = command
+COMMANDS |= {
+    "tools/analysis/attention_maps.py": "figure maps",
+    "tools/analysis/query_similarity.py": "figure similarity",
+    "tools/analysis/score_cam.py": "figure cam",
+    "tools/analysis/class_attention.py": "figure class-token",
+    "tools/analysis/complexity.py": "cost flops",
+    "tools/analysis/flops_vs_resolution.py": "cost resolution",
+    "tools/analysis/memory_vs_depth.py": "cost memory",
+    "tools/analysis/layout_speed.py": "cost layout",
+    "tools/benchmark/compare.py": "cost compare",
+    "tools/benchmark/run.py": "cost speed",
+}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -146,6 +158,13 @@ def test_every_command_and_tool_is_there(name, capsys, monkeypatch):
         code = stopped.code
     assert not code
     assert f"usage: mmrla {COMMANDS[name]} " in capsys.readouterr().out
+
+
+def test_names_of_earlier_versions(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["complexity", "--help"])
+    assert not stopped.value.code
+    assert "usage: mmrla cost flops " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ class Experiment(NamedTuple):
     """Whether torch.compile is used; times are those of such runs alone."""
 
 
+_LIGHT, _BASE = "cifar/resnet20_mrla_cifar10.py", "cifar/resnet20_mrla-base_cifar10.py"
 _R20 = {"model.backbone.depth": 20}
 EXPERIMENTS = {
     "cifar": Experiment(
@@ -80,19 +81,15 @@ EXPERIMENTS = {
         {"top1": "top-1"},
         (
             Row("plain", "cifar/resnet20_plain_cifar10.py"),
-            Row("light", "cifar/resnet20_mrla_cifar10.py"),
-            Row("base", "cifar/resnet20_mrla-base_cifar10.py"),
-            Row("light, released start and drop path", "cifar/resnet20_mrla_cifar10.py", RELEASED),
+            Row("light", _LIGHT),
+            Row("base", _BASE),
+            Row("light, released start and drop path", _LIGHT, RELEASED),
             Row("plain, 18 epochs", "cifar/resnet20_plain_cifar10.py", epochs=18),
-            Row("light, drop path 0.2", "cifar/resnet20_mrla_cifar10.py", DROPPED),
-            Row("light, released start", "cifar/resnet20_mrla_cifar10.py", FULL),
-            Row(
-                "base, released start and drop path",
-                "cifar/resnet20_mrla-base_cifar10.py",
-                RELEASED,
-            ),
-            Row("base, drop path 0.2", "cifar/resnet20_mrla-base_cifar10.py", DROPPED),
-            Row("base, released start", "cifar/resnet20_mrla-base_cifar10.py", FULL),
+            Row("light, drop path 0.2", _LIGHT, DROPPED),
+            Row("light, released start", _LIGHT, FULL),
+            Row("base, released start and drop path", _BASE, RELEASED),
+            Row("base, drop path 0.2", _BASE, DROPPED),
+            Row("base, released start", _BASE, FULL),
             Row("DLA", "cifar/resnet56_dla_cifar10.py", _R20),
             Row("SE", "cifar/resnet56_se_cifar10.py", _R20),
             Row("ECA", "cifar/resnet56_eca_cifar10.py", _R20),
@@ -331,10 +328,8 @@ def draw(record: Mapping[str, Any]) -> None:
             centre = [mean(v) for v in values]
             seconds = _seconds(record[name][row.name], experiment.compiled)
             ratio = _time_over_plain(seconds, plain) or math.nan
-            for axis, x in (
-                (by_epoch, epochs),
-                (by_time, [ratio * e / epochs[-1] for e in epochs]),
-            ):
+            spent = [ratio * e / epochs[-1] for e in epochs]
+            for axis, x in ((by_epoch, epochs), (by_time, spent)):
                 (line,) = axis.plot(x, centre, marker=".", label=f"{row.name} ({len(runs)})")
                 axis.fill_between(x, [min(v) for v in values], [max(v) for v in values],
                                   color=line.get_color(), alpha=0.15)  # fmt: skip
@@ -355,11 +350,8 @@ def write(record: Mapping[str, Any]) -> None:
     draw(record)
     parts = ["\n".join(summary(record)), f"![curves](images/{PICTURE.name})"]
     for name, experiment in EXPERIMENTS.items():
-        parts += [
-            f"### {experiment.title}",
-            experiment.about,
-            table(name, experiment, record[name]),
-        ]
+        rows = table(name, experiment, record[name])
+        parts += [f"### {experiment.title}", experiment.about, rows]
     replace_part(PAGE, "results", "\n" + "\n\n".join(parts) + "\n")
 
 

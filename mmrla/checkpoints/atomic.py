@@ -26,10 +26,6 @@ def write_atomically(data: bytes, path: str | Path) -> None:
 
     The data are written to a temporary file in the same folder, flushed to disk, and then renamed.
 
-    Args:
-        data: The content.
-        path: A local file; its folder is created if necessary.
-
     Raises:
         CheckpointError: It cannot be written, for example because the disk is full. An existing
             file is unchanged, and the temporary file is removed.
@@ -69,11 +65,7 @@ def _cannot_write(target: Path, size: int, error: OSError) -> str:
 
 
 def remove_temporaries(folder: str | Path) -> list[Path]:
-    """Remove temporary files that killed writers left in a folder.
-
-    Returns:
-        What was removed.
-    """
+    """Remove temporary files that killed writers left in a folder, and return them."""
     found = [p for p in Path(folder).glob(".*.mmrla-tmp") if _TEMPORARY.fullmatch(p.name)]
     for path in found:
         path.unlink(missing_ok=True)
@@ -127,12 +119,6 @@ def damage(path: str | Path) -> str | None:
 
     torch's files are zip archives with a directory at the end and a checksum for every part, so
     truncation and flipped bits are both detected.
-
-    Args:
-        path: A local file.
-
-    Returns:
-        A few words, or None for an intact file.
     """
     path = Path(path)
     if not path.is_file():
@@ -161,12 +147,6 @@ def latest_intact(work_dir: str | Path) -> str | None:
 
     Damaged ones are skipped with a warning that names them. The file in ``last_checkpoint`` is also
     searched in ``work_dir``, which may have moved.
-
-    Args:
-        work_dir: Of the run.
-
-    Returns:
-        Its path, None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: All checkpoints are damaged.

@@ -114,19 +114,17 @@ _VIT: list[Rule] = [
     (r"^head\.", "head.layers.head."),
     (r"^head_dist\.", "head.layers.head_dist."),
 ]
+PLAIN_VIT_BACK: list[Rule] = [
+    (r"^backbone\.", ""), (r"^layers\.", "blocks."),
+    (r"^ln1\.", "norm."), (r"\.ln([12])\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^head\.layers\.", ""),
+]  # fmt: skip
 _BACK_VIT: list[Rule] = [
     *OUT_OF_BRANCH,
     (r"\.mrla\.norm\.", ".mrla.normx."),
     (r"\.mrla\.shortcut_norm\.", ".mrla.normo."),
-    (r"^backbone\.layers\.", "blocks."),
-    (r"^backbone\.ln1\.", "norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"^backbone\.patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^backbone\.(cls_token|dist_token|pos_embed)$", r"\1"),
-    (r"^head\.layers\.head\.", "head."),
-    (r"^head\.layers\.head_dist\.", "head_dist."),
+    *PLAIN_VIT_BACK,
 ]
 _VIT_BRANCH = rf"mrla\.((shortcut_)?norm\.(weight|bias)|attention\.{ATTENTION})"
 

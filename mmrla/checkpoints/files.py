@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 class _Inert:
-    """Placeholder for an unneeded object of a checkpoint: accepts anything, does nothing."""
+    """Stands for an object of a checkpoint that nobody needs: accepts anything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -38,53 +38,47 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
-    def append(self, value: Any) -> None:
-        """Taken by lists while they are read."""
+class _Unpickler(pickle.Unpickler):
+    """Reads tensors and mmengine's log histories, which torch's own safe reader refuses.
 
-    def extend(self, values: Any) -> None:
-        """Taken by lists while they are read."""
-
-
-class _LogFreeUnpickler(pickle.Unpickler):
-    """Reads tensors, and replaces mmengine's log histories with inert objects.
-
-    Training checkpoints hold those as numpy arrays in a class that torch's own safe reader refuses.
-    No other name is looked up, so no code of a file can run.
+    Histories are built from arrays by code of mmrla, not of the file. ``getattr`` and what a
+    history's class does with its state are what a file could use to reach code; neither is run
+    here. No other name is looked up, so no code of a file can run.
     """
 
-    _tensors = re.compile(
+    _allowed = re.compile(
         r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|device|\w+Storage)"
         r"|torch\.(b?float|u?int)\d+|torch\.bool|torch\.storage\.\w+Storage"
         r"|collections\.(OrderedDict|Counter|defaultdict)"
-    )
-    _histories = re.compile(
-        r"mmengine\.logging\.history_buffer\.HistoryBuffer|mmengine\.config\.config\.ConfigDict"
-        r"|(__builtin__|builtins)\.getattr|_codecs\.encode"
         r"|numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)"
     )
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if self._tensors.fullmatch(full):
+        if self._allowed.fullmatch(full):
             return super().find_class(module, name)
-        if self._histories.fullmatch(full):
+        if full == "_codecs.encode":
+            return _bytes_of
+        if full == "mmengine.logging.history_buffer.HistoryBuffer":
+            return _history_class()
+        if full == "mmengine.config.config.ConfigDict":
+            return dict
+        if full in ("builtins.getattr", "__builtin__.getattr"):
             return _Inert
         raise pickle.UnpicklingError(f"Unsupported global: {full}")
 
 
-class _LogFreePickle:
+class _Pickle:
     """What ``torch.load`` takes as ``pickle_module``."""
 
     __name__ = "pickle"
-    Unpickler = _LogFreeUnpickler
+    Unpickler = _Unpickler
     UnpicklingError = pickle.UnpicklingError
 
     @staticmethod
     def load(file: Any, **kwargs: Any) -> Any:
-        return _LogFreeUnpickler(file, **kwargs).load()
+        return _Unpickler(file, **kwargs).load()
 
 
 def _local_path(path: str) -> Path:
@@ -112,28 +106,6 @@ def _local_path(path: str) -> Path:
     return Path(path)
 
 
-class _ResumingUnpickler(_LogFreeUnpickler):
-    """As above, and log histories come back: built from arrays by code of mmrla, not of the file.
-
-    ``getattr`` and what a history's class does with its state are what a file could use to reach
-    code; neither is run here.
-    """
-
-    _arrays = re.compile(r"numpy(\.\w+)*\.(_reconstruct|scalar|ndarray|dtype|\w+DType)")
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if self._arrays.fullmatch(full):
-            return pickle.Unpickler.find_class(self, module, name)
-        if full == "_codecs.encode":
-            return _bytes_of
-        if full == "mmengine.logging.history_buffer.HistoryBuffer":
-            return _history_class()
-        if full == "mmengine.config.config.ConfigDict":
-            return dict
-        return super().find_class(module, name)
-
-
 def _bytes_of(text: str, encoding: str) -> bytes:
     """What protocol 2 writes bytes as."""
     if encoding != "latin1":
@@ -143,7 +115,10 @@ def _bytes_of(text: str, encoding: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _history_class() -> type:
-    from mmengine.logging import HistoryBuffer
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ImportError:  # without mmengine nobody resumes
+        return _Inert
 
     class History(HistoryBuffer):
         def __setstate__(self, state: Any) -> None:
@@ -157,14 +132,6 @@ def _history_class() -> type:
     return History
 
 
-class _ResumingPickle(_LogFreePickle):
-    Unpickler = _ResumingUnpickler
-
-    @staticmethod
-    def load(file: Any, **kwargs: Any) -> Any:
-        return _ResumingUnpickler(file, **kwargs).load()
-
-
 @contextmanager
 def safe_loading() -> Iterator[None]:
     """Make mmengine read every checkpoint like :func:`load_file` within this context.
@@ -176,7 +143,7 @@ def safe_loading() -> Iterator[None]:
     from mmengine.runner.checkpoint import CheckpointLoader
 
     def load_from_mmrla(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
-        return load_file(filename, histories=True)
+        return load_file(filename)
 
     before = CheckpointLoader._schemes
     CheckpointLoader._schemes = dict.fromkeys(before, load_from_mmrla)
@@ -186,13 +153,12 @@ def safe_loading() -> Iterator[None]:
         CheckpointLoader._schemes = before
 
 
-def load_file(path: str | Path, *, histories: bool = False) -> Any:
+def load_file(path: str | Path) -> Any:
     """Read a checkpoint onto the CPU, running no code from it.
 
     Args:
         path: A local file, ``torchvision://NAME``, an http(s) address (kept in torch's hub folder),
             or another address supported by mmengine's file backends, such as ``s3://...``.
-        histories: Whether mmengine's log histories are needed, as in a resumed run.
 
     Returns:
         The content of the file.
@@ -212,21 +178,21 @@ def load_file(path: str | Path, *, histories: bool = False) -> Any:
             raise CheckpointError(
                 f"{text}: cannot be read; download it and name the file"
             ) from error
-        return _read(content, text, histories)
+        return _read(content, text)
     local = _local_path(text)
     if not local.is_file():
         raise FileNotFoundError(f"no such checkpoint: {local.absolute()}")
     try:
-        return _read(local, text, histories)
+        return _read(local, text)
     except CheckpointError as error:
         if "://" not in text:
             raise
-        # Else the bad download would stay in the cache, and fail again for ever.
+        # Otherwise the corrupt download would stay cached and every later load would fail.
         local.unlink()
         raise CheckpointError(f"{error}; removed {local}, try again") from error
 
 
-def _read(source: Path | bytes, name: str, histories: bool = False) -> Any:
+def _read(source: Path | bytes, name: str) -> Any:
     if isinstance(source, Path):
         with source.open("rb") as file:
             head = file.read(512)
@@ -245,10 +211,7 @@ def _read(source: Path | bytes, name: str, histories: bool = False) -> Any:
             return torch.load(_opened(source), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(
-                _opened(source),
-                map_location="cpu",
-                weights_only=False,
-                pickle_module=_ResumingPickle() if histories else _LogFreePickle(),
+                _opened(source), map_location="cpu", weights_only=False, pickle_module=_Pickle()
             )
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error):

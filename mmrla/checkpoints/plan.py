@@ -38,13 +38,6 @@ def keeps_mrla_trainable(init_cfg: Any, is_own: Callable[[str], bool] = is_mrla_
     the keys of a local checkpoint do. ``torchvision://`` and files that do not exist locally (yet)
     count as plain networks.
 
-    Args:
-        init_cfg: The host's argument.
-        is_own: Whether a key belongs to these parts, by default to layer attentions.
-
-    Returns:
-        True for a warm start from a checkpoint without such weights, unless the user froze them.
-
     Raises:
         ValueError: ``freeze_mrla`` is not True, False or None.
     """

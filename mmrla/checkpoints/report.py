@@ -62,14 +62,9 @@ class LoadReport:
         return "\n".join(lines)
 
     def require(
-        self,
-        source: str,
-        allowed: Iterable[str],
-        model: nn.Module,
-        state: Mapping[str, Tensor],
-        *,
+        self, source: str, allowed: Iterable[str], model: nn.Module, state: Mapping[str, Tensor], *,
         fresh_mrla: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raise CheckpointError if nothing matches, or parts of the model would stay random.
 
         Also if the checkpoint contains layer attentions that the model has no place for.
@@ -134,12 +129,9 @@ def _align(state: Mapping[str, Tensor], own: Iterable[str]) -> tuple[dict[str, T
 
 
 def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    allow_missing: Iterable[str] = (),
+    model: nn.Module, state: Mapping[str, Tensor], *, allow_missing: Iterable[str] = (),
     source: str = "checkpoint",
-) -> LoadReport:
+) -> LoadReport:  # fmt: skip
     """Load matching tensors and report the rest; raise if a part other than MRLA's stays random.
 
     Works with and without a ``backbone.`` prefix on either side, from a detector's or classifier's
@@ -225,10 +217,6 @@ def allowed_heads(report: LoadReport, state: Mapping[str, Tensor]) -> list[str]:
 
     Heads of another size; and, if the checkpoint is of a backbone or a classifier, all other parts
     of a detector. A detector's checkpoint without a neck or a head is suspicious.
-
-    Args:
-        report: The result of :func:`compare`.
-        state: The checkpoint.
     """
     patterns = [key for key in report.wrong_shape if _matches(key, _HEADS)]
     if not any(_matches(key, _DETECTOR_PARTS) for key in state):

@@ -16,8 +16,8 @@ from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import read_set
 from mmrla.engine.data.config import set_data_root
 from mmrla.engine.data.sets import DataSet, print_report, sets_in, sets_of_config, write_json
-from mmrla.engine.errors import exit_with_message
-from mmrla.engine.run.config import OptionAction, find_config, read_config
+from mmrla.engine.errors import exit_with_message, require_at_least
+from mmrla.engine.run.config import OptionAction, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,13 +43,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that look at images")
     parser.add_argument(
-        "--allow",
-        nargs="+",
-        default=[],
-        choices=sorted(ERRORS),
-        metavar="KIND",
+        "--allow", nargs="+", default=[], choices=sorted(ERRORS), metavar="KIND",
         help=f"errors that do not count, of: {', '.join(ERRORS)}",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--limit", type=int, default=20, help="findings of a kind to list, 0 for all (default 20)"
     )
@@ -74,9 +70,7 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
         return [DataSet(args.images, args.ann)], {}
     if args.config is None:
         return sets_in(args.dir), {}
-    cfg = read_config(find_config(args.config))
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     if args.dir is not None:
         set_data_root(cfg, args.dir)
     sets, unchecked = sets_of_config(cfg)
@@ -113,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; returns 1 if there are errors, else 0."""
     args = parse_args(argv)
     with exit_with_message():
-        for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):
-            if value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        require_at_least(args, workers=1, limit=0)
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
         sets, unchecked = sets_to_check(args)

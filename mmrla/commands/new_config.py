@@ -12,7 +12,7 @@ from typing import Any
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.voc import read_set
 from mmrla.engine.data.sets import DataSet, sets_in
-from mmrla.engine.errors import exit_with_message
+from mmrla.engine.errors import exit_with_message, require_at_least
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 GPU_IMAGES, CPU_IMAGES = 48_000, 1_200
@@ -20,7 +20,7 @@ GPU_IMAGES, CPU_IMAGES = 48_000, 1_200
 minutes."""
 
 HEAD = """# {title}
-_base_ = "mmrla::{detector}_r50_mrla_1x.py"
+_base_ = {base}
 
 data_root = {root!r}
 metainfo = dict(classes={classes!r})
@@ -78,17 +78,9 @@ test_pipeline = [
 ]
 """
 CPU = """
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.001, weight_decay=0.01),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
-    dict(
-        type="CosineAnnealingLR", eta_min=1e-5, begin=0, end={epochs}, T_max={epochs},
-        by_epoch=True, convert_to_iter_based=True,
-    ),
-]
+optim_wrapper = _base_.pop("adamw")  # learning rate 0.001
+param_scheduler = _base_.pop("warm_cosine")
+param_scheduler[1].update(end={epochs}, T_max={epochs})
 auto_scale_lr = dict(base_batch_size=4)
 """
 
@@ -116,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise FileExistsError(f"already exists: {args.out.absolute()}")
         if args.cpu and args.detector != "retinanet":
             raise ValueError(f"--cpu is a RetinaNet, got --detector {args.detector}")
-        if args.epochs is not None and args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        require_at_least(args, epochs=1)
         text, said = new_config(Path(args.data), args.detector, args.cpu, args.epochs)
         args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)
@@ -126,12 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tuple[str, str]:
     """The text of a config and a line about it.
-
-    Args:
-        data: A folder with sets ``train`` and ``val`` in COCO's layout.
-        detector: Of ``DETECTORS``.
-        cpu: The small recipe.
-        epochs: None: as many as needed for ``GPU_IMAGES`` or ``CPU_IMAGES`` images in total.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -162,8 +147,9 @@ def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tupl
     facts: dict[str, Any] = dict(
         title=f"{detector}: {len(classes)} classes of {data.name}, "
         + ("on a CPU." if cpu else "the recipe of COCO, its schedule by the number of images."),
-        detector=detector, root=f"{root}/", classes=tuple(classes), num_classes=len(classes),
-        images=images, epochs=epochs, interval=max(1, epochs // 4) if cpu else 1,
+        base=f'"mmrla::{detector}_r50_mrla_1x.py"', root=f"{root}/", classes=tuple(classes),
+        num_classes=len(classes), images=images, epochs=epochs,
+        interval=max(1, epochs // 4) if cpu else 1,
         val_file=_below(sets["val"].ann_file, root),
         milestones=[max(1, round(epochs * 2 / 3)), max(1, round(epochs * 11 / 12))],
         train_set=parts["train"] + (", pipeline=train_pipeline" if cpu else ""),
@@ -173,6 +159,7 @@ def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tupl
     )  # fmt: skip
     if cpu:
         facts |= _sizes(content)
+        facts["base"] = f'[{facts["base"]}, "mmrla::_base_/cpu.py"]'
         text = (HEAD + CPU_MODEL + DATA + CPU).format(**facts)
     else:
         text = (HEAD + _heads(detector, len(classes)) + DATA + GPU).format(**facts)

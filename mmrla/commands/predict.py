@@ -104,10 +104,6 @@ def in_words(found: dict[str, Any]) -> str:
 def predictor_of(network: Network, score_thr: float | None) -> Any:
     """A predictor for image files, which also writes the pictures.
 
-    Args:
-        network: Of a detector or a classifier, with a trained head.
-        score_thr: See the option.
-
     Raises:
         ValueError: The network is neither.
     """

@@ -11,9 +11,8 @@ from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_amp
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.run.checks import build_only
+from mmrla.engine.run.checks import prepare_runner
 from mmrla.engine.run.config import add_common_arguments, load_config
-from mmrla.engine.run.runner import build_runner, check_weights, init_cpu_distributed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,12 +20,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("mmrla train", description="Train the network of a config.")
     parser.add_argument("config", help="config file, or a name that mmrla list shows")
     parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT",
         help="go on from CHECKPOINT, or from the newest one in the work dir",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--amp",
         action="store_true",
@@ -58,11 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.resume is not None:
             cfg.resume = True
             cfg.load_from = None if args.resume == "auto" else args.resume
-        if args.dry_run:
-            print(build_only(cfg, ("train", "val")))
+        runner = prepare_runner(cfg, ("train", "val"), args.dry_run)
+        if runner is None:
             return
-        check_weights(cfg)
-        init_cpu_distributed(cfg)
-        runner = build_runner(cfg)
     with exit_with_message(CheckpointError, DataError), safe_loading():
         runner.train()

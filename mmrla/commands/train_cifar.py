@@ -11,15 +11,14 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
 from mmrla.engine.data.config import set_data_root
-from mmrla.engine.errors import exit_with_message
-from mmrla.engine.run.config import add_layout_argument, find_config
+from mmrla.engine.errors import exit_with_message, require_at_least
+from mmrla.engine.run.config import add_layout_argument, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,18 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # mmengine would print how each parameter starts.
     MMLogger.get_instance("mmrla", log_level="WARNING")
     with exit_with_message():
-        if args.epochs is not None and args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        require_at_least(args, epochs=1, threads=1)
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {args.threads}")
             torch.set_num_threads(args.threads)
-        configs = {path: Config.fromfile(path) for path in map(find_config, args.configs)}
-        for cfg in configs.values():
-            if args.data_root is not None:
-                set_data_root(cfg, args.data_root)
+        configs = [read_config(path) for path in args.configs]
+        for cfg in configs if args.data_root is not None else ():
+            set_data_root(cfg, args.data_root)
         if args.dry_run:
-            for cfg in configs.values():
+            for cfg in configs:
                 Trainer(cfg, 0, device)
                 for loader in (cfg.train_dataloader, cfg.test_dataloader):
                     load_split(loader.dataset, device)
@@ -73,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.amp:
             warn_of_slow_bfloat16()
         # Seeds outside, so that what is there after an interruption can be compared.
-        for seed, (path, cfg) in tqdm(list(product(args.seeds, configs.items()))):
+        for seed, cfg in tqdm(list(product(args.seeds, configs))):
             epochs = args.epochs or cfg.train_cfg.max_epochs
-            log = args.log_dir / f"{Path(path).stem}_{epochs}e_seed{seed}.jsonl"
+            log = args.log_dir / f"{Path(cfg.filename).stem}_{epochs}e_seed{seed}.jsonl"
             run(
                 cfg, log, seed, device, epochs=epochs, amp=args.amp, compiled=args.compile,
                 channels_last=args.channels_last is not False,

@@ -10,10 +10,6 @@ from mmrla.compat.mmcv_fallback import (
 )
 
 __all__ = [
-    "install_mmcv_fallback",
-    "log",
-    "log_ops_in_use",
-    "mend_mm_packages",
-    "ops_in_use",
+    "install_mmcv_fallback", "log", "log_ops_in_use", "mend_mm_packages", "ops_in_use",
     "warn_about_versions",
-]
+]  # fmt: skip

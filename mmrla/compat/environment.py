@@ -24,28 +24,21 @@ from mmrla.version import __version__
 # Module: the distributions that may provide it and the version of each that mmrla is tested with:
 # first the maintained forks (requirements.txt), then the originals (requirements/openmmlab.txt).
 TESTED: dict[str, dict[str, str]] = {
-    "torch": {"torch": "2.1.2 or 2.11.0"},
-    "torchvision": {"torchvision": "0.16.2 or 0.26.0"},
+    "torch": {"torch": "2.1.2 or 2.11.0"}, "torchvision": {"torchvision": "0.16.2 or 0.26.0"},
     "mmengine": {"onedl-mmengine": "0.10.12", "mmengine": "0.10.7", "mmengine-lite": "0.10.7"},
     "mmcv": {"onedl-mmcv": "2.3.6", "mmcv-lite": "2.1.0", "mmcv": "2.1.0"},
     "mmdet": {"onedl-mmdetection": "3.5.1", "mmdet": "3.3.0"},
     "mmpretrain": {"onedl-mmpretrain": "1.3.6", "mmpretrain": "1.2.0"},
-    "pycocotools": {"pycocotools": "2.0.11"},
-    "numpy": {"numpy": "1.26 or 2"},
-    "cv2": {"opencv-python": "4", "opencv-python-headless": "4"},
-    "triton": {"triton": "3"},
-}
+    "pycocotools": {"pycocotools": "2.0.11"}, "numpy": {"numpy": "1.26 or 2"},
+    "cv2": {"opencv-python": "4", "opencv-python-headless": "4"}, "triton": {"triton": "3"},
+}  # fmt: skip
 OPTIONAL = {"triton"}
 # Packages of pyproject.toml's extras that a public module may need.
 EXTRAS = {"timm"}
 MINIMUM: dict[str, str] = {
-    "torch": "2.1",
-    "torchvision": "0.16",
-    "mmengine": "0.10.7",
-    "mmcv": "2.1.0",
-    "mmdet": "3.3.0",
+    "torch": "2.1", "torchvision": "0.16", "mmengine": "0.10.7", "mmcv": "2.1.0", "mmdet": "3.3.0",
     "mmpretrain": "1.2.0",
-}
+}  # fmt: skip
 PYTHONS = ((3, 10), (3, 12))
 
 

@@ -22,11 +22,7 @@ _NEEDED = {
 
 
 def multimodal_obstacle() -> str | None:
-    """Why mmpretrain's multimodal models cannot be imported with the installed transformers.
-
-    Returns:
-        One line, or None if they can be imported or transformers is not installed.
-    """
+    """Why mmpretrain's multimodal models cannot be imported with the installed transformers."""
     try:
         found = version("transformers")
     except PackageNotFoundError:

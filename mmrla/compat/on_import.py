@@ -44,10 +44,6 @@ def after_import(name: str, change: Change) -> None:
     """Call ``change(module)`` as soon as a module has been executed, now if it already has.
 
     A second call with the same arguments does nothing, as does a call for a missing module.
-
-    Args:
-        name: Full name of the module, such as ``'mmengine.config.config'``.
-        change: Called with the module before importers can copy names from it.
     """
     finder = next((f for f in sys.meta_path if isinstance(f, _ChangeFinder)), None)
     if finder is None:

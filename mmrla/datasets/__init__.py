@@ -8,13 +8,6 @@ from mmrla.datasets.shapes import CLASSES, generate_shapes
 from mmrla.datasets.voc import voc_to_coco
 
 __all__ = [
-    "CLASSES",
-    "CheckedCocoDataset",
-    "DataError",
-    "Finding",
-    "FolderCIFAR10",
-    "FolderCIFAR100",
-    "check_coco",
-    "generate_shapes",
-    "voc_to_coco",
-]
+    "CLASSES", "CheckedCocoDataset", "DataError", "Finding", "FolderCIFAR10", "FolderCIFAR100",
+    "check_coco", "generate_shapes", "voc_to_coco",
+]  # fmt: skip

@@ -65,13 +65,9 @@ class CheckedCocoDataset(CocoDataset):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        on_bad: str = "skip",
-        allow: Sequence[str] = (),
-        files: str = "names",
+        self, *args: Any, on_bad: str = "skip", allow: Sequence[str] = (), files: str = "names",
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if on_bad not in ON_BAD:
             raise ValueError(f"on_bad must be one of {ON_BAD}, got {on_bad!r}")
         if files not in ("names", "headers", "decode"):
@@ -100,14 +96,10 @@ class CheckedCocoDataset(CocoDataset):
         # Where images do not lie in local files, their backend tells when they are read.
         folder = self.data_prefix.get("img") or "."
         findings = check_coco(
-            content,
-            self.ann_file,
-            None if "://" in folder else folder,
-            classes=self.metainfo.get("classes"),
-            need_masks=self._needs_masks,
-            files=self.files,
+            content, self.ann_file, None if "://" in folder else folder,
+            classes=self.metainfo.get("classes"), need_masks=self._needs_masks, files=self.files,
             turns=self._turns,
-        )
+        )  # fmt: skip
         errors = [f for f in findings if f.severity == "error" and f.kind not in self.allow]
         self._refuse(errors)
         if errors:

@@ -46,16 +46,10 @@ def read_annotations(path: str | Path) -> Any:
 
 
 def check_coco(
-    content: Any,
-    ann_file: str | Path,
-    images: str | Path | None,
-    *,
-    classes: Sequence[str] | None = None,
-    need_masks: bool | None = None,
-    files: str = "headers",
-    workers: int = 1,
-    turns: bool = True,
-) -> list[Finding]:
+    content: Any, ann_file: str | Path, images: str | Path | None, *,
+    classes: Sequence[str] | None = None, need_masks: bool | None = None, files: str = "headers",
+    workers: int = 1, turns: bool = True,
+) -> list[Finding]:  # fmt: skip
     """Find the errors of a dataset.
 
     Args:
@@ -324,10 +318,6 @@ def drop_bad(content: Mapping[str, Any], findings: Iterable[Finding]) -> dict[st
 
     Of records with the same id the first is kept if the others equal it; otherwise none is, because
     references to it are ambiguous. If an image is dropped, so are its annotations.
-
-    Args:
-        content: In COCO's format; not modified.
-        findings: Of :func:`check_coco`, without those in :data:`FATAL`.
     """
     bad_images: set[Any] = set()
     bad_annotations: set[Any] = set()

@@ -105,9 +105,7 @@ def summary(findings: Iterable[Finding]) -> str:
 def class_names(value: Any, where: str = "classes") -> tuple[str, ...]:
     """The names of classes as mmengine reads them: a sequence, or the path of a file of lines.
 
-    Args:
-        value: As in a dataset's ``metainfo``.
-        where: Its place, for messages.
+    Raises ValueError for a string that is not a file, most likely a single class without its comma.
 
     Raises:
         ValueError: It is a string that is not a file: most likely a single class without its comma.

@@ -139,12 +139,9 @@ def _faults_of(
 
 
 def look_at(
-    jobs: Sequence[tuple[str, tuple[int, int] | None]],
-    *,
-    decode: bool,
-    workers: int = 1,
+    jobs: Sequence[tuple[str, tuple[int, int] | None]], *, decode: bool, workers: int = 1,
     turns: bool = True,
-) -> list[Fault | None]:
+) -> list[Fault | None]:  # fmt: skip
     """:func:`image_fault` of many files with their sizes, in order, in ``workers`` processes."""
     if workers <= 1 or len(jobs) < 64:
         return _faults_of(jobs, decode, turns)
@@ -158,13 +155,7 @@ def look_at(
 def check_class_folders(
     folder: str | Path, *, decode: bool = False, workers: int = 1
 ) -> list[Finding]:
-    """Find errors in a folder with class folders of images, like ImageNet.
-
-    Args:
-        folder: Contains one folder per class.
-        decode: As in :func:`image_fault`.
-        workers: Number of processes that check files.
-    """
+    """Find errors in a folder with class folders of images, like ImageNet."""
     findings: list[Finding] = []
     paths: list[str] = []
     for klass in sorted(path for path in Path(folder).iterdir() if path.is_dir()):

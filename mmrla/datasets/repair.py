@@ -20,10 +20,6 @@ def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
     filled in; backslashes in file names become slashes, and the name of the image folder is removed
     if the file exists without it.
 
-    Args:
-        content: Content of the JSON file.
-        images: The folder of images.
-
     Returns:
         The repaired content, and the number of records changed by each repair.
 

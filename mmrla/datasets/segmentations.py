@@ -34,14 +34,7 @@ def shorten(value: Any, limit: int = 80) -> str:
 
 
 def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> str | None:
-    """The error of a non-empty segmentation, or None.
-
-    Args:
-        segmentation: Polygons ``[[x1, y1, x2, y2, ...], ...]`` or an RLE
-            ``{'size': [height, width], 'counts': ...}``, with counts as a list or in COCO's
-            compressed form.
-        image: The image's record, None if there is none.
-    """
+    """The error of a non-empty segmentation, or None."""
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:

@@ -123,12 +123,9 @@ def _scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict[s
 
 
 def generate_shapes(
-    root: str | Path,
-    num_train: int = 800,
-    num_val: int = 120,
-    image_size: int = 128,
+    root: str | Path, num_train: int = 800, num_val: int = 120, image_size: int = 128,
     seed: int = 0,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write the set in COCO's layout; the same arguments give the same files.
 
     Image i of a split depends only on ``seed``, the split and i, so a larger set begins with the

@@ -19,10 +19,6 @@ ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
     """Read a COCO annotation file, or a list below ``ImageSets/`` or all of a VOC folder.
 
-    Args:
-        path: The ``.json``, the ``.txt``, or the folder ``Annotations/``.
-        classes: As in :func:`voc_to_coco`, which reads a list; a COCO file has its own order.
-
     Raises:
         mmrla.datasets.findings.DataError: It, or an annotation, cannot be read.
         FileNotFoundError: It does not exist.
@@ -38,13 +34,9 @@ def read_set(path: str | Path, classes: Sequence[str] | None = None) -> Any:
 
 
 def voc_to_coco(
-    folder: str | Path,
-    split: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-    *,
-    annotations: str = ANNOTATIONS,
-    images: str = IMAGES,
-) -> dict[str, Any]:
+    folder: str | Path, split: str | Path | None = None, classes: Sequence[str] | None = None, *,
+    annotations: str = ANNOTATIONS, images: str = IMAGES,
+) -> dict[str, Any]:  # fmt: skip
     """Read the boxes of a Pascal VOC folder: ``Annotations/``, ``JPEGImages/`` and ``ImageSets/``.
 
     VOC counts pixels from 1 and its corners belong to the box, so ``xmin, xmax`` becomes

@@ -17,12 +17,8 @@ from mmengine.optim.optimizer.amp_optimizer_wrapper import GradScaler
 from mmrla.registry import OPTIM_WRAPPERS
 
 __all__ = [
-    "AmpOptimWrapper",
-    "has_fast_bfloat16",
-    "set_amp",
-    "set_test_amp",
-    "warn_of_slow_bfloat16",
-]
+    "AmpOptimWrapper", "has_fast_bfloat16", "set_amp", "set_test_amp", "warn_of_slow_bfloat16",
+]  # fmt: skip
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -69,10 +65,6 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
 def set_amp(cfg: Config, amp: bool) -> None:
     """Prepare a training run's optimizer for mixed precision, in place.
 
-    Args:
-        cfg: The config of the run.
-        amp: Whether to use it; if False, the config decides.
-
     Raises:
         ValueError: The config sets another dtype than bfloat16, and there is no GPU.
     """
@@ -87,9 +79,6 @@ def set_amp(cfg: Config, amp: bool) -> None:
 
 def set_test_amp(cfg: Config) -> None:
     """Have a test run use autocast, in place.
-
-    Args:
-        cfg: The config of the run.
 
     Raises:
         ValueError: It is a detector's run, and there is no GPU.

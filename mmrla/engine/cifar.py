@@ -36,12 +36,7 @@ class Split(NamedTuple):
 
 
 def load_split(dataset_cfg: dict, device: torch.device, count: int | None = None) -> Split:
-    """Read the CIFAR dataset of a config onto the device.
-
-    Args:
-        dataset_cfg: The dataset's config.
-        device: Where images and labels go.
-        count: Keep this many images, the same draw each time; None: all.
+    """Read a config's dataset onto the device: all, or the same ``count`` images each time.
 
     Raises:
         ValueError: There are fewer than ``count``.
@@ -67,9 +62,6 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int =
         offsets: ``[B, 2]``, y and x of each crop in the padded image, 0 ... 2 * padding.
         flips: ``[B]`` of bool.
         padding: Pixels of zeros on each side.
-
-    Returns:
-        ``[B, C, H, W]``.
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
@@ -200,22 +192,12 @@ def run(
     amp: bool = False, compiled: bool = False, channels_last: bool = True,
     images: int | None = None, name: str | None = None, eval_interval: int = 1,
 ) -> None:  # fmt: skip
-    """Train one network with one seed and write a line of JSON per epoch; see :class:`Trainer`.
+    """Train one network with one seed and write the settings and each epoch as a line of JSON.
 
-    A finished log of the same settings is kept, so an interrupted series can continue.
-
-    Args:
-        cfg: The config; :class:`Trainer` describes it and the arguments up to ``channels_last``.
-        log: The file, one JSON object per line: the settings, then each epoch.
-        seed: See above.
-        device: See above.
-        epochs: See above.
-        amp: See above.
-        compiled: See above.
-        channels_last: See above.
-        images: Number of images to train on; None: all.
-        name: Of the network in the log; None: the config's.
-        eval_interval: Epochs between accuracies; the last epoch always has one.
+    A finished log of the same settings is kept, so an interrupted series can continue; one of other
+    settings is a ValueError. Arguments up to ``channels_last`` are those of :class:`Trainer`;
+    ``images`` is the number to train on, ``name`` the network's in the log, and the last epoch
+    always has an accuracy.
 
     Raises:
         ValueError: The log is of other settings.

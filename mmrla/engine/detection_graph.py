@@ -224,11 +224,6 @@ def fit_image(network: Network, path: str | Path, size: tuple[int, int]) -> dict
 
     The image is resized to fit, keeping its aspect ratio, and zero-padded on the right and below.
 
-    Args:
-        network: Its data preprocessor normalises.
-        path: The file.
-        size: H and W of the graph.
-
     Returns:
         ``images`` ``[1, 3, H, W]``; ``image_shape`` ``[2]``, H and W without the zeros;
         ``ori_shape``, H and W of the file; ``scale_factor``, by which x and y were multiplied.
@@ -258,12 +253,6 @@ def detection_errors(
     Boxes of the graph are matched to mmdet's of the same label, by the distance of their corners
     and scores.
 
-    Args:
-        path: The graph of the network.
-        network: The detector.
-        size: H and W of the graph.
-        images: Files.
-
     Returns:
         For each image: ``count``, the number of mmdet's boxes; ``unmatched``, boxes of either side
         without a counterpart; ``box`` and ``score``, the largest differences of matched boxes, in
@@ -286,12 +275,7 @@ def detection_errors(
 
 
 def boxes_in_file(outputs: Sequence[np.ndarray], one: dict[str, Any]) -> list[Tensor]:
-    """The valid rows of a graph's outputs, with boxes in pixels of the file.
-
-    Args:
-        outputs: Of the graph, see :meth:`DetectorGraph.forward`.
-        one: Of :func:`fit_image`.
-    """
+    """A graph's valid rows for a result of :func:`fit_image`, with boxes in the file's pixels."""
     counts = outputs[1] > 0
     boxes, *others = (torch.from_numpy(output[counts]) for output in outputs)
     return [boxes / boxes.new_tensor(one["scale_factor"]).repeat(2), *others]

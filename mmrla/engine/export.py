@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,19 +19,14 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch import Tensor, nn
 
 from mmrla.engine.network import Network
-from mmrla.ops.dispatch import ENV_VAR
+from mmrla.ops.dispatch import forced_backend
 
 OPSET = 18
 PARTS = ("backbone", "model", "detector")
 
 
 class Flat(nn.Module):
-    """A network whose outputs are one flat tuple of tensors.
-
-    Args:
-        function: Takes images ``[B, 3, H, W]``; may return nested tuples, lists and dicts.
-        module: The module that ``function`` belongs to.
-    """
+    """A network whose outputs are one flat tuple of tensors."""
 
     def __init__(self, function: Any, module: nn.Module) -> None:
         super().__init__()
@@ -78,12 +72,9 @@ def exportable(network: Network, part: str) -> Flat:
 
 
 def export_onnx(
-    network: nn.Module,
-    path: str | Path,
-    size: tuple[int, int],
-    dynamic: bool = True,
+    network: nn.Module, path: str | Path, size: tuple[int, int], dynamic: bool = True,
     others: Mapping[str, Tensor] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a network as ONNX, by torch's exporter.
 
     Layer attentions are exported as plain operations (their naive backend), which any runtime
@@ -95,9 +86,6 @@ def export_onnx(
         size: H and W of the images used for tracing.
         dynamic: Make batch, H and W dynamic; else the graph takes one image of ``size``.
         others: Further inputs of fixed shapes, by name; only with ``dynamic=False``.
-
-    Returns:
-        The path.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
@@ -114,7 +102,7 @@ def export_onnx(
     open_axis = torch.export.Dim.DYNAMIC
     axes = {0: open_axis, 2: open_axis, 3: open_axis}
     with (
-        mock.patch.dict(os.environ, {ENV_VAR: "naive"}),
+        forced_backend("naive"),
         mock.patch.object(Conv2dAdaptivePadding, "forward", _pad_same),
         warnings.catch_warnings(),
         redirect_stderr(StringIO()),  # torch prints whole graphs that it gives up on
@@ -167,12 +155,6 @@ def onnx_error(
 ) -> list[float]:
     """Differences between onnxruntime's outputs and torch's, on random images of each size.
 
-    Args:
-        path: The file that :func:`export_onnx` wrote.
-        network: The network that was exported.
-        sizes: H and W.
-        batch: Images of each size.
-
     Returns:
         For each size the largest absolute difference of any output, over that output's largest
         absolute value.
@@ -202,10 +184,6 @@ def quantize_int8(path: str | Path, images: Sequence[Tensor]) -> Path:
     Weights get a scale per channel, activations one per tensor, from the largest values on
     ``images``. All else, the attention over layers too, stays in float32. Weights keep 7 bits:
     with 8, processors without VNNI add up products in 16 bits, which overflow.
-
-    Args:
-        path: The file that :func:`export_onnx` wrote.
-        images: Calibration inputs ``[B, 3, H, W]``, normalised.
 
     Returns:
         The new file, ``*_int8.onnx``, beside ``path``.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ from mmrla.engine.network import Network, build_network, share_weights
 from mmrla.engine.run.config import OptionAction
 
 
+def add_subcommand(commands: Any, run: Callable[[argparse.Namespace], Any]) -> Any:
+    """Add a subcommand of the name of a function, which its ``args.run`` is.
+
+    Args:
+        commands: As :meth:`argparse.ArgumentParser.add_subparsers` gives it.
+        run: The function; its docstring describes the command.
+
+    Returns:
+        The subcommand's parser.
+    """
+    text = inspect.getdoc(run) or ""
+    name = run.__name__.replace("_", "-")
+    parser = commands.add_parser(name, help=text.splitlines()[0], description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Config, checkpoint, and how the network is built and where it runs."""
     parser.add_argument("config", help="config of a classifier or a detector")
@@ -28,12 +46,9 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """How a network is built, where it runs, and where results go."""
     parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=OptionAction,
-        metavar="KEY=VALUE",
+        "--cfg-options", nargs="+", action=OptionAction, metavar="KEY=VALUE",
         help="override settings of the config, such as model.backbone.depth=18",
-    )
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: a GPU if any")
     parser.add_argument("--seed", type=int, default=0, help="of random weights; default 0")
     parser.add_argument(
@@ -63,20 +78,13 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
         "left out where only the other has a checkpoint",
     )
     parser.add_argument(
-        "--beside",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="FILE",
+        "--beside", nargs="+", action="append", default=[], metavar="FILE",
         help="another config and its checkpoint, if any; several times for several",
-    )
+    )  # fmt: skip
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device with a given name.
-
-    Args:
-        name: ``'auto'``: a GPU if there is one; otherwise an argument of :class:`torch.device`.
+    """The device of a name; ``'auto'``: a GPU if there is one. ValueError if it does not exist.
 
     Raises:
         ValueError: There is no such device.
@@ -95,12 +103,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def find_images(
     patterns: Sequence[str], limit: int | None = None, option: str = "--images"
 ) -> list[Path]:
-    """Files that match patterns, in their order, each once.
-
-    Args:
-        patterns: Files; folders, of which all images below are taken, by name; globs.
-        limit: Use at most this many.
-        option: Name of the option in messages.
+    """Files, images below folders, and matches of globs, each once; at most ``limit`` of them.
 
     Raises:
         FileNotFoundError: A pattern matches nothing, or a folder contains no image.
@@ -132,22 +135,15 @@ def find_images(
 def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
     """The network and the images of a command's options.
 
-    Args:
-        args: Of :func:`add_network_arguments` and :func:`add_image_arguments`.
-
     Raises:
         FileNotFoundError: No such config, checkpoint or image.
         ValueError: See :func:`build_network`, :func:`choose_device`, :func:`find_images`.
     """
     images = find_images(args.images, args.max_images)
     network = build_network(
-        args.config,
-        args.checkpoint,
-        options=args.cfg_options,
-        seed=args.seed,
-        device=choose_device(args.device),
-        size=args.size,
-    )
+        args.config, args.checkpoint, options=args.cfg_options, seed=args.seed,
+        device=choose_device(args.device), size=args.size,
+    )  # fmt: skip
     return network, images
 
 
@@ -157,20 +153,13 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
     The plain host comes first: with the same random weights if there is no checkpoint, else with
     ``--plain-checkpoint``, else not at all, with a message.
 
-    Args:
-        args: Of :func:`add_network_arguments` and :func:`add_beside_arguments`; ``size`` if any.
-        need_head: Whether checkpoints must contain the head too.
-
     Raises:
         FileNotFoundError: No such config or checkpoint.
         ValueError: See :func:`build_network`; or a ``--plain-checkpoint`` without a checkpoint.
     """
     common = dict(
-        seed=args.seed,
-        device=choose_device(args.device),
-        size=args.size,
-        need_head=need_head,
-    )
+        seed=args.seed, device=choose_device(args.device), size=args.size, need_head=need_head,
+    )  # fmt: skip
     own = build_network(args.config, args.checkpoint, options=args.cfg_options, **common)
     found: dict[str, Network] = {}
     if args.checkpoint is None and args.plain_checkpoint is not None:

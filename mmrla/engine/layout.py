@@ -64,9 +64,7 @@ class ChannelsLastHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Convert the network, its moving average, and the state of a resumed optimizer."""
-        wrapper = runner.optim_wrapper
-        many = isinstance(wrapper, OptimWrapperDict)
-        wrappers = list(wrapper.values()) if many else [wrapper]
+        wrappers = optim_wrappers(runner)
         if not self._turn(runner, _dtype_of(wrappers[0])):
             return
         for hook in runner.hooks:
@@ -100,6 +98,12 @@ class ChannelsLastHook(Hook):
                 use_channels_last(runner.model)
                 print_log("layout: channels_last", logger="current")
         return self._turned
+
+
+def optim_wrappers(runner: Runner) -> list[OptimWrapper]:
+    """The wrapper of each optimizer of a run."""
+    wrapper = runner.optim_wrapper
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
-from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -24,7 +22,8 @@ from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
 from mmrla.engine.data.config import datasets_of, type_name
-from mmrla.engine.run.config import find_config, fit_classes
+from mmrla.engine.run import config
+from mmrla.engine.run.checks import quiet_logger
 
 
 def seed_everything(seed: int) -> None:
@@ -137,12 +136,10 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
         FileNotFoundError: There is no such config.
         ValueError: It has no model with a backbone.
     """
-    cfg = Config.fromfile(find_config(path))
-    if options:
-        cfg.merge_from_dict(dict(options))
+    cfg = config.read_config(path, options)
     if "backbone" not in (cfg.get("model") or {}):
         raise ValueError(f"{path}: not a config of a classifier or detector, it has no backbone")
-    fit_classes(cfg)
+    config.fit_classes(cfg)
     return cfg
 
 
@@ -185,16 +182,10 @@ def without_layer_attention(model: ConfigDict) -> ConfigDict:
 
 
 def build_network(
-    path: str,
-    checkpoint: str | None = None,
-    *,
-    options: Mapping[str, Any] | None = None,
-    plain: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    size: int | None = None,
+    path: str, checkpoint: str | None = None, *, options: Mapping[str, Any] | None = None,
+    plain: bool = False, seed: int = 0, device: torch.device | str = "cpu", size: int | None = None,
     need_head: bool = False,
-) -> Network:
+) -> Network:  # fmt: skip
     """Build a config's model with its weights, for analysis.
 
     Args:
@@ -206,9 +197,6 @@ def build_network(
         device: Where the model goes.
         size: Of images, see :func:`add_image_arguments`; None: as the config's test pipeline.
         need_head: Whether a checkpoint must contain the head too.
-
-    Returns:
-        The network, in evaluation mode.
 
     Raises:
         FileNotFoundError: No such config or checkpoint.
@@ -229,7 +217,7 @@ def build_network(
         meta = (loaded.get("meta") or {}).get("dataset_meta")
     seed_everything(seed)
     scope = cfg.get("default_scope", "mmengine")
-    with DefaultScope.overwrite_default_scope(scope), _quiet():
+    with DefaultScope.overwrite_default_scope(scope), quiet_logger():
         model = MODELS.build(model_cfg)
         if state is None:
             model.init_weights()  # which logs a paragraph for each parameter
@@ -240,36 +228,22 @@ def build_network(
         model.load_state_dict(fitting, strict=False)
     pipeline, rgb = _pipeline(cfg, size)
     return Network(
-        model=model.to(device).eval(),
-        cfg=cfg,
+        model=model.to(device).eval(), cfg=cfg,
         name=Path(path).stem + (" without layer attention" if plain else ""),
         weights=f"random weights (seed {seed})" if state is None else Path(str(checkpoint)).name,
-        device=torch.device(device),
-        pipeline=pipeline,
-        rgb=rgb,
+        device=torch.device(device), pipeline=pipeline, rgb=rgb,
         dataset_meta={k.lower(): v for k, v in (meta or _dataset_meta(cfg)).items()},
-    )
+    )  # fmt: skip
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Metadata from the test set's class and config; no file is read."""
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         for _, dataset in datasets_of(cfg, ["test"]):
             kind = dataset["type"]
-            cls = DATASETS.get(kind) if isinstance(kind, str) else kind
+            cls = registry.get(kind) if isinstance(kind, str) else kind
             return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     return {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel("WARNING")
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _drop_pretrained(node: Any) -> None:

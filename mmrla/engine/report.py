@@ -34,9 +34,6 @@ def newest(folder: str | Path, pattern: str) -> Path:
 def ap_table(metrics: Mapping[str, float]) -> str:
     """COCO metrics as a text table.
 
-    Args:
-        metrics: As CocoMetric logs them: ``'coco/bbox_mAP_50': 0.9``, ...
-
     Returns:
         A row per available metric, values in percent, ``-`` if there was nothing to evaluate
         (COCO's -1).
@@ -57,11 +54,7 @@ def read_scalars(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """Plot training loss, and AP if it was evaluated, over epochs.
-
-    Args:
-        scalars: As :func:`read_scalars` gives them, of an epoch-based run.
-        out: PNG to write.
+    """Plot the loss, and AP if it was evaluated, of an epoch-based run over its epochs, as PNG.
 
     Raises:
         ValueError: No record contains a loss.
@@ -90,13 +83,10 @@ def plot_run(scalars: Sequence[Mapping[str, Any]], out: str | Path) -> None:
                 label = f"{title} AP"
                 handles += right.plot(*zip(*points, strict=True), "o-", color=color, label=label)
                 right.annotate(
-                    f"{title} {points[-1][1]:.3f}",
-                    points[-1],
-                    xytext=(0, 8 if key == "segm" else -16),
-                    textcoords="offset points",
-                    color=color,
-                    ha="right",
-                )
+                    f"{title} {points[-1][1]:.3f}", points[-1],
+                    xytext=(0, 8 if key == "segm" else -16), textcoords="offset points",
+                    color=color, ha="right",
+                )  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     figure.savefig(out, dpi=120)
 
@@ -117,13 +107,9 @@ def _enlarged(instances: InstanceData, factor: int, size: tuple[int, int]) -> In
 
 
 def draw_predictions(
-    model: Any,
-    dataset: Any,
-    indices: Sequence[int],
-    out: str | Path,
-    min_side: int = 480,
+    model: Any, dataset: Any, indices: Sequence[int], out: str | Path, min_side: int = 480,
     score_thr: float = 0.5,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Write one picture per image: ground truth on the left, predictions on the right.
 
     Args:
@@ -133,9 +119,6 @@ def draw_predictions(
         out: Folder for ``<image name>.png``; created if it does not exist.
         min_side: Smaller images are enlarged until their shorter side has this many pixels.
         score_thr: Predictions below this score are left out.
-
-    Returns:
-        The files written.
     """
     from mmdet.visualization import DetLocalVisualizer
 
@@ -156,24 +139,10 @@ def draw_predictions(
 
 
 def draw_sample(
-    visualizer: Any,
-    sample: Any,
-    path: Path,
-    min_side: int = 480,
-    score_thr: float = 0.5,
-    *,
+    visualizer: Any, sample: Any, path: Path, min_side: int = 480, score_thr: float = 0.5, *,
     draw_gt: bool = False,
-) -> None:
-    """Write the picture of one image.
-
-    Args:
-        visualizer: An mmdet visualizer that knows the classes.
-        sample: A detector's result for an image, with its ``img_path``.
-        path: PNG to write.
-        min_side: As in :func:`draw_predictions`.
-        score_thr: Likewise.
-        draw_gt: Whether to draw the ground truth, to the left of the predictions.
-    """
+) -> None:  # fmt: skip
+    """Write the picture of a detector's result, with ground truth to its left if ``draw_gt``."""
     image = mmcv.imconvert(mmcv.imread(sample.img_path), "bgr", "rgb")
     factor = max(1, -(-min_side // min(image.shape[:2])))
     size = (image.shape[0] * factor, image.shape[1] * factor)

@@ -13,19 +13,7 @@ from mmrla.layers.mrla import MRLABase, MRLALight
 from mmrla.layers.rla import RecurrentLayerAggregation
 
 __all__ = [
-    "KCLA",
-    "MLA",
-    "PLACEMENTS",
-    "AttnRes",
-    "DIAUnit",
-    "DLABase",
-    "DLALight",
-    "DWConv",
-    "DenseFormer",
-    "LayerAttention",
-    "LinearRLA",
-    "MRLABase",
-    "MRLALight",
-    "RecurrentLayerAggregation",
-    "Retrieval",
-]
+    "KCLA", "MLA", "PLACEMENTS", "AttnRes", "DIAUnit", "DLABase", "DLALight", "DWConv",
+    "DenseFormer", "LayerAttention", "LinearRLA", "MRLABase", "MRLALight",
+    "RecurrentLayerAggregation", "Retrieval",
+]  # fmt: skip

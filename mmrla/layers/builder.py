@@ -37,11 +37,6 @@ def layer_attention_class(
 ) -> type[LayerAttention]:
     """The class that ``cfg`` names.
 
-    Args:
-        cfg: ``type``, a name or a class, and arguments.
-        find: Maps a name to its class, or to None if it is unknown.
-        names: All known names, for the message.
-
     Raises:
         TypeError: ``cfg`` is not a mapping with a ``type``, or the type is not a layer attention.
         ValueError: The type is unknown.
@@ -67,23 +62,10 @@ def layer_attention_class(
 
 
 def check_placement(
-    cls: type[LayerAttention],
-    cfg: Mapping[str, Any],
-    host: str,
-    placements: Collection[str] = ("after",),
-    shares: bool = False,
-    spans: bool = False,
-) -> None:
-    """Raise ValueError if a host does not support a layer attention.
-
-    Args:
-        cls: The layer attention.
-        cfg: Its config.
-        host: Name of the host in the message.
-        placements: The host's placements, of :data:`mmrla.layers.PLACEMENTS`.
-        shares: Whether layers of a group may share parts in this host.
-        spans: Whether the host passes the state of a stage to the next one.
-    """
+    cls: type[LayerAttention], cfg: Mapping[str, Any], host: str,
+    placements: Collection[str] = ("after",), shares: bool = False, spans: bool = False,
+) -> None:  # fmt: skip
+    """Raise ValueError if a host does not support a layer attention."""
     placement, shared = getattr(cls, "placement", "after"), getattr(cls, "shared", ())
     if placement not in placements:
         why = f"sits {PLACEMENTS.get(placement, placement)}; there {host} has no place for it"
@@ -109,23 +91,13 @@ def check_added(cls: type[LayerAttention], drop_path_rate: float | None) -> None
 
 
 def build(
-    cls: type[LayerAttention],
-    cfg: Mapping[str, Any],
-    channels: int,
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    fit_heads: bool = False,
+    cls: type[LayerAttention], cfg: Mapping[str, Any], channels: int,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None, fit_heads: bool = False,
     index: int | None = None,
-) -> LayerAttention:
-    """Build a layer attention; arguments and errors as of ``build_layer_attention`` of the hosts.
+) -> LayerAttention:  # fmt: skip
+    """Build a layer attention; as :func:`mmrla.models.build_layer_attention` for a class.
 
-    Args:
-        cls: Its class, see :func:`layer_attention_class`.
-        cfg: ``type``, which is ignored, and arguments of the constructor except ``channels``.
-        channels: C of the layer.
-        defaults: Defaults for arguments that ``cfg`` does not set, by name of the class or of a
-            base class.
-        fit_heads: Use ``head_channels = C`` if C is smaller than ``head_channels``.
-        index: Its number within the group, for classes that take it.
+    ``defaults`` are by name of the class or of a base class; ``index`` is for classes that take it.
 
     Raises:
         TypeError: An argument that the class does not take.

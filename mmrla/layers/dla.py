@@ -25,12 +25,9 @@ class _Dynamic(QueryKeyValue):
     tail_op = None  # the DSU needs the layer's output first
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int = 32,
-        kernel_size: int | None = None,
+        self, channels: int, head_channels: int = 32, kernel_size: int | None = None,
         reduction: int = 16,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(channels, head_channels, kernel_size)
         self.cell = ChannelCell(channels, reduction, output_gate=False)
         if "refresh" in self.shared:

@@ -61,12 +61,9 @@ class KCLA(QueryKeyValue):
     key_norms: Tensor
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 64,
-        kernel_size: int | None = None,
+        self, channels: int, head_channels: int | str = 64, kernel_size: int | None = None,
         spans_stages: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(channels, head_channels, kernel_size)
         check_bool("spans_stages", spans_stages)
         self.spans_stages = spans_stages

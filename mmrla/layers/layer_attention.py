@@ -231,14 +231,9 @@ class LayerAttention(nn.Module, metaclass=ABCMeta):
         return False
 
     def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: Any,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Any]:
+        self, z: Tensor, shortcut: Tensor, state: Any, norm: nn.BatchNorm2d,
+        out_norm: nn.BatchNorm2d, scale: Tensor | None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """The end of a residual block in one operation, if :meth:`fuses_tail` returns True.
 
         ``y = relu(norm(z) + shortcut)``, ``out = y + scale * act(out_norm(o))`` with

@@ -37,8 +37,7 @@ class LinearRLA(QueryKeyValue):
         value_conv: As above.
 
     Raises:
-        TypeError: As :class:`QueryKeyValue`.
-        ValueError: As :class:`QueryKeyValue`.
+        TypeError, ValueError: As :class:`QueryKeyValue`.
     """
 
     def forward(

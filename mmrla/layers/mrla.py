@@ -61,16 +61,10 @@ class MRLALight(QueryKeyValue):
     tail_op: Op | None = mrla_light_tail
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 32,
-        kernel_size: int | None = None,
-        recurrence: str | None = "shortcut",
-        value_act: str | None = None,
-        fixed_lambda: float | None = None,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
+        self, channels: int, head_channels: int | str = 32, kernel_size: int | None = None,
+        recurrence: str | None = "shortcut", value_act: str | None = None,
+        fixed_lambda: float | None = None, projection: str = "conv1d", value_conv: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(channels, head_channels, kernel_size, projection, value_conv)
         if recurrence not in self.RECURRENCES:
             raise ValueError(f"recurrence must be one of {self.RECURRENCES}, got {recurrence!r}")
@@ -206,14 +200,9 @@ class MRLABase(QueryKeyValue):
     tail_op: Op | None = mrla_base_tail
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 16,
-        kernel_size: int | None = None,
-        recompute_values: bool = False,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
+        self, channels: int, head_channels: int | str = 16, kernel_size: int | None = None,
+        recompute_values: bool = False, projection: str = "conv1d", value_conv: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(channels, head_channels, kernel_size, projection, value_conv)
         self.recompute_values = recompute_values
 

@@ -26,11 +26,6 @@ def norm_of(norm: nn.BatchNorm2d) -> Norm:
         if norm.momentum is None:  # a cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
     return Norm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        momentum,
-        norm.eps,
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum, norm.eps,
         norm.training or norm.running_mean is None,
-    )
+    )  # fmt: skip

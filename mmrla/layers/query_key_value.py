@@ -43,13 +43,9 @@ class QueryKeyValue(LayerAttention):
     """Class of the activation after the out norm that ``tail_op`` includes."""
 
     def __init__(
-        self,
-        channels: int,
-        head_channels: int | str = 32,
-        kernel_size: int | None = None,
-        projection: str = "conv1d",
-        value_conv: bool = True,
-    ) -> None:
+        self, channels: int, head_channels: int | str = 32, kernel_size: int | None = None,
+        projection: str = "conv1d", value_conv: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(channels)
         self.head_channels = head_channels_of(channels, head_channels)
         if projection not in self.PROJECTIONS:
@@ -123,13 +119,7 @@ class QueryKeyValue(LayerAttention):
         )
 
     def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: Any,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
+        self, z: Tensor, shortcut: Tensor, state: Any, norm: Any, out_norm: Any, scale: Any
     ) -> tuple[Tensor, Any]:
         """See :class:`LayerAttention`."""
         assert self.value is not None

@@ -36,14 +36,9 @@ _ARCH_KEYS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
 
 
 def check_arguments(
-    ancestor: type,
-    given: Mapping[str, Any],
-    *,
-    stages: int | None = None,
-    outputs: int | None = None,
-    frozen: int | None = None,
-    negative_outputs: bool = False,
-) -> None:
+    ancestor: type, given: Mapping[str, Any], *, stages: int | None = None,
+    outputs: int | None = None, frozen: int | None = None, negative_outputs: bool = False,
+) -> None:  # fmt: skip
     """Raise TypeError or ValueError, naming the argument, if one is invalid.
 
     Args:
@@ -54,15 +49,10 @@ def check_arguments(
         frozen: Largest ``frozen_stages``.
         negative_outputs: Whether ``out_indices`` may be negative, or a single int.
     """
-    for name in _COUNTS:
-        if name in given:
-            check_count(name, given[name])
-    for name in _RATES:
-        if name in given:
-            check_rate(name, given[name])
-    for name in _BOOLS:
-        if name in given:
-            check_bool(name, given[name])
+    for check, names in _CHECKS:
+        for name in names:
+            if name in given:
+                check(name, given[name])
     for name, allowed in _CHOICES.items():
         if name in given and given[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {given[name]!r}")
@@ -88,9 +78,6 @@ def check_arguments(
         _check_by_stage(ancestor, given, stages)
     if "out_indices" in given and outputs is not None:
         _check_out_indices(given["out_indices"], outputs, negative_outputs)
-    for name in ("img_size", "patch_size"):
-        if name in given:
-            _check_size(name, given[name])
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -119,13 +106,7 @@ def check_token_norm(value: Any) -> None:
 
 
 def check_arch(arch: Any, known: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError unless ``arch`` is a known name or describes a transformer.
-
-    Args:
-        arch: A name, or a dict with ``embed_dims``, ``num_layers``, ``num_heads`` and
-            ``feedforward_channels``.
-        known: The names.
-    """
+    """Raise TypeError or ValueError unless ``arch`` is a known name or a dict of ``_ARCH_KEYS``."""
     if isinstance(arch, str):
         if arch.lower() not in known:
             raise ValueError(f"arch must be one of {sorted(known)}, got {arch!r}")
@@ -194,6 +175,10 @@ def _check_size(name: str, value: Any) -> None:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_count, value)):
         return
     raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
+
+
+_CHECKS = ((check_count, _COUNTS), (check_rate, _RATES), (check_bool, _BOOLS),
+           (_check_size, ("img_size", "patch_size")))  # fmt: skip
 
 
 def check_patches(img_size: Any, patch_size: Any) -> None:

@@ -24,24 +24,12 @@ def build_drop_path(rate: float) -> nn.Module:
 
 
 class LayerAttentionOnMap(nn.Module):
-    """A layer attention after a convolutional layer: ``out = x + drop_path(norm(o_t))``.
-
-    Args:
-        layer_attention: Config of the layer attention; by default 8 channels per head.
-        channels: C.
-        norm_cfg: Of the norm, in mmcv's style; mmpretrain's LN2d too.
-        drop_path_rate: Stochastic depth of what is added.
-        with_cp: Recompute it in the backward pass.
-    """
+    """A layer attention after a convolutional layer: ``out = x + drop_path(norm(o_t))``."""
 
     def __init__(
-        self,
-        layer_attention: Mapping[str, Any],
-        channels: int,
-        norm_cfg: Mapping[str, Any],
-        drop_path_rate: float = 0.0,
-        with_cp: bool = False,
-    ) -> None:
+        self, layer_attention: Mapping[str, Any], channels: int, norm_cfg: Mapping[str, Any],
+        drop_path_rate: float = 0.0, with_cp: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.attention = build_layer_attention(layer_attention, channels, _MAP_DEFAULTS)
         self.norm = build_norm_layer(norm_cfg, channels)
@@ -65,14 +53,7 @@ class LayerAttentionOnMap(nn.Module):
 
 
 class LayerAttentionOnTokens(TokenBranch):
-    """A layer attention after a transformer block, built from configs; see :class:`TokenBranch`.
-
-    Args:
-        layer_attention: Config of the layer attention.
-        embed_dims: C.
-        norm_cfg: Of the norms.
-        drop_path_rate: Stochastic depth of what is added; 0 in the released code.
-    """
+    """A layer attention after a transformer block, built from configs; see :class:`TokenBranch`."""
 
     def __init__(
         self, layer_attention: Any, embed_dims: int, norm_cfg: Any, drop_path_rate: float = 0.0

@@ -32,12 +32,9 @@ def check_host_takes(cfg: Mapping[str, Any], *host: Any) -> None:
 
 
 def build_layer_attention(
-    cfg: Mapping[str, Any],
-    channels: int,
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    fit_heads: bool = False,
-    index: int | None = None,
-) -> LayerAttention:
+    cfg: Mapping[str, Any], channels: int, defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    fit_heads: bool = False, index: int | None = None,
+) -> LayerAttention:  # fmt: skip
     """Build the layer attention that sits after a layer of ``channels`` channels.
 
     Args:

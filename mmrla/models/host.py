@@ -63,12 +63,9 @@ class LayerAttentionHost:
     keep_plugins_trainable: bool = False
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Mapping[str, Any] | None = None,
-        zero_init_mrla: bool = True,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, layer_attention: Mapping[str, Any] | None = None,
+        zero_init_mrla: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_bool("zero_init_mrla", zero_init_mrla)
         if layer_attention is not None:
             name = type(self).__name__
@@ -167,10 +164,6 @@ def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> Non
     Parameters after the last of ``out_indices`` never get a gradient, and DDP, without
     ``find_unused_parameters``, would wait for it and fail. They are found by a small forward and
     backward.
-
-    Args:
-        backbone: Returns tensors, or tuples, lists or dicts of them, for images.
-        image_shape: Of the trial images, ``[B, C, H, W]``.
     """
     asking = [p for p in backbone.parameters() if p.requires_grad]
     if any(p.is_meta for p in asking) or torch.is_inference_mode_enabled():
@@ -213,12 +206,7 @@ def _simple(init_cfg: Any) -> Any:
 
 
 def start_plugin(plugin: nn.Module, zero_residual: bool) -> None:
-    """Give a plugin the initialisation of its paper, if it has one.
-
-    Args:
-        plugin: Of mmrla (``reset_parameters``) or of mmcv (``init_weights`` of non-local blocks).
-        zero_residual: Whether residual branches start at zero.
-    """
+    """Give a plugin of mmrla or mmcv the initialisation of its paper, if it has one."""
     for name in ("reset_parameters", "init_weights"):
         if hasattr(type(plugin), name) and not isinstance(plugin, BaseModule):
             getattr(plugin, name)()

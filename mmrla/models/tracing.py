@@ -189,12 +189,7 @@ def trial(backbone: Any, shape: tuple[int, ...]) -> Any:
 
 
 def groups_of(backbone: Any, calls: Sequence[Call], named: bool) -> list[list[Call]]:
-    """Layers that pass features to one another, for each container.
-
-    Args:
-        backbone: For messages.
-        calls: The layers, after a trial forward.
-        named: Whether the user named them, so that none may be skipped.
+    """Layers that pass features on, for each container; if ``named``, none is skipped.
 
     Raises:
         ValueError: A layer cannot carry a layer attention.

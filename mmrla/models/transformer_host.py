@@ -72,14 +72,10 @@ class LayerAttentionTransformer(LayerAttentionHost):
     placements: tuple[str, ...] = ("after", "output")
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Mapping[str, Any] | None = None,
-        mrla_group_size: int = 4,
-        mrla_drop_path_rate: float | None = 0.0,
-        norm_cfg: Mapping[str, Any] = _NORM_CFG,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, layer_attention: Mapping[str, Any] | None = None,
+        mrla_group_size: int = 4, mrla_drop_path_rate: float | None = 0.0,
+        norm_cfg: Mapping[str, Any] = _NORM_CFG, **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_count("mrla_group_size", mrla_group_size)
         check_drop_path_rate(mrla_drop_path_rate)
         given = {**dict(zip(("arch", "img_size"), args, strict=False)), **kwargs}

@@ -48,11 +48,8 @@ class WarmStart:
     """
 
     def __init__(
-        self,
-        checkpoint: str,
-        freeze_mrla: bool | None = None,
-        allow_missing: Sequence[str] = (),
-    ) -> None:
+        self, checkpoint: str, freeze_mrla: bool | None = None, allow_missing: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.freeze_mrla = freeze_mrla
         self.allow_missing = tuple(allow_missing)
@@ -121,11 +118,7 @@ def _backbone_of(checkpoint: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_backbone(module: nn.Module, checkpoint: str) -> None:
-    """Load a backbone from a checkpoint of a backbone, classifier or detector.
-
-    Args:
-        module: The backbone.
-        checkpoint: As in :class:`WarmStart`; missing layer attentions are newly initialised.
+    """Load a backbone from a backbone's, classifier's or detector's checkpoint.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit.
@@ -134,15 +127,9 @@ def load_backbone(module: nn.Module, checkpoint: str) -> None:
 
 
 def init_weights_warm(module: BaseModule) -> bool:
-    """Carry out a host's ``init_cfg`` if it is a warm start.
+    """Carry out a host's ``init_cfg`` if it is a warm start, and return whether it was.
 
     The host's children are left alone: their own initialisation would undo the loaded weights.
-
-    Args:
-        module: The host, in its ``init_weights``.
-
-    Returns:
-        Whether it was a warm start; where not, the host initialises as its ancestor does.
     """
     if not is_warm_start(module.init_cfg):
         return False

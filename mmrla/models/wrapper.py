@@ -183,16 +183,12 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
         return built
 
     def __init__(
-        self,
-        backbone: Mapping[str, Any] | nn.Module,
+        self, backbone: Mapping[str, Any] | nn.Module,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight"),
-        layers: str | Sequence[str] | None = None,
-        *,
-        norm_cfg: Mapping[str, Any] | None = None,
-        mrla_drop_path_rate: float | None = 0.0,
-        zero_init_mrla: bool = True,
+        layers: str | Sequence[str] | None = None, *, norm_cfg: Mapping[str, Any] | None = None,
+        mrla_drop_path_rate: float | None = 0.0, zero_init_mrla: bool = True,
         probe_size: int | tuple[int, int] = 224,
-    ) -> None:
+    ) -> None:  # fmt: skip
         # Not the ancestor's constructor: it has run in __new__.
         check_bool("zero_init_mrla", zero_init_mrla)
         self.zero_init_mrla = zero_init_mrla
@@ -208,14 +204,10 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
             self._zero_init_mrla()
 
     def _extend(
-        self,
-        cfg: Mapping[str, Any],
-        layer_attention: Mapping[str, Any] | None,
-        layers: str | Sequence[str] | None,
-        norm_cfg: Mapping[str, Any] | None,
-        mrla_drop_path_rate: float | None,
-        probe_size: int | tuple[int, int],
-    ) -> None:
+        self, cfg: Mapping[str, Any], layer_attention: Mapping[str, Any] | None,
+        layers: str | Sequence[str] | None, norm_cfg: Mapping[str, Any] | None,
+        mrla_drop_path_rate: float | None, probe_size: int | tuple[int, int],
+    ) -> None:  # fmt: skip
         check_drop_path_rate(mrla_drop_path_rate)
         size = probe_size if isinstance(probe_size, (tuple, list)) else (probe_size, probe_size)
         if len(size) != 2 or not all(map(is_count, size)):
@@ -260,13 +252,9 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
 def _undo(backbone: Any) -> None:
     """Restore the original classes and parts of a backbone and its layers."""
     added = (
-        "mrla_last",
-        "mrla_grid",
-        "mrla_projects",
-        "layer_attention",
-        "zero_init_mrla",
+        "mrla_last", "mrla_grid", "mrla_projects", "layer_attention", "zero_init_mrla",
         "keep_mrla_trainable",
-    )
+    )  # fmt: skip
     for module in list(backbone.modules()):
         if isinstance(module, MixedClass):
             module._modules.pop("mrla", None)
@@ -293,13 +281,9 @@ def _norm_cfg_of(backbone: Any, cfg: Mapping[str, Any]) -> Mapping[str, Any] | N
 
 
 def _attach(
-    call: Call,
-    index: int,
-    layer_attention: Mapping[str, Any],
-    norm_cfg: Mapping[str, Any] | None,
-    drop_path_rate: float | None,
-    last: bool,
-) -> None:
+    call: Call, index: int, layer_attention: Mapping[str, Any], norm_cfg: Mapping[str, Any] | None,
+    drop_path_rate: float | None, last: bool,
+) -> None:  # fmt: skip
     layer: Any = call.module
     rate = branch_rate(drop_path_rate, layer)
     part: nn.Module
@@ -310,12 +294,9 @@ def _attach(
         part = build_layer_attention(layer_attention, channels, index=index)
     elif call.out.dim() == 4:
         part = LayerAttentionOnMap(
-            layer_attention,
-            call.out.shape[1],
-            norm_cfg or dict(type="BN"),
-            rate,
+            layer_attention, call.out.shape[1], norm_cfg or dict(type="BN"), rate,
             with_cp=getattr(layer, "with_cp", False) is True,
-        )
+        )  # fmt: skip
     else:
         part = LayerAttentionOnTokens(
             layer_attention, call.out.shape[2], norm_cfg or dict(type="LN", eps=1e-6), rate

@@ -34,14 +34,9 @@ from mmrla.timm.vision_transformer import MRLAVisionTransformer, MRLAVisionTrans
 from mmrla.timm.weights import from_mmrla, to_mmrla
 
 __all__ = [
-    "MRLABasicBlock",
-    "MRLABottleneck",
-    "MRLAResNet",
-    "MRLAVisionTransformer",
-    "MRLAVisionTransformerDistilled",
-    "from_mmrla",
-    "to_mmrla",
-]
+    "MRLABasicBlock", "MRLABottleneck", "MRLAResNet", "MRLAVisionTransformer",
+    "MRLAVisionTransformerDistilled", "from_mmrla", "to_mmrla",
+]  # fmt: skip
 
 ATTENTIONS = {"mrla_light": "MRLALight", "mrla_base": "MRLABase"}
 """Suffixes of registered names, and their layer attentions."""
@@ -51,12 +46,9 @@ default_cfgs: dict[str, DefaultCfg] = {}
 
 _D = dict(stem_width=32, stem_type="deep", avg_down=True)
 _DEPTHS: dict[int, tuple[type, tuple[int, ...]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-}
+    18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3)),
+}  # fmt: skip
 # timm's name: depth and further arguments, as in timm.models.resnet.
 _RESNETS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"resnet{depth}": (depth, {}) for depth in _DEPTHS},

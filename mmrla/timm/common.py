@@ -19,25 +19,11 @@ _KNOWN = layer_attentions()
 
 
 def build_attention(
-    config: Config,
-    channels: int,
-    host: str,
-    *,
-    shares: bool,
+    config: Config, channels: int, host: str, *, shares: bool,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    placements: Collection[str] = ("after",),
-    index: int | None = None,
-) -> LayerAttention:
+    placements: Collection[str] = ("after",), index: int | None = None,
+) -> LayerAttention:  # fmt: skip
     """Build a layer attention of :mod:`mmrla.layers`.
-
-    Args:
-        config: A name such as ``'MRLALight'``, or ``dict(type=..., ...)`` with a name or a class.
-        channels: C of the layer before it.
-        host: Name of the network in messages.
-        shares: Whether layers of a group may share parts in this network.
-        defaults: Defaults for arguments that ``config`` does not set, by class name.
-        placements: The network's placements, of :data:`mmrla.layers.PLACEMENTS`.
-        index: Its number within the group, for types that take it.
 
     Raises:
         TypeError: Neither a name nor a dict with a ``type``, or an argument that the type does not

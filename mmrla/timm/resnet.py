@@ -30,14 +30,10 @@ class _LayerAttentionBlock:
     """Number of the last convolution, norm and activation."""
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Config | None = None,
-        mrla_drop_path_rate: float | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        self, *args: Any, layer_attention: Config | None = None,
+        mrla_drop_path_rate: float | None = None, device: Any = None, dtype: Any = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         where = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         super().__init__(*args, **where, **kwargs)
         self.mrla: Any = None
@@ -151,16 +147,10 @@ class MRLAResNet(LayerAttentionNetwork, ResNet):
     """
 
     def __init__(
-        self,
-        block: Any,
-        layers: Any,
-        *args: Any,
-        layer_attention: Config | None = "MRLALight",
-        mrla_drop_path_rate: float | None = None,
-        zero_init_mrla: bool = True,
-        block_args: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, block: Any, layers: Any, *args: Any, layer_attention: Config | None = "MRLALight",
+        mrla_drop_path_rate: float | None = None, zero_init_mrla: bool = True,
+        block_args: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.zero_init_mrla = zero_init_mrla
         several = isinstance(block, (tuple, list))
         blocks = tuple(_BLOCKS.get(b, b) for b in (block if several else (block,)))

@@ -30,14 +30,9 @@ class _LayerAttentionTransformer(LayerAttentionNetwork):
     _placement = "after"
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Config | None = "MRLALight",
-        mrla_group_size: int = 4,
-        mrla_drop_path_rate: float | None = 0.0,
-        zero_init_mrla: bool = True,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, layer_attention: Config | None = "MRLALight", mrla_group_size: int = 4,
+        mrla_drop_path_rate: float | None = 0.0, zero_init_mrla: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_count("mrla_group_size", mrla_group_size)
         if kwargs.get("patch_drop_rate"):
             raise ValueError(
@@ -124,18 +119,11 @@ class _LayerAttentionTransformer(LayerAttentionNetwork):
         return self.norm(self._run(x, attn_mask, is_causal)[0])
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
+        self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW",
+        intermediates_only: bool = False, output_dict: bool = False,
+        attn_mask: Tensor | None = None, is_causal: bool = False,
+    ) -> Any:  # fmt: skip
         """As timm's: outputs of blocks, with the layer attention.
 
         Raises:

@@ -7,22 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mmrla.checkpoints.families import VIT, rename
+from mmrla.checkpoints.families import PLAIN_VIT_BACK, VIT, rename_all
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
 
 # Deep stems: timm's conv1 is three convolutions with two norms between, mmpretrain's stem three
 # pairs of convolution and norm, whose last norm is timm's bn1.
 _STEM = {"conv1.0": "stem.0.conv", "conv1.1": "stem.0.bn", "conv1.3": "stem.1.conv",
          "conv1.4": "stem.1.bn", "conv1.6": "stem.2.conv", "bn1": "stem.2.bn"}  # fmt: skip
-_VIT_BACK = [
-    (r"^layers\.", "blocks."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"^ln1\.", "norm."),
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^head\.layers\.", ""),
-]
 
 
 def to_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +70,7 @@ def from_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if re.match(r"backbone\.|head\.(fc|layers\.head(_dist)?)\.", key)
         }
     if _is_vit(state, "layers."):
-        return {rename(key, _VIT_BACK): value for key, value in state.items()}
+        return rename_all(state, PLAIN_VIT_BACK)
     if "layer1.0.conv1.weight" not in state:
         raise CheckpointError(
             "no weights of mmrla's ResNet (layer1.0.conv1) or ViT (layers.0.attn.qkv); these begin "

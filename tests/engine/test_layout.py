@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmrla.cli import load_script
+from mmrla.commands import cost
 from mmrla.datasets import generate_shapes
 from mmrla.engine import AmpOptimWrapper, ChannelsLastHook, amp, build_runner, set_data_root
 from mmrla.engine.amp import set_amp, set_test_amp
@@ -263,10 +262,8 @@ def test_evaluation_alone(fp16, enabled):
 
 def test_layout_speed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("logging.raiseExceptions", False)  # loggers keep the stream of capsys
-    script = load_script("analysis/layout_speed.py")
-    command = ["x", str(ROOT / "configs/cifar/resnet20_mrla_cifar10.py"), "--size", "32"]
-    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "2", "--out", str(tmp_path)])
-    script.main()
+    command = ["layout", str(ROOT / "configs/cifar/resnet20_mrla_cifar10.py"), "--size", "32"]
+    cost.main([*command, "--rounds", "2", "--out", str(tmp_path)])
     with (tmp_path / "layout_speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
@@ -275,7 +272,6 @@ def test_layout_speed(monkeypatch, capsys, tmp_path):
             times = [float(row[f"{what} {layout} ms"]) for layout in ("channels_last", "NCHW")]
             assert min(times) > 0
             assert 0.2 < float(row[f"{what} ratio"]) / (times[0] / times[1]) < 5
-    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "0"])
     with pytest.raises(SystemExit):
-        script.main()
+        cost.main([*command, "--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err

@@ -23,24 +23,20 @@ model = dict(
     ),
     neck=dict(in_channels=[40, 112, 320], out_channels=64, start_level=0, num_outs=4),
     bbox_head=dict(
-        num_classes=3,
-        in_channels=64,
-        feat_channels=64,
-        stacked_convs=2,
+        num_classes=3, in_channels=64, feat_channels=64, stacked_convs=2,
         # At this size platelets are 16 pixels wide, white cells 75.
         anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32, 64]),
     ),
-)
+)  # fmt: skip
 
 # The photographs have 640 x 480 pixels.
 scale = (256, 192)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="RandomFlip", prob=[0.4, 0.4], direction=["horizontal", "vertical"]),
     dict(type="PackDetInputs"),
-]
+]  # fmt: skip
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),

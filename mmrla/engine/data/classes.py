@@ -27,10 +27,6 @@ def check_classes(cfg: Config, splits: Iterable[str]) -> None:
     the config does not set it, or ``num_things_classes`` and ``num_stuff_classes``, which are
     added.
 
-    Args:
-        cfg: The config, after all options; nothing is built.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
-
     Raises:
         ValueError: The numbers differ (the message gives both and a fix), or a dataset's classes
             are a string.

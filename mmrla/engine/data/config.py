@@ -206,10 +206,6 @@ def check_evaluators(cfg: Config, splits: Iterable[str]) -> None:
     mmdet's metrics match predictions to annotations by image id only, so a file of another set
     silently gives meaningless metrics.
 
-    Args:
-        cfg: The config, after all options, whose files exist.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
-
     Raises:
         ValueError: An image or category of a dataset is missing from the evaluator's file or
             differs there. The message gives both places and files.

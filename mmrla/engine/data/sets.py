@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,9 @@ class DataSet:
         except DataError as error:
             return [Finding("not-json", str(error), str(self.ann_file))], False
         findings = check_coco(
-            content,
-            self.ann_file,
-            self.images,
-            classes=self.classes,
-            need_masks=self.need_masks,
-            files="decode" if decode else "headers",
-            workers=workers,
-            turns=self.turns,
-        )
+            content, self.ann_file, self.images, classes=self.classes, need_masks=self.need_masks,
+            files="decode" if decode else "headers", workers=workers, turns=self.turns,
+        )  # fmt: skip
         errors = any(finding.severity == "error" for finding in findings)
         return findings, errors and self.is_json and _can_mend(content, self.images)
 
@@ -232,16 +227,11 @@ def _formats(dataset: Any, scope: str) -> tuple[bool, bool]:
 _READERS = ("load_data_list", "parse_data_info")
 
 
-def report(
-    sets: Iterable[DataSet],
-    *,
-    decode: bool = False,
-    workers: int = 1,
-    allow: Sequence[str] = (),
-    limit: int = 20,
-    details: list[dict[str, Any]] | None = None,
-) -> Iterator[str | int]:
-    """Lines about each set, then the number of errors.
+def print_report(
+    sets: Iterable[DataSet], *, decode: bool = False, workers: int = 1, allow: Sequence[str] = (),
+    limit: int = 20, details: list[dict[str, Any]] | None = None,
+) -> int:  # fmt: skip
+    """Print lines about each set; returns the number of errors.
 
     Args:
         sets: The datasets to check.
@@ -250,52 +240,34 @@ def report(
         allow: Kinds of errors to ignore.
         limit: Maximum number of findings to list per kind, 0 for all.
         details: Gets a dict for each set, with all findings.
-
-    Yields:
-        Lines, and finally the number of errors.
     """
     errors = 0
     for one in sets:
         findings, mendable = one.check(decode, workers)
         own = sum(f.severity == "error" and f.kind not in allow for f in findings)
         errors += own
-        yield f"{one.title}: {own} errors, {len(findings) - own} warnings"
+        print(f"{one.title}: {own} errors, {len(findings) - own} warnings")
         counts = count_kinds(findings)
         for kind, count in counts.items():
-            yield f"  {count:>8} {kind}"
+            print(f"  {count:>8} {kind}")
         for kind, count in counts.items():
             listed = [f for f in findings if f.kind == kind]
             for finding in listed[: limit or None]:
-                yield f"  {finding}"
+                print(f"  {finding}")
             if limit and count > limit:
-                yield f"  ... and {count - limit} more {kind} (--limit 0 or --json shows all)"
+                print(f"  ... and {count - limit} more {kind} (--limit 0 or --json shows all)")
         if own and mendable:
-            yield (
+            print(
                 f"  some of this can be mended: mmrla check-data --ann {one.ann_file} --images "
                 f"{one.images} --fix OUT.json"
             )
         if details is not None:
-            details.append(
-                dict(
-                    images=str(one.images),
-                    ann_file=str(one.ann_file) if one.ann_file else None,
-                    used_as=one.used_as,
-                    errors=own,
-                    counts=counts,
-                    findings=[finding.to_dict() for finding in findings],
-                )
-            )
-    yield errors
-
-
-def print_report(sets: Iterable[DataSet], **options: Any) -> int:
-    """Print :func:`report` line by line, with its options; returns the number of errors."""
-    errors = 0
-    for line in report(sets, **options):
-        if isinstance(line, int):
-            errors = line
-        else:
-            print(line, flush=True)
+            details.append(dict(
+                images=str(one.images), ann_file=str(one.ann_file) if one.ann_file else None,
+                used_as=one.used_as, errors=own, counts=counts,
+                findings=[finding.to_dict() for finding in findings],
+            ))  # fmt: skip
+        sys.stdout.flush()
     return errors
 
 

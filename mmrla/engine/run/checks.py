@@ -6,7 +6,8 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,22 +16,29 @@ from unittest import mock
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, VISBACKENDS, init_default_scope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    VISBACKENDS,
+    init_default_scope,
+)
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from mmrla.engine.data.classes import check_classes
 from mmrla.engine.data.config import datasets_of, evaluators, type_name
-from mmrla.engine.run.runner import build_runner
+from mmrla.engine.run.runner import build_runner, check_weights, init_cpu_distributed
+from mmrla.layers.checks import check_count
 
 # What mmengine's runner takes from a config, and what tools read beside it.
-_TOP = frozenset(
-    {"model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg",
-     "val_cfg", "test_cfg", "auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator",
-     "test_evaluator", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
-     "launcher", "env_cfg", "log_processor", "log_level", "visualizer", "default_scope",
-     "randomness", "experiment_name", "custom_imports", "runner_type", "model_wrapper_cfg",
-     "allow_missing", "find_unused_parameters", "strategy"}
-)  # fmt: skip
+_TOP = {"custom_imports", "runner_type", "model_wrapper_cfg", "allow_missing", "strategy",
+        "find_unused_parameters", *inspect.signature(Runner).parameters} - {"cfg"}  # fmt: skip
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
                      "num_batch_per_epoch", "seed"})  # fmt: skip
@@ -42,17 +50,7 @@ _WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
 
 
 def check_config(cfg: Config, splits: Iterable[str]) -> None:
-    """Raise on misspelt keys and wrong types; builds nothing.
-
-    Args:
-        cfg: The config, after all options.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` will be used.
-
-    Raises:
-        TypeError: A part of it is of the wrong type.
-        ValueError: A key is misspelt, a type is not registered, a head has another number of
-            classes than a dataset, or masks are loaded and a transform moves only boxes.
-    """
+    """Raise on misspelt keys and wrong types; builds nothing."""
     splits = tuple(splits)
     for key in cfg:
         close = difflib.get_close_matches(key, _TOP, n=1, cutoff=0.85)
@@ -97,18 +95,15 @@ def _unknown(key: str, where: str, allowed: Iterable[str]) -> ValueError:
 
 
 def _check_loader(loader: Mapping[str, Any], where: str) -> None:
-    from torch.utils.data import DataLoader
-
     allowed = _LOADER | set(inspect.signature(DataLoader).parameters)
     for key in loader:
         if key not in allowed and not key.startswith("_"):
             raise _unknown(key, where, allowed)
-    size = loader.get("batch_size", 1)
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise TypeError(f"{where}.batch_size must be an int from 1, got {size!r}")
-    workers = loader.get("num_workers", 0)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise TypeError(f"{where}.num_workers must be an int from 0, got {workers!r}")
+    for key, least in (("batch_size", 1), ("num_workers", 0)):
+        value = loader.get(key, 1)
+        none = value is None and key == "batch_size"
+        if not none and (type(value) is not int or value < least):
+            raise TypeError(f"{where}.{key} must be an int from {least}, got {value!r}")
 
 
 def _check_masks(dataset: Any, where: str, after: tuple[tuple[str, Any], ...] = ()) -> None:
@@ -148,8 +143,6 @@ def _parameters(cls: type) -> set[str] | None:
 
 
 def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
-    from mmengine.registry import LOOPS
-
     by_epoch = train_cfg.get("by_epoch", True)
     kind = train_cfg.get("type", "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop")
     loop = LOOPS.get(kind) if isinstance(kind, str) else kind
@@ -162,11 +155,8 @@ def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
             if key not in allowed and not key.startswith("_"):
                 raise _unknown(key, "train_cfg", allowed)
     for name in ("max_epochs", "max_iters", "val_interval"):
-        value = train_cfg.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"train_cfg.{name} must be an int, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"train_cfg.{name} must be at least 1, got {value}")
+        if train_cfg.get(name) is not None:
+            check_count(f"train_cfg.{name}", train_cfg[name])
 
 
 def check_schedule(cfg: Config) -> None:
@@ -226,19 +216,25 @@ def check_processes(launcher: str) -> None:
 _LOCAL_BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 
 
+def prepare_runner(cfg: Config, splits: Iterable[str], dry_run: bool) -> Runner | None:
+    """Check the weights of a run and build its runner.
+
+    A dry run only prints what :func:`build_only` builds, and there is no runner.
+    """
+    if dry_run:
+        print(build_only(cfg, splits))
+        return None
+    check_weights(cfg)
+    init_cpu_distributed(cfg)
+    return build_runner(cfg)
+
+
 def build_only(cfg: Config, splits: Iterable[str]) -> str:
     """Build everything a run builds, and discard it.
 
     Model, datasets, samplers, loaders, evaluators, hooks, visualizer, optimizer and schedulers are
     built. No weights are read, no image is loaded, and nothing is left on the disk. Of visualizer
     backends that log to a server only the name is checked.
-
-    Args:
-        cfg: The config, after all options; not changed.
-        splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
-
-    Returns:
-        One line that lists the parts that were built.
 
     Raises:
         ValueError: The config of a part is invalid; parts may also raise TypeError, KeyError and
@@ -290,17 +286,9 @@ def build_only(cfg: Config, splits: Iterable[str]) -> str:
 def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     """Build everything except the model and discard it; no annotations are read.
 
-    Args:
-        cfg: The config, whose default scope is active.
-        model: The model, for the optimizer.
-        splits: As in :func:`check_config`.
-
     Raises:
         ValueError: The config of a part is invalid; the message names the part.
     """
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
-
     for split in splits:
         for place, dataset in datasets_of(cfg, [split]):
             with _naming(place):
@@ -312,14 +300,8 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     if "train" in splits:
         if "constructor" not in cfg.optim_wrapper:
             check_registered(OPTIMIZERS, cfg.optim_wrapper.optimizer, "optim_wrapper.optimizer")
-        logger = MMLogger.get_current_instance()
-        level = logger.level
-        logger.setLevel("WARNING")  # a line for each parameter that has options
-        try:
-            with _naming("optim_wrapper"):
-                build_optim_wrapper(model, cfg.optim_wrapper)
-        finally:
-            logger.setLevel(level)
+        with quiet_logger(), _naming("optim_wrapper"):
+            build_optim_wrapper(model, cfg.optim_wrapper)
         schedulers = cfg.get("param_scheduler") or ()
         schedulers = [schedulers] if isinstance(schedulers, Mapping) else schedulers
         for index, scheduler in enumerate(schedulers):
@@ -335,16 +317,23 @@ def check_registered(registry: Any, cfg: Any, where: str) -> None:
             raise ValueError(f"{where}: unknown type {kind!r}")
 
 
-class _naming:
-    """Prefixes errors of a part's constructor with its place in the config."""
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Prefix errors of a part's constructor with its place in the config."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{where}: {text}") from error
 
-    def __init__(self, where: str) -> None:
-        self.where = where
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            text = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"{self.where}: {text}") from error
+@contextmanager
+def quiet_logger() -> Iterator[None]:
+    """Without the lines that mmengine logs for each parameter."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("WARNING")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -6,7 +6,7 @@ import argparse
 import ast
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,10 @@ class OptionAction(DictAction):
     """
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
         option_string: str | None = None,
-    ) -> None:
-        """Add the options to the namespace.
-
-        Raises:
-            argparse.ArgumentError: An option has no value, or it begins like a dict or a list of
-                dicts but is not one.
-        """
+    ) -> None:  # fmt: skip
+        """Add the options to the namespace."""
         for option in values:
             key, equals, value = option.partition("=")
             if not key or not equals:
@@ -135,8 +127,7 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg.merge_from_dict(args.cfg_options or {})
     if args.data_root is not None:
         set_data_root(cfg, args.data_root)
     if args.work_dir is not None:
@@ -159,27 +150,21 @@ def load_config(args: argparse.Namespace, splits: Iterable[str]) -> Config:
     return cfg
 
 
-def read_config(path: str) -> Config:
-    """Read a config file.
-
-    Raises:
-        ValueError: It, or one of its bases, cannot be read; the message of one line names the file.
-        FileNotFoundError: A base does not exist.
-    """
+def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file, see :func:`find_config`, and override settings."""
+    path = find_config(path)
     try:
-        return Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except Exception as error:  # configs are Python, which may raise anything
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         text = " ".join(str(error).split())[:300]
         raise kind(f"config {path}: {type(error).__name__}: {text}") from error
+    cfg.merge_from_dict(dict(options or {}))
+    return cfg
 
 
 def find_config(path: str) -> str:
-    """The file of a config: ``path`` itself or, if it does not exist, the shipped one of that name.
-
-    Raises:
-        FileNotFoundError: There is neither; the message gives similar names.
-    """
+    """The file of a config: ``path`` itself or, if there is none, the shipped one of that name."""
     if Path(path).is_file():
         return path
     name = path.removesuffix(".py")
@@ -230,12 +215,7 @@ def fit_workers(cfg: Config) -> None:
 
 
 def set_layout(cfg: Config, channels_last: bool | None) -> None:
-    """Add a ``mmrla.ChannelsLastHook`` to a run, in place.
-
-    Args:
-        cfg: The config of the run, after all options.
-        channels_last: Argument of the hook; None: from the config, else the hook's default.
-    """
+    """Add a ``mmrla.ChannelsLastHook`` to a run; None: as its config says, else automatic."""
     hooks = list(cfg.get("custom_hooks") or ())
     others = [hook for hook in hooks if type_name(hook) != "ChannelsLastHook"]
     if channels_last is None and len(others) < len(hooks):

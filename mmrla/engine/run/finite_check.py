@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_rank, is_distributed
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmrla.engine.layout import optim_wrappers
 from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS
 
@@ -60,9 +60,7 @@ class NonFiniteGuardHook(Hook):
         """Refuse initial weights that are not finite, and start checking optimizer steps."""
         require_finite("the network before training", unwrapped(runner.model).state_dict())
         self._remove()
-        wrappers = runner.optim_wrapper
-        many = isinstance(wrappers, OptimWrapperDict)
-        for wrapper in wrappers.values() if many else [wrappers]:
+        for wrapper in optim_wrappers(runner):
             check = functools.partial(self._check_gradients, runner, wrapper.optimizer)
             self._unwatch.append(_before_step(wrapper.optimizer, check))
 
@@ -148,9 +146,8 @@ class NonFiniteGuardHook(Hook):
             torch.cuda.set_rng_state(self._random[1])
         with first_non_finite(model) as found, torch.no_grad():
             try:
-                wrapper = runner.optim_wrapper
-                many = isinstance(wrapper, OptimWrapperDict)
-                with nullcontext() if many else wrapper.optim_context(model):
+                (wrapper, *others) = optim_wrappers(runner)
+                with nullcontext() if others else wrapper.optim_context(model):
                     data = model.data_preprocessor(self._batch, True)
                     model._run_forward(data, mode="loss")
             except Exception as error:  # a network may raise on NaN; what was found counts
@@ -190,9 +187,6 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
     If there was one, the yielded dict has a ``text`` afterwards: the layer's name and type, the
     number of values, and whether its inputs were finite.
-
-    Args:
-        model: The network.
     """
     found: dict[str, str] = {}
 
@@ -218,11 +212,7 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def require_finite(what: str, tensors: dict[str, Any]) -> None:
-    """Raise unless all tensors are finite.
-
-    Args:
-        what: A description of the tensors, for the message.
-        tensors: By name; values that are not floating-point tensors are ignored.
+    """Raise NonFiniteError, naming some of them, unless all floating-point tensors are finite.
 
     Raises:
         NonFiniteError: The message names the tensors that are not finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from mmrla.analysis import LayerAttentionRecorder, record_layer_attention
 from mmrla.analysis.modules import eval_mode
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
 from mmrla.checkpoints.report import allowed_heads, compare
-from mmrla.compat.heap import give_back_free_memory
 from mmrla.engine.network import extract_features, preprocess
 from mmrla.loads import unwrapped
 from mmrla.registry import HOOKS, METRICS
@@ -81,12 +81,7 @@ class CheckLoadHook(Hook):
 
 
 def check_optimizer(wrapper: Any, saved: Any) -> None:
-    """Raise CheckpointError if a checkpoint's optimizer cannot be resumed in this run.
-
-    Args:
-        wrapper: The run's optimizer wrapper; not checked if it has several optimizers.
-        saved: The checkpoint's entry ``optimizer``, None if it has none.
-    """
+    """Raise CheckpointError if a checkpoint's optimizer cannot be resumed with a run's wrapper."""
     groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
     if groups is None or "param_groups" not in (saved or {}):
         return
@@ -165,12 +160,8 @@ class LayerAttentionVisHook(Hook):
 
     @master_only
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None,
+    ) -> None:  # fmt: skip
         """Called by the runner after each iteration."""
         if not self.every_n_train_iters(runner, self.interval):
             return
@@ -200,11 +191,13 @@ class TrimHeapHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Called by the runner after each epoch of training."""
-        give_back_free_memory()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Called by the runner after each validation."""
-        give_back_free_memory()
+        self.after_train_epoch(runner)
 
 
 @HOOKS.register_module()

@@ -70,11 +70,7 @@ class SeededBatch:
 
 
 class ResumableBatches:
-    """A batch sampler that can start in the middle of an epoch, with a seed for every sample.
-
-    Args:
-        batches: The batch sampler that it wraps.
-    """
+    """A batch sampler that can start in the middle of an epoch, with a seed for every sample."""
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches
@@ -257,16 +253,10 @@ class AtomicCheckpointHook(CheckpointHook):
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         runner.save_checkpoint(
-            self.out_dir,
-            name,
-            self.file_client_args,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
-        )
+            self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
+            backend_args=self.backend_args, **self.args,
+        )  # fmt: skip
         self._written.append(self.last_ckpt)
         if not is_main_process():
             return

@@ -74,12 +74,9 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def check_weights(cfg: Config) -> None:
-    """Check every load of the run, after reading a local file safely once.
+    """Check every load of the run; a local file is read safely once, and a missing one is an error.
 
-    Args:
-        cfg: The config of the run, changed in place: gets a ``mmrla.CheckLoadHook``. The file is
-            the one it loads or resumes from, if any. A run that resumes without naming a file
-            continues from the newest intact one in its work dir.
+    ``--resume`` without a file continues from the newest intact one in the work dir.
 
     Raises:
         CheckpointError: The file cannot be read without running code from it, or at all.
@@ -95,22 +92,13 @@ def check_weights(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Make a test run draw its predictions, in place.
-
-    Args:
-        cfg: Of a detector or a classifier.
-        args: ``show``: in a window, for ``wait_time`` seconds; ``show_dir``: into this folder of
-            the work dir.
-    """
+    """Make a test run draw its predictions in a window, or into ``show_dir`` below the work dir."""
     if cfg.get("default_scope") == "mmpretrain":
         cfg.default_hooks.visualization = dict(
-            type="mmrla.ClassificationVisHook",
-            enable=True,
-            interval=1,
-            show=args.show,
+            type="mmrla.ClassificationVisHook", enable=True, interval=1, show=args.show,
             wait_time=args.wait_time,
             out_dir=args.show_dir and str(Path(cfg.work_dir, args.show_dir)),
-        )
+        )  # fmt: skip
     else:
         from mmdet.engine.hooks.utils import trigger_visualization_hook
 
@@ -120,9 +108,8 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 def use_tta(cfg: Config) -> None:
     """Make a test run average over augmented images, in place.
 
-    Args:
-        cfg: Defines ``tta_model`` and ``tta_pipeline``. Without them each image is evaluated
-            unchanged and mirrored; a detector's boxes are merged by NMS at an IoU of 0.5.
+    They are those of ``tta_model`` and ``tta_pipeline``. Without them each image is evaluated
+    unchanged and mirrored; a detector's boxes are merged by NMS at an IoU of 0.5.
 
     Raises:
         ValueError: The detector predicts masks and the config has no ``tta_model``: mmdet only
@@ -185,12 +172,9 @@ class FSDPStrategy(_strategy.FSDPStrategy):
     """The network before its weights were spread, on the device ``meta``."""
 
     def __init__(
-        self,
-        *,
-        model_wrapper: dict | None = None,
-        state_dict_cfg: str | dict = "full",
+        self, *, model_wrapper: dict | None = None, state_dict_cfg: str | dict = "full",
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         model_wrapper = {"type": "MMFullyShardedDataParallel", **(model_wrapper or {})}
         model_wrapper["use_orig_params"] = True
         on_cpu = not torch.cuda.is_available()

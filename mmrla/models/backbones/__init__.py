@@ -9,13 +9,7 @@ from mmrla.models.backbones.mrla_resnext import MRLAResNeXt
 from mmrla.models.backbones.mrla_vit import MRLADistilledVisionTransformer, MRLAVisionTransformer
 
 __all__ = [
-    "CeiT",
-    "MRLACeiT",
-    "MRLADistilledVisionTransformer",
-    "MRLAEfficientNet",
-    "MRLAPyramidVisionTransformerV2",
-    "MRLAResNeXt",
-    "MRLAResNet",
-    "MRLAResNetCIFAR",
+    "CeiT", "MRLACeiT", "MRLADistilledVisionTransformer", "MRLAEfficientNet",
+    "MRLAPyramidVisionTransformerV2", "MRLAResNeXt", "MRLAResNet", "MRLAResNetCIFAR",
     "MRLAVisionTransformer",
-]
+]  # fmt: skip

@@ -26,12 +26,7 @@ from mmrla.registry import MODELS
 
 
 class ImageToTokensStem(BaseModule):
-    """The convolutional half of Image-to-Tokens (Eq. 3): ``MaxPool(BN(Conv7x7(x)))``, stride 4.
-
-    Args:
-        in_channels: Channels of the image.
-        channels: Channels of the map that is split into patches.
-    """
+    """The convolutional half of Image-to-Tokens (Eq. 3): ``MaxPool(BN(Conv7x7(x)))``, stride 4."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -48,11 +43,6 @@ class LocallyEnhancedFeedForward(BaseModule):
     """LeFF (section 3.3): the feed-forward on the map of patches, with a depthwise convolution.
 
     ``Conv1x1, BN, GELU, DWConv3x3, BN, GELU, Conv1x1, BN``; extra tokens pass through.
-
-    Args:
-        embed_dims: C.
-        hidden_channels: Between the 1x1 convolutions.
-        drop_path_rate: Stochastic depth of the branch.
     """
 
     def __init__(self, embed_dims: int, hidden_channels: int, drop_path_rate: float = 0.0) -> None:
@@ -84,13 +74,9 @@ class CeiTEncoderLayer(TransformerEncoderLayer):
     """mmpretrain's encoder layer with a locally enhanced feed-forward."""
 
     def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        drop_path_rate: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
+        self, embed_dims: int, num_heads: int, feedforward_channels: int,
+        drop_path_rate: float = 0.0, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dims, num_heads, feedforward_channels, drop_path_rate=drop_path_rate, **kwargs
         )
@@ -103,12 +89,7 @@ class CeiTEncoderLayer(TransformerEncoderLayer):
 
 
 class LayerwiseClassTokenAttention(TransformerEncoderLayer):
-    """LCA (section 3.4): the last layer's class token attends to the class tokens of all layers.
-
-    Args:
-        num_layers: L, the number of class tokens; each layer has its own position embedding.
-        **kwargs: As mmpretrain's encoder layer.
-    """
+    """LCA (section 3.4): the last layer's class token attends to the class tokens of all layers."""
 
     def __init__(self, num_layers: int, embed_dims: int, **kwargs: Any) -> None:
         super().__init__(embed_dims=embed_dims, **kwargs)
@@ -164,19 +145,11 @@ class CeiT(VisionTransformer):
     }  # fmt: skip
 
     def __init__(
-        self,
-        arch: str | dict = "tiny",
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 4,
-        in_channels: int = 3,
-        stem_channels: int = 64,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        qkv_bias: bool = True,
-        out_type: str = "cls_token",
-        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
-        **kwargs: Any,
-    ) -> None:
+        self, arch: str | dict = "tiny", img_size: int | tuple[int, int] = 224, patch_size: int = 4,
+        in_channels: int = 3, stem_channels: int = 64, drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0, qkv_bias: bool = True, out_type: str = "cls_token",
+        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6), **kwargs: Any,
+    ) -> None:  # fmt: skip
         for name, allowed in self._FIXED.items():
             if name in kwargs and (got := kwargs.pop(name)) not in allowed:
                 raise ValueError(f"CeiT has no {name}, got {name}={got!r}")
@@ -185,26 +158,16 @@ class CeiT(VisionTransformer):
         # Of convolution and pooling, both of stride 2.
         size = tuple(-(-side // 4) for side in to_2tuple(img_size))
         super().__init__(
-            arch=arch,
-            img_size=img_size,
-            patch_size=patch_size,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            qkv_bias=qkv_bias,
-            out_type=out_type,
-            norm_cfg=norm_cfg,
-            patch_cfg=dict(in_channels=stem_channels, input_size=size),
-            **kwargs,
-        )
+            arch=arch, img_size=img_size, patch_size=patch_size, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate, qkv_bias=qkv_bias, out_type=out_type, norm_cfg=norm_cfg,
+            patch_cfg=dict(in_channels=stem_channels, input_size=size), **kwargs,
+        )  # fmt: skip
         self.stem = ImageToTokensStem(in_channels, stem_channels)
         common = dict(
-            embed_dims=self.embed_dims,
-            num_heads=self.arch_settings["num_heads"],
-            feedforward_channels=self.arch_settings["feedforward_channels"],
-            drop_rate=drop_rate,
-            qkv_bias=qkv_bias,
-            norm_cfg=norm_cfg,
-        )
+            embed_dims=self.embed_dims, num_heads=self.arch_settings["num_heads"],
+            feedforward_channels=self.arch_settings["feedforward_channels"], drop_rate=drop_rate,
+            qkv_bias=qkv_bias, norm_cfg=norm_cfg,
+        )  # fmt: skip
         rates = torch.linspace(0, drop_path_rate, self.num_layers).tolist()
         self.layers = ModuleList(CeiTEncoderLayer(drop_path_rate=rate, **common) for rate in rates)
         self.lca = None

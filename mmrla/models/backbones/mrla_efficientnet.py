@@ -85,12 +85,9 @@ class MRLAEfficientNet(LayerAttentionHost, EfficientNet):
         for block in self._blocks():
             if layer_attention is not None and _has_shortcut(block):
                 block.mrla = LayerAttentionOnMap(
-                    layer_attention,
-                    _out_channels(block),
-                    self.norm_cfg,
-                    branch_rate(mrla_drop_path_rate, block),
-                    self.with_cp,
-                )
+                    layer_attention, _out_channels(block), self.norm_cfg,
+                    branch_rate(mrla_drop_path_rate, block), self.with_cp,
+                )  # fmt: skip
         self._free_fresh_norms()
         self._freeze_unused_parameters()
 

@@ -60,14 +60,11 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
     }
 
     def __init__(
-        self,
-        arch: str | None = None,
-        *,
+        self, arch: str | None = None, *,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
         mrla_drop_path_rate: float | None = 0.0,
-        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6),
-        **kwargs: Any,
-    ) -> None:
+        norm_cfg: Mapping[str, Any] = dict(type="LN", eps=1e-6), **kwargs: Any,
+    ) -> None:  # fmt: skip
         check_drop_path_rate(mrla_drop_path_rate)
         if arch is not None:
             if not isinstance(arch, str) or arch not in self.arch_settings:

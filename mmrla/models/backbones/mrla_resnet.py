@@ -44,15 +44,10 @@ class LayerAttentionBlock(PluginBlock):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        layer_attention: Mapping[str, Any] | None = None,
-        mrla_drop_path_rate: float | None = None,
-        mrla_act_cfg: dict | None = None,
-        mrla_fit_heads: bool = False,
-        drop_path_rate: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, layer_attention: Mapping[str, Any] | None = None,
+        mrla_drop_path_rate: float | None = None, mrla_act_cfg: dict | None = None,
+        mrla_fit_heads: bool = False, drop_path_rate: float = 0.0, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, drop_path_rate=drop_path_rate, **kwargs)  # type: ignore[call-arg]
         self.mrla = None
         if layer_attention is None:
@@ -124,13 +119,8 @@ class LayerAttentionBlock(PluginBlock):
         return out, state
 
     def _tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: Any,
-        features: Sequence[Tensor],
-        watched: bool,
-    ) -> tuple[Tensor, Any]:
+        self, z: Tensor, shortcut: Tensor, state: Any, features: Sequence[Tensor], watched: bool,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         if self.mrla is not None and self.mrla.placement != "after":
             branch, state = self.mrla(self._branch(z, features), shortcut, state)
             # Not in place: the layer attention may need the branch in its backward pass.
@@ -214,12 +204,9 @@ class LayerAttentionStage(ResLayer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        plugins: Sequence[dict[str, Any]] = (),
-        follows: bool = False,
+        self, *args: Any, plugins: Sequence[dict[str, Any]] = (), follows: bool = False,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         for i, block in enumerate(self):
             if chosen := plugins_of_block(plugins, i, len(self)):
@@ -309,15 +296,11 @@ class MRLAResNet(LayerAttentionHost, ResNet):
     spans_stages = True
 
     def __init__(
-        self,
-        depth: int,
-        *,
+        self, depth: int, *,
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=32),
-        mrla_drop_path_rate: float | None = 0.0,
-        mrla_act_cfg: dict | None = None,
-        plugins: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        mrla_drop_path_rate: float | None = 0.0, mrla_act_cfg: dict | None = None,
+        plugins: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if isinstance(depth, bool) or not isinstance(depth, int) or depth not in self.arch_settings:
             raise ValueError(f"depth must be one of {sorted(self.arch_settings)}, got {depth!r}")
         check_drop_path_rate(mrla_drop_path_rate)

@@ -68,13 +68,9 @@ class MRLAResNetCIFAR(MRLAResNet, ResNet_CIFAR):
         kind, layers = BLOCKS[block]
         self.arch_settings = {d: (kind, ((d - 2) // layers,) * 3) for d in DEPTHS}
         defaults: dict[str, Any] = dict(
-            stem_channels=16,
-            base_channels=16,
-            num_stages=3,
-            strides=(1, 2, 2),
-            dilations=(1, 1, 1),
-            out_indices=(2,),
-        )
+            stem_channels=16, base_channels=16, num_stages=3, strides=(1, 2, 2),
+            dilations=(1, 1, 1), out_indices=(2,),
+        )  # fmt: skip
         if kwargs.get("deep_stem"):
             raise ValueError(f"deep_stem: a CIFAR ResNet has none, got {kwargs['deep_stem']!r}")
         super().__init__(depth, **{**defaults, **kwargs})

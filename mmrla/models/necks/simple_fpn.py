@@ -46,14 +46,10 @@ class SimpleFeaturePyramid(BaseModule):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int = 256,
-        num_outs: int = 5,
+        self, in_channels: int, out_channels: int = 256, num_outs: int = 5,
         scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
-        norm_cfg: Mapping[str, Any] = dict(type="LN2d", eps=1e-6),
-        init_cfg: Any = None,
-    ) -> None:
+        norm_cfg: Mapping[str, Any] = dict(type="LN2d", eps=1e-6), init_cfg: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__(init_cfg)
         if num_outs < len(scales):
             raise ValueError(

@@ -50,21 +50,11 @@ class AttentionAugmentedConv(ConvPlugin):
     _abbr_ = "attention_augmented_conv"
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        num_heads: int = 8,
-        key_ratio: float = 0.2,
-        value_ratio: float = 0.1,
-        min_key_channels: int = 20,
-        size: int | tuple[int, int] = 14,
-        downsample: int = 1,
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+        padding: int = 1, dilation: int = 1, groups: int = 1, num_heads: int = 8,
+        key_ratio: float = 0.2, value_ratio: float = 0.1, min_key_channels: int = 20,
+        size: int | tuple[int, int] = 14, downsample: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         check_counts(

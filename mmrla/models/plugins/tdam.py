@@ -64,15 +64,9 @@ class TDAM(BranchPlugin):
     _abbr_ = "tdam"
 
     def __init__(
-        self,
-        in_channels: int,
-        branch_channels: Sequence[int],
-        norm_cfg: dict[str, Any],
-        steps: int = 2,
-        convs: int = 1,
-        reduction: int = 16,
-        searchlight: str = "joint",
-    ) -> None:
+        self, in_channels: int, branch_channels: Sequence[int], norm_cfg: dict[str, Any],
+        steps: int = 2, convs: int = 1, reduction: int = 16, searchlight: str = "joint",
+    ) -> None:  # fmt: skip
         super().__init__(in_channels, branch_channels, norm_cfg)
         check_counts("TDAM", in_channels=in_channels, convs=convs, reduction=reduction, steps=steps)
         if steps < 2:
