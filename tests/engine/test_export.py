@@ -23,8 +23,9 @@ CIFAR = "configs/cifar/resnet20_mrla_cifar10.py"
 # Two stages of two blocks: exporting takes long.
 SHORT = {
     "model.backbone": dict(
-        _delete_=True, type="mmrla.MRLAResNet", depth=18, num_stages=2, out_indices=(1,),
-        stem_channels=16, base_channels=16, layer_attention=dict(type="MRLALight", head_channels=8),
+        _delete_=True, type="mmrla.MRLAResNet", depth=18, num_stages=2, strides=(1, 2),
+        dilations=(1, 1), out_indices=(1,), stem_channels=16, base_channels=16,
+        layer_attention=dict(type="MRLALight", head_channels=8),
     ),
     "model.head.in_channels": 32,
 }  # fmt: skip

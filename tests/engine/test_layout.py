@@ -113,6 +113,10 @@ def config(kind: str, shapes: Path) -> Config:
         cfg.optim_wrapper.optimizer = dict(type="SGD", lr=0.001, momentum=0.9)
         cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+        # All anchors, as proposals too: a rounding error selects and draws no others.
+        settings = cfg.model.train_cfg
+        settings.rpn.sampler.num = settings.rcnn.sampler.num = 10**5
+        settings.rpn_proposal.update(nms_pre=10**4, max_per_img=10**4, nms=dict(iou_threshold=1.0))
     else:
         neck = dict(type="GlobalAveragePooling") if kind == "resnet" else None
         loss = dict(type="CrossEntropyLoss")
