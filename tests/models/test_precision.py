@@ -8,10 +8,10 @@ import torch
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLADistilledVisionTransformer, MRLAEfficientNet, MRLAResNet
 from mmrla.models.backbones.mrla_resnet import MRLABottleneck
+from tests.models.zoo import BASE, LIGHT
 
 HALVES = (torch.bfloat16, torch.float16)
 OLD = torch.__version__.startswith("2.1.")  # no float16 autocast, nor such a norm, on the CPU
-LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
 
 
 def slow(value):
