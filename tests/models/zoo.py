@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from mmpretrain.models import ResNet, ResNeXt
 from mmpretrain.models.backbones import (
@@ -168,3 +171,12 @@ def assert_same(got: dict, expected: dict, limit: float, without: tuple[str, ...
         if not any(part in key for part in without):
             error = (got[key].double() - want.double()).abs().max()
             assert error <= limit * want.abs().max().clamp(min=1e-30), key
+
+
+@contextlib.contextmanager
+def weights_left_out() -> Iterator[None]:
+    """Networks of which only names and shapes count are built without drawing weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("uniform_", "normal_"):
+            patch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+        yield
