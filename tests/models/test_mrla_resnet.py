@@ -276,30 +276,25 @@ def test_builds_from_the_prefix_in_any_scope(scope):
 # --- bad input ---
 
 
+def attention(kind: str, **options) -> dict:
+    return dict(depth=50, layer_attention=dict(type=kind, **options))
+
+
 @pytest.mark.parametrize(
     ("cls", "kwargs", "message"),
     [
         (MRLAResNet, dict(depth=42), r"depth must be one of \[18, 34, 50, 101, 152\], got 42"),
         (MRLAResNeXt, dict(depth=18), r"depth must be one of \[50, 101, 152\], got 18"),
-        (
-            MRLAResNet,
-            dict(depth=50, layer_attention=dict(type="MRLALight", head_channels=48)),
-            r"head_channels=48 with channels=256; allowed: 1, 2, 4, 8, 16, 32, 64, 128, 256",
-        ),
-        (
-            MRLAResNet,
-            dict(depth=50, layer_attention=dict(type="MRLAHeavy")),
-            r"unknown layer attention 'MRLAHeavy'; allowed: .*MLA, MRLABase, MRLALight",
-        ),
-        (
-            MRLAResNet,
-            dict(depth=50, layer_attention=dict(type="MRLALight", heads=2)),
-            r"layer_attention MRLALight: .*unexpected keyword argument 'heads'",
-        ),
+        (MRLAResNet, attention("MRLALight", head_channels=48),
+         r"head_channels=48 with channels=256; allowed: 1, 2, 4, 8, 16, 32, 64, 128, 256"),
+        (MRLAResNet, attention("MRLAHeavy"),
+         r"unknown layer attention 'MRLAHeavy'; allowed: .*MLA, MRLABase, MRLALight"),
+        (MRLAResNet, attention("MRLALight", heads=2),
+         r"layer_attention MRLALight: .*unexpected keyword argument 'heads'"),
         (MRLAResNet, dict(depth=50, layer_attention="MRLALight"), r"got 'MRLALight'"),
         (MRLAResNet, dict(depth=50, mrla_drop_path_rate=1.0), r"in \[0, 1\), got 1.0"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(cls, kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message):
         cls(**kwargs)
