@@ -153,7 +153,7 @@ def kept(model, x):
 
 def test_memory_kept_for_backward():
     """The targets on a CPU; the small size moves the ratios little."""
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 64, 64)
     plain = {depth: kept(PlainResNet(depth), x) for depth in (50, 101)}
     for depth, kind, target in ((50, "MRLALight", 1.35), (50, "MRLABase", 1.60),
                                 (101, "MRLABase", 1.60)):  # fmt: skip

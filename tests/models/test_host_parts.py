@@ -89,7 +89,7 @@ def test_efficientnet_attends_behind_every_layer_with_a_shortcut(kind):
                 x, state = reference.on_map(x, shortcut, state, weights, name, 8, norm, kind)
         return inner.layers[6](x)
 
-    against(model, torch.randn(3, 3, 32, 48), around(inner, run))
+    against(model, torch.randn(3, 3, 64, 96), around(inner, run))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,7 +222,7 @@ def test_drop_path_drops_samples_of_the_attention_in_training_alone(name):
     x = torch.ones(1000, 1, 1, 1)
     assert torch.equal(branch.eval()(x), x)
     survivors = branch.train()(x).flatten()
-    assert set(survivors.tolist()) == {0.0, pytest.approx(1 / 0.6)}
+    assert torch.allclose(survivors.unique(), torch.tensor([0.0, 1 / 0.6]))
     assert 0.55 < (survivors > 0).float().mean() < 0.65
 
 
