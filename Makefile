@@ -74,13 +74,13 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) tools/benchmark/run.py $(BENCH_ARGS)
+	$(PY) -m mmrla cost speed $(BENCH_ARGS)
 
 results: $(STAMP)
 	$(PY) tools/results.py $(RESULTS_ARGS)
 
 config-table: $(STAMP)
-	$(PY) tools/analysis/complexity.py --write
+	$(PY) -m mmrla cost flops --write
 
 model-index: $(STAMP)
 	$(PY) tools/analysis/model_index.py

@@ -1,6 +1,6 @@
 # A small Mask R-CNN with an MRLA backbone on the generated shapes (`make demo`), trained from
 # scratch in minutes on a CPU.
-_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+_base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "./_base_/cpu.py"]
 
 custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
 
@@ -93,22 +93,11 @@ test_evaluator = val_evaluator
 
 max_epochs = 7
 train_cfg = dict(type="mmrla.ResumableTrainLoop", max_epochs=max_epochs, val_interval=2)
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.003, weight_decay=0.01),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min=2e-5,
-        begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
-        by_epoch=True,
-        convert_to_iter_based=True,
-    ),
-]
+optim_wrapper = _base_.pop("adamw")
+optim_wrapper.optimizer.update(lr=0.003)
+param_scheduler = _base_.pop("warm_cosine")
+param_scheduler[0].update(end=100)
+param_scheduler[1].update(eta_min=2e-5, end=max_epochs, T_max=max_epochs)
 auto_scale_lr = dict(base_batch_size=4)
 default_hooks = dict(
     logger=dict(interval=20),

@@ -30,7 +30,4 @@ optim_wrapper = dict(
     ),
 )
 
-train_dataloader = _base_.pop("checked_train")
-val_dataloader = test_dataloader = _base_.pop("checked_test")
-train_cfg = _base_.pop("resumable_loop")
-default_hooks = _base_.pop("resumable_hooks")
+globals().update(_base_.pop("on_coco"))

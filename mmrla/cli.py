@@ -25,14 +25,17 @@ COMMANDS: dict[str, str] = {
     "publish": "make a checkpoint to hand out",
     "export-onnx": "write a network as ONNX and compare it with torch",
     "train-cifar": "train networks of configs/cifar with the data on the device",
+    "cost": "count and time configs beside their plain hosts",
+    "figure": "draw what a network attends to, as in the paper",
     "run": "run a program of another project, such as mmdet's analysis tools",
     "check-gpu": "check that the fused operations are correct on this GPU, and time them",
 }
 # Each is what `python tools/SCRIPT` is, in a checkout and in a wheel.
 SCRIPTS: dict[str, tuple[str, str]] = {
     "demo": ("demo.py", "generate a small dataset, train a detector on it and draw predictions"),
-    "complexity": ("analysis/complexity.py", "cost of configs compared with their plain hosts"),
 }
+# Names of earlier versions.
+ALIASES = {"complexity": ["cost", "flops"]}
 OWN: dict[str, str] = {
     "list": "list the names of configs",
     "check-env": "installed versions, and problems with them",
@@ -43,6 +46,7 @@ OWN: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run a command; ``argv`` defaults to the program's arguments."""
     args = list(sys.argv[1:] if argv is None else argv)
+    args[:1] = ALIASES.get(args[0], args[:1]) if args else []
     commands = {**COMMANDS, **{name: text for name, (_, text) in SCRIPTS.items()}, **OWN}
     parser = argparse.ArgumentParser(
         prog="mmrla",

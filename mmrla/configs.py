@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 MIM = Path(__file__).parent / ".mim"
+ROOT = (MIM / "configs").resolve().parent
+"""The checkout; of a wheel, the folder with ``configs/`` and ``tools/``."""
 SCOPE = "mmrla::"
 
 

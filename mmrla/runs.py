@@ -21,7 +21,7 @@ _SPLITS = {"train": ("train", "val"), "val": ("val",), "test": ("test",)}
 def _check(cfg: Any, splits: tuple[str, ...]) -> None:
     """Raise ValueError if a config that uses mmrla has heads of other classes than its data."""
     if "mmrla" in str(cfg.get("custom_imports")) or "mmrla." in str(cfg.get("model")):
-        from mmrla.engine.class_check import check_classes
+        from mmrla.engine.data.classes import check_classes
 
         check_classes(cfg, splits)
 

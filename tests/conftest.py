@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mmrla  # noqa: F401  # before mm packages, for which it stands in for mmcv's operations
+
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 # Ground truth and real images that may lie beside a checkout.

@@ -19,38 +19,24 @@ from mmengine.config import Config
 import mmrla
 from mmrla import cli
 from tests.conftest import ROOT
+from tests.helpers import python
 
 SOURCES = ("mmrla", "configs", "tools", "pyproject.toml", "model-index.yml", "README.md", "LICENSE")
-METAFILES = [
-    ROOT / name for name in yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]
-]
-
-
-def shipped(folder: Path) -> set[str]:
-    """What configs/ and tools/ hold, without caches."""
-    return {
-        path.relative_to(folder).as_posix()
-        for name in ("configs", "tools")
-        for path in (folder / name).rglob("*")
-        if path.suffix in (".py", ".sh", ".yml") and "__pycache__" not in path.parts
-    }
+PIP = ["-m", "pip", "--disable-pip-version-check"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     # A copy, because a build leaves folders behind, which a later one would take stale files from.
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "wheel"]
-    subprocess.run(
-        [*pip, "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, source],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    python(*PIP, "--no-cache-dir", "wheel", "--no-deps", "--no-index", "--no-build-isolation",
+           "--wheel-dir", out, source, cwd=out)  # fmt: skip
     (path,) = out.glob("*.whl")
     return path
 
@@ -59,42 +45,38 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     """An empty folder with nothing but the wheel in it."""
     target = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps",
-         "--no-index", "--target", target, wheel],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    python(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=target)
     return target
 
 
 def run(installed: Path, cwd: Path, *command: object, ok: bool = True) -> str:
     """Run the interpreter with the installed wheel in front; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(installed)}, check=False,
-    )  # fmt: skip
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done.stdout if ok else done.stderr
+    return python(*command, cwd=cwd, ok=ok, path=installed)
 
 
 def test_wheel_holds_configs_tools_and_index(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     below = {n.removeprefix("mmrla/.mim/") for n in names if n.startswith("mmrla/.mim/")}
-    assert below == shipped(ROOT) | {"model-index.yml"}
+    shipped = {
+        path.relative_to(ROOT).as_posix()
+        for name in ("configs", "tools")
+        for path in (ROOT / name).rglob("*")
+        if path.suffix in (".py", ".sh", ".yml") and "__pycache__" not in path.parts
+    }
+    assert below == shipped | {"model-index.yml"}
     assert not [n for n in names if n.startswith(("tests/", "configs/", "tools/"))]
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrla").rglob("*.py")}
     assert modules <= names
 
 
 def test_configs_of_the_wheel(installed, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "_base_ = 'mmrla::mask_rcnn_r50_mrla_1x.py'\nmodel = dict(backbone=dict(depth=101))\n"
-    )
-    (tmp_path / "also.py").write_text("_base_ = ['mmrla::imagenet/resnet50_mrla_in1k.py']\n")
-    # For programs that do not import mmrla.
-    (tmp_path / "alone.py").write_text(
-        "_base_ = __import__('mmrla').config_path('mask_rcnn_r50_mrla_1x')\n"
-    )
+    for name, text in {
+        "mine": "'mmrla::mask_rcnn_r50_mrla_1x.py'\nmodel = dict(backbone=dict(depth=101))",
+        "also": "['mmrla::imagenet/resnet50_mrla_in1k.py']",
+        # For programs that do not import mmrla.
+        "alone": "__import__('mmrla').config_path('mask_rcnn_r50_mrla_1x')",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(f"_base_ = {text}\n")
     code = (
         "from mmengine.config import Config; c = Config.fromfile('alone.py');"
         "print(c.model.backbone.type)"
@@ -145,41 +127,55 @@ def test_demo_of_the_wheel(installed, tmp_path):
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize("command", sorted({**cli.COMMANDS, **cli.SCRIPTS, **cli.OWN}))
-def test_every_command_is_there(command, capsys):
-    code = 0  # what runs under torchrun's record returns instead of leaving
-    try:
-        cli.main([command, "--help"])
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 0
-    assert f"usage: mmrla {command} " in capsys.readouterr().out
-
-
-SHIMS = {"convert_checkpoint": "convert", "publish_checkpoint": "publish"} | {
-    name.replace("-", "_"): name
-    for name in ("check-data", "check-gpu", "export-onnx", "test", "train", "train-cifar")
+COMMANDS = {name: name for name in (*cli.COMMANDS, *cli.SCRIPTS, *cli.OWN)}
+COMMANDS |= {f"tools/{name}_checkpoint.py": name for name in ("convert", "publish")}
+for command in ("check-data", "check-gpu", "export-onnx", "test", "train", "train-cifar"):
+    COMMANDS[f"tools/{command.replace('-', '_')}.py"] = command
+COMMANDS |= {
+    "tools/analysis/attention_maps.py": "figure maps",
+    "tools/analysis/query_similarity.py": "figure similarity",
+    "tools/analysis/score_cam.py": "figure cam",
+    "tools/analysis/class_attention.py": "figure class-token",
+    "tools/analysis/complexity.py": "cost flops",
+    "tools/analysis/flops_vs_resolution.py": "cost resolution",
+    "tools/analysis/memory_vs_depth.py": "cost memory",
+    "tools/analysis/layout_speed.py": "cost layout",
+    "tools/benchmark/compare.py": "cost compare",
+    "tools/benchmark/run.py": "cost speed",
 }
 
 
-@pytest.mark.parametrize("script", sorted(SHIMS))
-def test_tools_are_commands(script, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_and_tool_is_there(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    code = 0  # what runs under torchrun's record returns instead of leaving
+    try:
+        if name.endswith(".py"):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            cli.main([name, "--help"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert not code
+    assert f"usage: mmrla {COMMANDS[name]} " in capsys.readouterr().out
+
+
+def test_names_of_earlier_versions(capsys):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / f"tools/{script}.py"), run_name="__main__")
+        cli.main(["complexity", "--help"])
     assert not stopped.value.code
-    assert f"usage: mmrla {SHIMS[script]} " in capsys.readouterr().out
+    assert "usage: mmrla cost flops " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["trian"], ["list", "no such*"]])
-def test_bad_commands(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [([], "COMMAND"), (["trian"], "'train'"), (["list", "no such*"], "'no such*'")],
+)
+def test_bad_commands(argv, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code
-    printed = capsys.readouterr().err
-    assert {"trian": "'train'", "list": "'no such*'"}.get(
-        argv[0] if argv else "", "COMMAND"
-    ) in printed
+    assert said in capsys.readouterr().err
 
 
 def test_reader_that_leaves():
@@ -243,8 +239,9 @@ def test_model_index_is_valid_and_what_its_command_writes(monkeypatch):
     tool = importlib.import_module("model_index")
     index = load(str(ROOT / "model-index.yml"))
     assert index.check(silent=True) == []
-    assert len({c.name for c in index.collections}) == len(METAFILES)
-    models = [model for path in METAFILES for model in yaml.safe_load(path.read_text())["Models"]]
+    imported = yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]
+    assert len({c.name for c in index.collections}) == len(imported)
+    models = [m for name in imported for m in yaml.safe_load((ROOT / name).read_text())["Models"]]
     by_config = {m["Config"].removeprefix("configs/").removesuffix(".py"): m for m in models}
     assert len(by_config) == len(models)
     assert sorted(by_config) == mmrla.list_configs()

@@ -17,9 +17,9 @@ from mmrla.checkpoints import load_file
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.checkpoints.plan import keeps_mrla_trainable
 from mmrla.cli import main
-from mmrla.engine.data_check import check_data
-from mmrla.engine.launch import check_weights
+from mmrla.engine.data.config import check_data
 from mmrla.engine.network import build_network
+from mmrla.engine.run.runner import check_weights
 from mmrla.models import LayerAttentionWrapper, MRLAPyramidVisionTransformerV2, MRLAResNet
 from tests.conftest import ROOT
 
@@ -258,7 +258,7 @@ def test_paths_of_a_dataset_stay_in_its_root(changes, place, tmp_path):
 
 
 def test_report_replaces_a_link(tmp_path):
-    from mmrla.engine.find_datasets import write_json
+    from mmrla.engine.data.sets import write_json
 
     other, out = tmp_path / "other.txt", tmp_path / "report.json"
     other.write_text("untouched")

@@ -1,111 +1,91 @@
-"""A process that has imported everything and forks one per command.
+"""Commands in processes forked from one that has imported everything, which takes ten seconds.
 
-Starting Python, torch and the mm packages takes ten seconds; most commands of the tests take less.
-The commands are processes of their own, leaders of their process groups, so that tests can start,
-kill and resume them.
+Each command leads a process group, so that tests can start, kill and resume it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import json
+import multiprocessing
 import os
 import runpy
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.conftest import ROOT
+import torch
+
+from tests.conftest import free_port
+
+SERVER = multiprocessing.get_context("forkserver")
+# mmrla first: it makes mmcv's operations available to mmdet.
+SERVER.set_forkserver_preload([
+    "mmrla.engine", "mmrla.models", "mmdet.datasets", "mmdet.evaluation", "mmdet.models",
+    "mmdet.visualization", "mmpretrain.datasets", "mmpretrain.evaluation", "mmpretrain.models",
+])  # fmt: skip
 
 
-class Zygote:
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+def start(
+    *argv: object, log: Path, err: Path | None = None, cwd: Path | None = None,
+    environ: Mapping[str, str] = os.environ, **env: str,
+) -> BaseProcess:  # fmt: skip
+    """Run a script, or ``-m`` and a module, with its arguments.
 
-    def start(
-        self, *argv: object, log: Path, err: Path | None = None, cwd: Path | None = None,
-        environ: Mapping[str, str] = os.environ, **env: str,
-    ) -> int:  # fmt: skip
-        """Run a script, or ``-m`` and a module.
-
-        Args:
-            argv: The script and its arguments, without the interpreter.
-            log: What it prints is appended here.
-            err: What it prints on stderr, if not in ``log`` as well.
-            cwd: Where it runs.
-            environ: Its environment.
-            env: Variables that differ from it.
-
-        Returns:
-            Its process id, which is its group's too.
-        """
-        files = [str(log), str(err or log)]
-        cwd = str(cwd or os.getcwd())
-        return self._ask(dict(argv=[*map(str, argv)], files=files, cwd=cwd, env={**environ, **env}))
-
-    def wait(self, pid: int, timeout: float | None = None) -> int:
-        """The exit status of a command, -9 if it was killed, which happens after ``timeout`` s."""
-        return self._ask(dict(wait=pid), pid, timeout)
-
-    def run(self, *argv: object, log: Path, **kwargs: object) -> int:
-        return self.wait(self.start(*argv, log=log, **kwargs))
-
-    def alive(self, pid: int) -> bool:
-        return self._ask(dict(alive=pid))
-
-    def _ask(self, request: dict, pid: int = 0, timeout: float | None = None) -> int:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], timeout)[0]:
-            kill(pid)
-        return json.loads(self._process.stdout.readline())
+    ``log`` gets what it prints, stderr too without ``err``; ``env`` differs from ``environ``.
+    """
+    files, folder = [str(log), str(err or log)], str(cwd or os.getcwd())
+    args = ([*map(str, argv)], files, folder, {**environ, **env})
+    process = SERVER.Process(target=_child, args=args)
+    process.start()
+    return process
 
 
-@functools.cache
-def shared_zygote() -> Zygote:
-    """This process's. It ends with it, when its standard input closes."""
-    return Zygote()
+def wait(process: BaseProcess, timeout: float | None = None) -> int:
+    """The exit status of a command, -9 if it was killed, which happens after ``timeout`` s."""
+    process.join(timeout)
+    # Also workers of dataloaders, which may outlive it.
+    kill(process)
+    process.join()
+    return process.exitcode
 
 
-def run_command(
-    *argv: object,
-    cwd: Path | None = None,
-    environ: Mapping[str, str] = os.environ,
-    timeout: float = 900,
-    **env: str,
-) -> subprocess.CompletedProcess:
-    """``subprocess.run`` of one of this project's Python commands, with its output as text.
+def kill(process: BaseProcess) -> None:
+    """SIGKILL for a command and its dataloaders' workers."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
-    What a command imports, or when, takes a process of its own to test.
 
-    Args:
-        argv: A script, or ``-m`` and a module, and the arguments; without the interpreter.
-        cwd: Where it runs.
-        environ: Its environment.
-        timeout: Seconds until it is killed.
-        env: Variables that differ from ``environ``.
+def start_ranks(world: int, *argv: object, folder: Path, **env: object) -> list[BaseProcess]:
+    """Start the processes of a distributed run, which log to ``folder``/rank<number>.log."""
+    env |= dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return [
+        start(*argv, log=folder / f"rank{r}.log", RANK=str(r), LOCAL_RANK=str(r), **env)
+        for r in range(world)
+    ]
+
+
+def run_ranks(world: int, *argv: object, folder: Path, **env: object) -> list[str]:
+    """What each of them prints."""
+    processes = start_ranks(world, *argv, folder=folder, **env)
+    status = [wait(process, timeout=900) for process in processes]
+    logs = [(folder / f"rank{rank}.log").read_text() for rank in range(world)]
+    assert status == [0] * world, "\n".join(log[-3000:] for log in logs)
+    return logs
+
+
+def run_command(*argv: object, timeout: float = 900, **kwargs) -> subprocess.CompletedProcess:
+    """``subprocess.run`` of a Python command as for :func:`start`; killed after ``timeout``.
+
+    What a command imports, or when, takes a process that has not imported everything to test.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        zygote = shared_zygote()
-        pid = zygote.start(*argv, log=out, err=err, cwd=cwd, environ=environ, **env)
-        status = zygote.wait(pid, timeout)
+        status = wait(start(*argv, log=out, err=err, **kwargs), timeout)
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
-
-
-def kill(pid: int) -> None:
-    """SIGKILL for a command and its dataloaders' workers."""
-    os.killpg(pid, signal.SIGKILL)
 
 
 def _child(argv: list[str], files: Sequence[str], cwd: str, env: dict[str, str]) -> None:
@@ -116,6 +96,7 @@ def _child(argv: list[str], files: Sequence[str], cwd: str, env: dict[str, str])
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    torch.set_num_threads(1)
     paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     if argv[0] == "-m":
         sys.argv = argv[1:]
@@ -125,54 +106,3 @@ def _child(argv: list[str], files: Sequence[str], cwd: str, env: dict[str, str])
         sys.argv = argv
         sys.path[:0] = [str(Path(argv[0]).parent), *paths]
         runpy.run_path(argv[0], run_name="__main__")
-
-
-def _main() -> None:
-    # What imports print must not look like an answer.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    # mmrla first: it makes mmcv's operations available to mmdet.
-    for name in ("mmrla.engine", "mmrla.models", "mmdet.datasets", "mmdet.evaluation",
-                 "mmdet.models", "mmdet.visualization", "mmpretrain.datasets",
-                 "mmpretrain.evaluation", "mmpretrain.models"):  # fmt: skip
-        importlib.import_module(name)
-    known: dict[int, int] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            pid = request["wait"]
-            if pid not in known:
-                known[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            with suppress(ProcessLookupError):
-                kill(pid)  # workers of dataloaders: os._exit below leaves them alone
-            answer: object = known[pid]
-        elif "alive" in request:
-            pid = request["alive"]
-            if pid not in known:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    known[pid] = os.waitstatus_to_exitcode(status)
-            answer = pid not in known
-        else:
-            answer = os.fork()
-            if answer == 0:
-                status = 1
-                try:
-                    _child(**request)
-                    status = 0
-                except SystemExit as exit_:
-                    status = exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
-                    if isinstance(exit_.code, str):
-                        print(exit_.code, file=sys.stderr)
-                except BaseException:
-                    sys.excepthook(*sys.exc_info())
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(status)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _main()

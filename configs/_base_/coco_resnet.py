@@ -1,11 +1,15 @@
-# ResNet + MRLA-light for COCO detectors; coco.py says how its names are taken.
+# ResNet + MRLA-light for COCO detectors.
 _base_ = "./coco.py"
 
-mrla_resnet = dict(
-    type="mmrla.MRLAResNet",
-    layer_attention=dict(type="MRLALight", head_channels=32),
-    # From the base's torchvision checkpoint; MRLA grows in.
-    init_cfg=dict(type="mmrla.WarmStart"),
+on_coco = dict(
+    model=dict(
+        backbone=dict(
+            type="mmrla.MRLAResNet",
+            layer_attention=dict(type="MRLALight", head_channels=32),
+            # From the base's torchvision checkpoint; MRLA grows in.
+            init_cfg=dict(type="mmrla.WarmStart"),
+        )
+    )
 )
 
 # Norms after fresh layer attentions learn statistics; every process ends an epoch with the same.

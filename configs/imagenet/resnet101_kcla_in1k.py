@@ -1,10 +1,4 @@
 # ResNet-101 + key-correlated layer attention (KCLA), ImageNet-1k, on the recipe of MRLA's paper.
-_base_ = "./_base_/resnet.py"
+_base_ = "./resnet50_kcla_in1k.py"
 
-model = dict(
-    backbone=dict(
-        depth=101,
-        layer_attention=dict(type="KCLA", head_channels=64),
-        mrla_act_cfg=dict(type="ReLU"),
-    )
-)
+model = dict(backbone=dict(depth=101))

@@ -6,13 +6,11 @@ The layer attention's operations are counted, and operators without a counting r
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from mmengine.analysis import FlopAnalyzer
@@ -21,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmrla.analysis.modules import eval_mode, layer_attentions
-from mmrla.ops.dispatch import ENV_VAR
+from mmrla.ops.dispatch import forced_backend
 
 
 class Complexity(NamedTuple):
@@ -144,7 +142,7 @@ def complexity(model: nn.Module, *inputs: torch.Tensor) -> Complexity:
         Parameters, multiply-adds, the attention's, and what was not counted.
     """
     # The plain implementations show their work to the counter, whatever runs otherwise.
-    naive = mock.patch.dict(os.environ, {ENV_VAR: "naive"})
+    naive = forced_backend("naive")
     with _random_state(inputs), eval_mode(model), _visible_attention(), naive:
         counter = FlopAnalyzer(model, inputs).set_op_handle(**_HANDLES)
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -186,23 +184,48 @@ def activation_memory(model: nn.Module, *inputs: torch.Tensor) -> int:
     Returns:
         Bytes, divided by the number of images.
     """
-    kept: dict[int, int] = {}
-    alive = []  # or storages of which autograd lets go would lend others their address
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        alive.append(storage)
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         fake = copy.deepcopy(model)
     fake.train()
     images = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
-    with _random_state(inputs), mode, torch.enable_grad(), hooks:
-        fake(*images)
-    for tensor in (*fake.parameters(), *fake.buffers()):
+    with _random_state(inputs), mode, torch.enable_grad():
+        return _kept(fake, lambda: fake(*images)) // len(inputs[0])
+
+
+def kept_for_backward(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward that is computed keeps for the backward pass.
+
+    As in :func:`activation_memory`, and without the casts of parameters that autocast makes.
+    """
+    return _kept(model, forward, lambda tensor: not _is_from_a_parameter(tensor))
+
+
+def _kept(
+    model: nn.Module,
+    forward: Callable[[], Any],
+    counts: Callable[[torch.Tensor], bool] = lambda tensor: True,
+) -> int:
+    kept: dict[int, int] = {}
+    alive = []  # or storages of which autograd lets go would lend others their address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if counts(tensor):
+            alive.append(storage)
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage()._cdata, None)
-    return sum(kept.values()) // len(inputs[0])
+    return sum(kept.values())
+
+
+def _is_from_a_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter cast or transposed, as autocast makes them."""
+    node = tensor.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is not None and hasattr(node, "variable")

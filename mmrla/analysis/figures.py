@@ -65,32 +65,28 @@ def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def choose_heads(groups: Sequence[GroupRecord], heads: Sequence[int] | int) -> list[list[int]]:
-    """Which heads of each group to draw.
+def choose_heads(counts: Mapping[str, int], heads: Sequence[int] | int) -> list[list[int]]:
+    """Which heads to draw.
 
     Args:
-        groups: The groups.
-        heads: Indices of heads; or their number, spread evenly over those of a group.
+        counts: The number of heads by the name of a group or a network.
+        heads: Indices of heads; or how many, spread evenly.
 
     Raises:
-        ValueError: A head that a group does not have, or a number below 1.
+        ValueError: A head that there is not, or a number below 1.
     """
     if isinstance(heads, int):
         if heads < 1:
             raise ValueError(f"the number of heads must be at least 1, got {heads}")
-        counts = [group.scores.shape[1] for group in groups]
         return [
             sorted({round(i) for i in np.linspace(0, count - 1, min(heads, count))})
-            for count in counts
+            for count in counts.values()
         ]
-    for group in groups:
-        count = group.scores.shape[1]
+    for name, count in counts.items():
         bad = [head for head in heads if not 0 <= head < count]
         if bad:
-            raise ValueError(
-                f"no head {bad[0]} in {group.name}, which has {count}: 0 to {count - 1}"
-            )
-    return [list(heads)] * len(groups)
+            raise ValueError(f"no head {bad[0]} in {name}, which has {count}: 0 to {count - 1}")
+    return [list(heads)] * len(counts)
 
 
 def _scale(
@@ -151,7 +147,7 @@ def layer_attention_figure(
     Raises:
         ValueError: A head that a group does not have.
     """
-    chosen = choose_heads(groups, heads)
+    chosen = choose_heads({group.name: group.scores.shape[1] for group in groups}, heads)
     panels = 1 + max(map(len, chosen))
     means = [group.scores.mean(0).numpy() for group in groups]
     maps = [
@@ -248,41 +244,45 @@ def similarity_figure(similarities: Mapping[str, np.ndarray], bins: int, title: 
     return figure
 
 
+def lines_of(rows: Sequence[Mapping[str, Any]], by: str, column: str) -> dict[str, list[float]]:
+    """A column's values by those of column ``by``; what is not a finite number has no point."""
+    lines: dict[str, list[float]] = {}
+    for row in rows:
+        found = isinstance(row[column], (int, float)) and math.isfinite(row[column])
+        lines.setdefault(row[by], []).append(row[column] if found else math.nan)
+    return lines
+
+
 @_styled
-def flops_figure(
-    sizes: Sequence[int],
-    whole: Mapping[str, Sequence[float]],
-    added: Mapping[str, Sequence[float]],
+def lines_figure(
+    points: Mapping[float, str],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    xlabel: str,
     title: str = "",
 ) -> Figure:
-    """GFLOPs against resolution: whole networks left, the share of layer attention right: Fig. 5.
-
-    The axis is linear in pixels, so linear cost gives a straight line.
+    """Values as lines, in panels side by side: Fig. 5 of the paper, and its table of B.2.
 
     Args:
-        sizes: Sides of square images, px.
-        whole: GFLOPs by network, one for each size.
-        added: GFLOPs of layer attention by label, one for each size.
+        points: Places along the horizontal axis, and how they are called.
+        panels: Values by the label of the panel's axis and by line, one for each point; NaN if
+            there is none. The line "plain" is dashed.
+        xlabel: Label of the horizontal axis.
         title: Of the figure.
     """
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    pixels = [size**2 for size in sizes]
-    for axis, lines, name in (
-        (left, whole, "GFLOPs of the backbone"),
-        (right, added, "GFLOPs of layer attention"),
-    ):
+    figure = Figure(figsize=(4.3 * len(panels) + 0.4, 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    places = list(points)
+    ticks: list[float] = []
+    for place in places:  # labels of close neighbours would overlap
+        if not ticks or place - ticks[-1] >= (places[-1] - places[0]) / 9:
+            ticks.append(place)
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for index, (label, values) in enumerate(lines.items()):
-            axis.plot(pixels, values, "os^"[index % 3] + "-", label=label, markersize=4)
-        axis.set_xlabel("input resolution, px (axis even in pixels)")
+            style = "k--" if label == "plain" else "os^Dv"[index % 5] + "-"
+            axis.plot(places, values, style, label=label, markersize=4)
+        axis.set_xlabel(xlabel)
         axis.set_ylabel(name)
-        # Labels of neighbours that are close in pixels would overlap.
-        ticks, last = [], -math.inf
-        for size in sizes:
-            if size**2 - last >= (pixels[-1] - pixels[0]) / 9:
-                ticks.append(size)
-                last = size**2
-        axis.set_xticks([size**2 for size in ticks], [f"{size}²" for size in ticks])
+        axis.set_xticks(ticks, [points[place] for place in ticks])
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -291,29 +291,24 @@ def flops_figure(
 
 
 @_styled
-def memory_figure(
-    depths: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], title: str = ""
-) -> Figure:
-    """Memory against depth, a panel for each way of measuring: the table of appendix B.2.
+def bars_figure(panels: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """Ratios as bars, in panels side by side; a line marks 1, and naive backends are grey.
 
     Args:
-        depths: Of the network.
-        panels: Values by label of the axis and by network, one for each depth; NaN where there is
-            none.
+        panels: Ratios by the label of the panel's axis and by bar, NaN if there is none.
         title: Of the figure.
     """
-    figure = Figure(figsize=(4.3 * len(panels) + 0.4, 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
-        for index, (label, values) in enumerate(lines.items()):
-            style = "k--" if label == "plain" else "os^Dv"[index % 5] + "-"
-            axis.plot(depths, values, style, label=label, markersize=5)
-        axis.set_xlabel("depth of the network, layers")
-        axis.set_ylabel(name)
-        axis.set_xticks(depths)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    count = max(map(len, panels.values()))
+    figure = Figure(figsize=(15, 0.3 * count + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (name, ratios) in zip(axes, panels.items(), strict=True):
+        colours = ["tab:gray" if "naive" in bar else "tab:blue" for bar in ratios]
+        bars = axis.barh(list(ratios), list(ratios.values()), color=colours)
+        axis.bar_label(bars, ["" if r != r else f"{r:.2f}" for r in ratios.values()], padding=2)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xlim(0, 1.15 * np.nanmax([1, *ratios.values()]))
+        axis.set_xlabel(name)
+    axes[0].invert_yaxis()
     figure.suptitle(title)
     return figure
 

@@ -9,6 +9,23 @@ from statistics import mean, stdev
 from typing import Any
 
 
+def markdown(rows: Sequence[Any], titles: Sequence[str] = ()) -> str:
+    """A table; None is an empty cell.
+
+    Args:
+        rows: Mappings, whose keys are the titles, or sequences of cells.
+        titles: Those of sequences.
+    """
+    titles = titles or list(rows[0])
+    cells = [row.values() if isinstance(row, Mapping) else row for row in rows]
+    lines = [
+        f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |"
+        for line in (titles, *cells)
+    ]
+    lines.insert(1, "|---" * len(titles) + "|")
+    return "\n".join(lines)
+
+
 def replace_part(page: Path, name: str, text: str, *, whole: bool = True) -> None:
     """Replace the text between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 

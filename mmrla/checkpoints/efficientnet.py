@@ -8,10 +8,8 @@ from torch import Tensor
 
 from mmrla.checkpoints.family import (
     ATTENTION,
-    BACK_ATTENTION,
     INTO_BRANCH,
     OUT_OF_BRANCH,
-    RELEASED_ATTENTION,
     Family,
     State,
     any_key,
@@ -140,7 +138,7 @@ def _efficientnet_to_ours(state: State) -> dict[str, Tensor]:
             # The stages before those that mmpretrain joins to them.
             layer = int(match[3]) + (counts[follows] if follows is not None else 0)
             if part.startswith(("mrla", "bn_mrla")):
-                part = rename(f".{part}.{leaf}", [*RELEASED_ATTENTION, INTO_BRANCH])[1:]
+                part = rename(f".{part}.{leaf}", INTO_BRANCH)[1:]
                 part = part.replace("bn_mrla", "mrla.norm")
             else:
                 parts = _PARTS if block in wide else _NARROW_PARTS
@@ -173,9 +171,7 @@ def _released_efficientnet(state: State) -> dict[str, Tensor]:
             second = len(stages) == 2 and layer >= before
             if part.startswith("mrla"):
                 tail = f".{part}.{leaf}"
-                tail = rename(tail, [OUT_OF_BRANCH, *BACK_ATTENTION]).replace(
-                    ".mrla.norm", ".bn_mrla"
-                )
+                tail = rename(tail, OUT_OF_BRANCH).replace(".mrla.norm", ".bn_mrla")
                 tail = tail.replace(".mrla.mrla.", ".mrla.mla.")
                 if leaf == "lambda_t":
                     value = value.reshape(-1, 1, 1)

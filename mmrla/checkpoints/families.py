@@ -101,8 +101,7 @@ RESNET = Family(
 
 _TOKENS: list[Rule] = [(r"^(cls_token|dist_token|pos_embed)$", r"backbone.\1")]
 _VIT: list[Rule] = [
-    *RELEASED_ATTENTION,
-    INTO_BRANCH,
+    *INTO_BRANCH,
     (r"\.mrla\.normx\.", ".mrla.norm."),
     (r"\.mrla\.normo\.", ".mrla.shortcut_norm."),
     (r"^blocks\.", "backbone.layers."),
@@ -116,8 +115,7 @@ _VIT: list[Rule] = [
     (r"^head_dist\.", "head.layers.head_dist."),
 ]
 _BACK_VIT: list[Rule] = [
-    OUT_OF_BRANCH,
-    *BACK_ATTENTION,
+    *OUT_OF_BRANCH,
     (r"\.mrla\.norm\.", ".mrla.normx."),
     (r"\.mrla\.shortcut_norm\.", ".mrla.normo."),
     (r"^backbone\.layers\.", "blocks."),
@@ -136,9 +134,13 @@ _VIT_BRANCH = rf"mrla\.((shortcut_)?norm\.(weight|bias)|attention\.{ATTENTION})"
 def _describe_vit(state: State) -> str | None:
     if "pos_embed" not in state or not any_key(state, r"^(blocks|layers)\.0\.attn\.qkv"):
         return None
+    return _transformer("ViT", state) + ", with distillation token" * ("dist_token" in state)
+
+
+def _transformer(kind: str, state: State) -> str:
     layers = count_layers(state, r"(?:blocks|layers)\.(\d+)\.")[0]
-    name = f"ViT of {layers} blocks, width {state['pos_embed'].shape[-1]}"
-    return name + (", with distillation token" if "dist_token" in state else "")
+    token = state["pos_embed" if "pos_embed" in state else "cls_token"]
+    return f"{kind} of {layers} blocks, width {token.shape[-1]}"
 
 
 VIT = Family(
@@ -146,13 +148,13 @@ VIT = Family(
     _describe_vit,
     style=lambda state: "mmrla" if "layers.0.attn.qkv.weight" in state else "timm",
     to_ours=lambda state: rename_all(state, _VIT),
+    to_released=lambda state: rename_all(state, _BACK_VIT),
     known=(
         r"backbone\.(cls_token|dist_token|pos_embed|patch_embed\.projection\.(weight|bias)"
         r"|ln1\.(weight|bias)|layers\.\d+\.(ln[12]\.(weight|bias)"
         r"|attn\.(qkv|proj)\.(weight|bias)|ffn\.layers\.(0\.0|1)\.(weight|bias)"
         rf"|{_VIT_BRANCH}))|head\.layers\.head(_dist)?\.(weight|bias)"
     ),
-    to_released=lambda state: rename_all(state, _BACK_VIT),
 )
 
 
@@ -184,8 +186,7 @@ def _describe_ceit(state: State) -> str | None:
             "a released CeiT with MRLA: it normalises the value and the residual path otherwise "
             "than the paper's Algorithm 4, which mmrla.MRLACeiT follows; it cannot be converted"
         )
-    layers = count_layers(state, r"(?:blocks|layers)\.(\d+)\.")[0]
-    return f"CeiT of {layers} blocks, width {state['cls_token'].shape[-1]}"
+    return _transformer("CeiT", state)
 
 
 CEIT = Family(

@@ -76,5 +76,9 @@ BACK_ATTENTION: list[Rule] = [
     (r"\.mrla\.key\.", ".mrla.mrla.Wk."),
     (r"\.mrla\.value\.", ".mrla.mrla.Wv."),
 ]
-INTO_BRANCH: Rule = (r"\.mrla\.(lambda_t|query|key|value)\b", r".mrla.attention.\1")
-OUT_OF_BRANCH: Rule = (r"\.mrla\.attention\.", ".mrla.")
+# Of hosts that keep it in a branch with its norms.
+INTO_BRANCH: list[Rule] = [
+    *RELEASED_ATTENTION,
+    (r"\.mrla\.(lambda_t|query|key|value)\b", r".mrla.attention.\1"),
+]
+OUT_OF_BRANCH: list[Rule] = [(r"\.mrla\.attention\.", ".mrla."), *BACK_ATTENTION]

@@ -14,11 +14,10 @@ from pathlib import Path
 from mmrla.datasets.findings import ERRORS
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import read_set
-from mmrla.engine.config_check import OptionAction, read_config
-from mmrla.engine.data_check import set_data_root
-from mmrla.engine.errors import exit_with_message
-from mmrla.engine.find_datasets import DataSet, print_report, sets_in, sets_of_config, write_json
-from mmrla.engine.launch import find_config
+from mmrla.engine.data.config import set_data_root
+from mmrla.engine.data.sets import DataSet, print_report, sets_in, sets_of_config, write_json
+from mmrla.engine.errors import exit_with_message, require_at_least
+from mmrla.engine.run.config import OptionAction, find_config, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; returns 1 if there are errors, else 0."""
     args = parse_args(argv)
     with exit_with_message():
-        for name, value, least in (("workers", args.workers, 1), ("limit", args.limit, 0)):
-            if value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        require_at_least(args, workers=1, limit=0)
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
         sets, unchecked = sets_to_check(args)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrla.datasets.convert import convert_data
+from mmrla.engine.data.sets import print_report, sets_in
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.find_datasets import print_report, sets_in
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,81 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from statistics import median
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch import Tensor
 
 from mmrla import ops
 from mmrla.commands.gpu_comparison import STAGES
+from mmrla.commands.timing import (
+    ATTENTIONS,
+    Classifier,
+    Step,
+    Timed,
+    device_work,
+    peak_memory,
+    ratio,
+    side_by_side,
+)
 from mmrla.ops.reference import BaseGroup, BaseWeights, LightWeights, Norm
 
-Step = Callable[[], object]
 ROUNDS = 5
-ATTENTIONS = {
-    "plain": None,
-    "light": dict(type="MRLALight", head_channels=32),
-    "base": dict(type="MRLABase", head_channels=16),
-}
-
-
-def side_by_side(
-    steps: Mapping[str, Step],
-    rounds: int,
-    device: torch.device,
-    warm_up: int = 2,
-    repeats: int = 1,
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs all of them, in rotating order.
-
-    If the machine slows down, it affects a whole round, so ratios within rounds stay valid. On a
-    CPU with one thread the process's CPU time is measured, which excludes other work of the
-    machine.
-    """
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in [*steps.values()] * warm_up:
-        step()
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            _synchronize(device)
-            start = clock()
-            for _ in range(repeats):
-                steps[name]()
-            _synchronize(device)
-            seconds[name].append((clock() - start) / repeats)
-    return seconds
-
-
-def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
-    """Median over rounds of ``name`` over ``reference``."""
-    return median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
-
-
-def device_work(step: Step, device: torch.device) -> tuple[float, int] | None:
-    """Total time of a step's kernels and copies in seconds, and their number; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize(device)
-    # Annotations, such as the optimizer's, span kernels that are listed themselves.
-    found = [
-        event.time_range.elapsed_us()
-        for event in profile.events()
-        if event.device_type == DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith("Optimizer.")
-    ]
-    return 1e-6 * sum(found), len(found)
 
 
 def columns(
@@ -174,19 +121,6 @@ def _ends(
         yield f"base, {backend}", base_end(backend)
 
 
-class Classifier(nn.Module):
-    """A backbone of ``channels`` outputs with a loss, for training steps."""
-
-    def __init__(self, backbone: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.fc = nn.Linear(channels, 1000)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of images ``[B, 3, H, W]`` and labels ``[B]``."""
-        return F.cross_entropy(self.fc(self.backbone(x)[-1].mean((2, 3))).float(), labels)
-
-
 def network_rows(
     device: torch.device, batch: int, small: bool = False
 ) -> Iterator[dict[str, object]]:
@@ -202,28 +136,13 @@ def network_rows(
         memory_format=torch.channels_last
     )
     labels = torch.randint(1000, (batch,), device=device)
-    training: dict[str, Step] = {}
-    inference: dict[str, Step] = {}
+    timed: dict[str, Timed] = {}
     for name, attention in ATTENTIONS.items():
         model = Classifier(MRLAResNet(50, layer_attention=attention), 2048).to(device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-        def train(model: nn.Module = model, optimizer: torch.optim.SGD = optimizer) -> None:
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(x, labels)
-            loss.backward()
-            optimizer.step()
-
-        @torch.no_grad()
-        def infer(model: nn.Module = model) -> None:
-            model.eval()
-            with torch.autocast(device.type, torch.bfloat16):
-                model(x, labels)
-
-        training[name], inference[name] = train, infer
+        timed[name] = Timed(model, partial(model, x, labels), device, amp=True)
+    training: dict[str, Step] = {name: one.train_step for name, one in timed.items()}
+    inference: dict[str, Step] = {name: one.infer for name, one in timed.items()}
     with _fastest_convolutions():
         cells = columns("training step", training, device)
         others = columns("inference", inference, device)
@@ -244,19 +163,3 @@ def _fastest_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Peak memory of a step in bytes, above what was allocated before it."""
-    if device.type != "cuda":
-        return None
-    _synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

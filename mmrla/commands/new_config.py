@@ -11,8 +11,8 @@ from typing import Any
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.voc import read_set
-from mmrla.engine.errors import exit_with_message
-from mmrla.engine.find_datasets import DataSet, sets_in
+from mmrla.engine.data.sets import DataSet, sets_in
+from mmrla.engine.errors import exit_with_message, require_at_least
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 GPU_IMAGES, CPU_IMAGES = 48_000, 1_200
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise FileExistsError(f"already exists: {args.out.absolute()}")
         if args.cpu and args.detector != "retinanet":
             raise ValueError(f"--cpu is a RetinaNet, got --detector {args.detector}")
-        if args.epochs is not None and args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        require_at_least(args, epochs=1)
         text, said = new_config(Path(args.data), args.detector, args.cpu, args.epochs)
         args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)

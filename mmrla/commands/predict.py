@@ -16,11 +16,11 @@ import torch
 from mmengine.registry import DefaultScope
 from tqdm import tqdm
 
-from mmrla.engine.config_check import OptionAction
 from mmrla.engine.errors import exit_with_message
 from mmrla.engine.inspection import choose_device, find_images
 from mmrla.engine.network import Network, build_network, read_image
 from mmrla.engine.report import draw_sample
+from mmrla.engine.run.config import OptionAction
 
 TOP = 5
 """Number of classes of a classifier that are drawn and written."""

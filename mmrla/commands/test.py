@@ -11,18 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_test_amp
-from mmrla.engine.dry_run import build_only
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import (
-    add_common_arguments,
-    build_runner,
-    check_weights,
-    init_cpu_distributed,
-    load_config,
-    prediction_writer,
-    show_predictions,
-    use_tta,
-)
+from mmrla.engine.run.checks import prepare_runner
+from mmrla.engine.run.config import add_common_arguments, load_config
+from mmrla.engine.run.runner import prediction_writer, show_predictions, use_tta
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,12 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             use_tta(cfg)
         if args.show or args.show_dir:
             show_predictions(cfg, args)
-        if args.dry_run:
-            print(build_only(cfg, ("test",)))
+        runner = prepare_runner(cfg, ("test",), args.dry_run)
+        if runner is None:
             return
-        check_weights(cfg)
-        init_cpu_distributed(cfg)
-        runner = build_runner(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(prediction_writer(cfg, args.out))
     with exit_with_message(CheckpointError, DataError), safe_loading():

@@ -10,15 +10,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mmrla.checkpoints.files import CheckpointError, safe_loading
 from mmrla.datasets.findings import DataError
 from mmrla.engine.amp import set_amp
-from mmrla.engine.dry_run import build_only
 from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import (
-    add_common_arguments,
-    build_runner,
-    check_weights,
-    init_cpu_distributed,
-    load_config,
-)
+from mmrla.engine.run.checks import prepare_runner
+from mmrla.engine.run.config import add_common_arguments, load_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,11 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.resume is not None:
             cfg.resume = True
             cfg.load_from = None if args.resume == "auto" else args.resume
-        if args.dry_run:
-            print(build_only(cfg, ("train", "val")))
+        runner = prepare_runner(cfg, ("train", "val"), args.dry_run)
+        if runner is None:
             return
-        check_weights(cfg)
-        init_cpu_distributed(cfg)
-        runner = build_runner(cfg)
     with exit_with_message(CheckpointError, DataError), safe_loading():
         runner.train()

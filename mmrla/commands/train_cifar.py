@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from mmrla.engine.amp import warn_of_slow_bfloat16
 from mmrla.engine.cifar import Trainer, load_split, run, table
-from mmrla.engine.data_check import set_data_root
-from mmrla.engine.errors import exit_with_message
-from mmrla.engine.launch import add_layout_argument, find_config
+from mmrla.engine.data.config import set_data_root
+from mmrla.engine.errors import exit_with_message, require_at_least
+from mmrla.engine.run.config import add_layout_argument, find_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,11 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # mmengine would print how each parameter starts.
     MMLogger.get_instance("mmrla", log_level="WARNING")
     with exit_with_message():
-        if args.epochs is not None and args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        require_at_least(args, epochs=1, threads=1)
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {args.threads}")
             torch.set_num_threads(args.threads)
         configs = {path: Config.fromfile(path) for path in map(find_config, args.configs)}
         for cfg in configs.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,54 +16,20 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _deform_conv(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    # torchvision reads groups and offset groups off the shapes.
+    """torchvision's, with the names that mmcv gives stride, padding and dilation.
+
+    It reads groups and offset groups off the shapes.
+    """
+    names = ("d{}", "pad{}", "dilation{}"), "HW"  # of DCNv1
+    if "stride_h" in options:
+        names = ("stride_{}", "pad_{}", "dilation_{}"), "hw"
+    stride, padding, dilation = (tuple(options[n.format(s)] for s in names[1]) for n in names[0])
     return torchvision.ops.deform_conv2d(
-        wide(input),
-        wide(offset),
-        wide(weight),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        mask=None if mask is None else wide(mask),
-    )
-
-
-def _geometry(kwargs: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Stride, padding and dilation from the names mmcv gives them in DCNv1."""
-    return {
-        "stride": (kwargs["dH"], kwargs["dW"]),
-        "padding": (kwargs["padH"], kwargs["padW"]),
-        "dilation": (kwargs["dilationH"], kwargs["dilationW"]),
-    }
-
-
-def _modulated_geometry(kwargs: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """The same from the names mmcv gives them in DCNv2."""
-    return {
-        name: (kwargs[f"{short}_h"], kwargs[f"{short}_w"])
-        for name, short in (("stride", "stride"), ("padding", "pad"), ("dilation", "dilation"))
-    }
-
-
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    **kwargs: Any,
-) -> None:
-    """Deformable convolution (ICCV 2017) into ``output``."""
-    output.copy_(_deform_conv(input, weight, offset, None, **_geometry(kwargs)))
+        wide(input), wide(offset), wide(weight), None, stride, padding, dilation,
+        None if mask is None else wide(mask),
+    )  # fmt: skip
 
 
 def _grads(grad_output: Tensor, run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -74,92 +40,62 @@ def _grads(grad_output: Tensor, run: Callable[..., Tensor], *inputs: Tensor) -> 
     return torch.autograd.grad(out, leaves, grad_output.to(out.dtype))
 
 
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    **kwargs: Any,
+def _fill(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for target, grad in zip(targets, grads, strict=True):
+        target.copy_(grad)
+
+
+def deform_conv_forward(
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, *buffers: Tensor, **options: Any
 ) -> None:
+    """Deformable convolution (ICCV 2017) into ``output``."""
+    output.copy_(_deform_conv(input, weight, offset, None, options))
+
+
+def deform_conv_backward_input(
+    input: Tensor, offset: Tensor, grad_output: Tensor, grad_input: Tensor, grad_offset: Tensor,
+    weight: Tensor, columns: Tensor, **options: Any,
+) -> None:  # fmt: skip
     """Gradients by input and offset."""
-    geometry = _geometry(kwargs)
-    by_input, by_offset = _grads(
-        grad_output, lambda x, o: _deform_conv(x, weight, o, None, **geometry), input, offset
+    grads = _grads(
+        grad_output, lambda x, o: _deform_conv(x, weight, o, None, options), input, offset
     )
-    grad_input.copy_(by_input)
-    grad_offset.copy_(by_offset)
+    _fill((grad_input, grad_offset), grads)
 
 
 def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_weight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    scale: float = 1,
-    **kwargs: Any,
-) -> None:
+    input: Tensor, offset: Tensor, grad_output: Tensor, grad_weight: Tensor, *buffers: Tensor,
+    scale: float = 1, **options: Any,
+) -> None:  # fmt: skip
     """Gradient by the weight, scaled and added into ``grad_weight``."""
-    geometry = _geometry(kwargs)
     # grad_weight has the shape of the weight, and the gradient does not depend on its values.
     (by_weight,) = _grads(
-        grad_output, lambda w: _deform_conv(input, w, offset, None, **geometry), grad_weight
+        grad_output, lambda w: _deform_conv(input, w, offset, None, options), grad_weight
     )
     grad_weight.add_(by_weight.to(grad_weight.dtype), alpha=scale)
 
 
 def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    with_bias: bool = False,
-    **kwargs: Any,
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor,
+    output: Tensor, columns: Tensor, with_bias: bool = False, **options: Any,
+) -> None:  # fmt: skip
     """Modulated deformable convolution (DCNv2, CVPR 2019) into ``output``."""
-    out = _deform_conv(input, weight, offset, mask, **_modulated_geometry(kwargs))
+    out = _deform_conv(input, weight, offset, mask, options)
     if with_bias:
         out = out + wide(bias)[:, None, None]
     output.copy_(out.view_as(output))
 
 
 def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    with_bias: bool = False,
-    **kwargs: Any,
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor,
+    columns: Tensor, grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor,
+    grad_offset: Tensor, grad_mask: Tensor, grad_output: Tensor, with_bias: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
     """All gradients of the modulated deformable convolution, in place."""
-    geometry = _modulated_geometry(kwargs)
-    grads = _grads(
-        grad_output,
-        lambda x, w, o, m: _deform_conv(x, w, o, m, **geometry),
-        input,
-        weight,
-        offset,
-        mask,
-    )
-    for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=True):
-        target.copy_(grad)
+    inputs = (input, weight, offset, mask)
+    grads = _grads(grad_output, lambda x, w, o, m: _deform_conv(x, w, o, m, options), *inputs)
+    _fill((grad_input, grad_weight, grad_offset, grad_mask), grads)
     if with_bias:
         grad_bias.copy_(grad_output.sum(dim=(0, 2, 3)))
 
@@ -172,13 +108,9 @@ def _multi_scale_attention(*inputs: Tensor) -> Tensor:
 
 
 def ms_deform_attn_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
-) -> Tensor:
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
+    attention_weights: Tensor, im2col_step: int,
+) -> Tensor:  # fmt: skip
     """Multi-scale deformable attention (ICLR 2021), ``[B, queries, heads * channels]``.
 
     Args:
@@ -194,25 +126,21 @@ def ms_deform_attn_forward(
 
 
 def ms_deform_attn_backward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
+    attention_weights: Tensor, grad_output: Tensor, grad_value: Tensor, grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor, im2col_step: int,
+) -> None:  # fmt: skip
     """All gradients of multi-scale deformable attention, in place."""
     grads = _grads(
         grad_output,
         lambda v, locations, weights: _multi_scale_attention(v, spatial_shapes, locations, weights),
-        value,
-        sampling_locations,
-        attention_weights,
-    )
-    targets = (grad_value, grad_sampling_loc, grad_attn_weight)
-    for target, grad in zip(targets, grads, strict=True):
-        target.copy_(grad)
+        value, sampling_locations, attention_weights,
+    )  # fmt: skip
+    _fill((grad_value, grad_sampling_loc, grad_attn_weight), grads)
+
+
+DEFORMABLE = (
+    deform_conv_forward, deform_conv_backward_input, deform_conv_backward_parameters,
+    modulated_deform_conv_forward, modulated_deform_conv_backward, ms_deform_attn_forward,
+    ms_deform_attn_backward,
+)  # fmt: skip

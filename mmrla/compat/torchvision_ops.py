@@ -16,16 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from mmrla.compat.deformable_ops import (
-    deform_conv_backward_input,
-    deform_conv_backward_parameters,
-    deform_conv_forward,
-    modulated_deform_conv_backward,
-    modulated_deform_conv_forward,
-    ms_deform_attn_backward,
-    ms_deform_attn_forward,
-    wide,
-)
+from mmrla.compat.deformable_ops import DEFORMABLE, wide
 
 HOW_TO_COMPILE = (
     "install mmcv with compiled ops: a prebuilt mmcv wheel that matches your torch and CUDA (see "
@@ -42,15 +33,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 
 
 def softnms(
-    boxes: Tensor,
-    scores: Tensor,
-    dets: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
-    offset: int,
-) -> Tensor:
+    boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,
+    min_score: float, method: int, offset: int,
+) -> Tensor:  # fmt: skip
     """Soft-NMS (ICCV 2017): fills ``dets`` [N, 5] and returns the indices of kept boxes.
 
     ``method``: 0 drops, 1 decays linearly, 2 decays with a Gaussian of the overlap.
@@ -80,116 +65,70 @@ def softnms(
     return torch.tensor(kept, dtype=torch.long)
 
 
+def _regions(x: Tensor, rois: Tensor, kind: str, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The first arguments of torchvision's kernels, from mmcv's of ``kind`` aligned or pooled."""
+    x = wide(x)
+    sides = options[f"{kind}_height"], options[f"{kind}_width"]
+    return x, rois.to(x.dtype), options["spatial_scale"], *sides
+
+
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, *argmax: Tensor, **options: Any
 ) -> None:
     """RoIAlign into ``output`` [R, C, h, w]; ``pool_mode`` 1 averages, 0 (max) is not supported."""
-    if pool_mode != 1:
+    if options["pool_mode"] != 1:
         raise _not_implemented("roi_align with pool_mode='max'")
-    pooled = torch.ops.torchvision.roi_align(
-        wide(input),
-        wide(rois).to(wide(input).dtype),
-        spatial_scale,
-        aligned_height,
-        aligned_width,
-        sampling_ratio,
-        aligned,
-    )
-    output.copy_(pooled)
+    arguments = _regions(input, rois, "aligned", options)
+    sampling = options["sampling_ratio"], options["aligned"]
+    output.copy_(torch.ops.torchvision.roi_align(*arguments, *sampling))
 
 
 def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    grad_output: Tensor, rois: Tensor, y: Tensor, x: Tensor, grad_input: Tensor, **options: Any
 ) -> None:
     """Gradient of RoIAlign added into ``grad_input`` [B, C, H, W]."""
-    grad = torch.ops.torchvision._roi_align_backward(
-        wide(grad_output),
-        wide(rois).to(wide(grad_output).dtype),
-        spatial_scale,
-        aligned_height,
-        aligned_width,
-        *grad_input.shape,
-        sampling_ratio,
-        aligned,
-    )
+    arguments = _regions(grad_output, rois, "aligned", options)
+    sampling = options["sampling_ratio"], options["aligned"]
+    grad = torch.ops.torchvision._roi_align_backward(*arguments, *grad_input.shape, *sampling)
     grad_input.add_(grad.to(grad_input.dtype))
 
 
 def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
+    input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor, **options: Any
 ) -> None:
     """RoIPool into ``output`` and ``argmax``, each [R, C, h, w]."""
-    pooled, indices = torch.ops.torchvision.roi_pool(
-        wide(input),
-        wide(rois).to(wide(input).dtype),
-        spatial_scale,
-        pooled_height,
-        pooled_width,
-    )
+    arguments = _regions(input, rois, "pooled", options)
+    pooled, indices = torch.ops.torchvision.roi_pool(*arguments)
     output.copy_(pooled)
     argmax.copy_(indices)
 
 
 def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
+    grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor, **options: Any
 ) -> None:
     """Gradient of RoIPool added into ``grad_input`` [B, C, H, W]."""
-    grad = torch.ops.torchvision._roi_pool_backward(
-        wide(grad_output),
-        wide(rois).to(wide(grad_output).dtype),
-        argmax,
-        spatial_scale,
-        pooled_height,
-        pooled_width,
-        *grad_input.shape,
-    )
+    grad, regions, *bins = _regions(grad_output, rois, "pooled", options)
+    grad = torch.ops.torchvision._roi_pool_backward(grad, regions, argmax, *bins, *grad_input.shape)
     grad_input.add_(grad.to(grad_input.dtype))
 
 
 def _sigmoid_focal_terms(
     input: Tensor, target: Tensor, weight: Tensor, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """One-hot target and the weight of each term; a target of C is background."""
-    classes = input.size(1)
-    one_hot = F.one_hot(target, classes + 1)[:, :classes].to(input.dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sign of each logit, the logit towards its target, and the weight of its term.
+
+    A target of C is background.
+    """
+    logits, weight = wide(input), wide(weight)
+    classes = logits.size(1)
+    one_hot = F.one_hot(target, classes + 1)[:, :classes].to(logits.dtype)
     scale = alpha * one_hot + (1 - alpha) * (1 - one_hot)
     if weight.numel():
         # mmcv's kernel weighs a sample by the weight of its own class.
-        padded = torch.cat([weight, weight.new_ones(1)]).to(input.dtype)
+        padded = torch.cat([weight, weight.new_ones(1)]).to(logits.dtype)
         scale = scale * padded[target][:, None]
-    return one_hot, scale
+    sign = 2 * one_hot - 1
+    return sign, sign * logits, scale
 
 
 def sigmoid_focal_loss_forward(
@@ -199,23 +138,18 @@ def sigmoid_focal_loss_forward(
 
     C is the background.
     """
-    logits = wide(input)
-    one_hot, scale = _sigmoid_focal_terms(logits, target, wide(weight), alpha)
-    signed = torch.where(one_hot.bool(), logits, -logits)
-    loss = -scale * torch.sigmoid(-signed).pow(gamma) * F.logsigmoid(signed)
-    output.copy_(loss)
+    _, signed, scale = _sigmoid_focal_terms(input, target, weight, alpha)
+    output.copy_(-scale * torch.sigmoid(-signed).pow(gamma) * F.logsigmoid(signed))
 
 
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Derivative of the loss by each logit into ``grad_input`` [N, C]."""
-    logits = wide(input)
-    one_hot, scale = _sigmoid_focal_terms(logits, target, wide(weight), alpha)
-    signed = torch.where(one_hot.bool(), logits, -logits)
+    sign, signed, scale = _sigmoid_focal_terms(input, target, weight, alpha)
     p, miss = torch.sigmoid(signed), torch.sigmoid(-signed)
     slope = miss.pow(gamma) * (gamma * p * F.logsigmoid(signed) - miss)
-    grad_input.copy_(scale * slope * torch.where(one_hot.bool(), 1.0, -1.0))
+    grad_input.copy_(scale * slope * sign)
 
 
 def get_compiler_version() -> str:
@@ -229,24 +163,10 @@ def get_compiling_cuda_version() -> str:
 
 
 PROVIDED: tuple[Callable[..., Any], ...] = (
-    nms,
-    softnms,
-    roi_align_forward,
-    roi_align_backward,
-    roi_pool_forward,
-    roi_pool_backward,
-    sigmoid_focal_loss_forward,
-    sigmoid_focal_loss_backward,
-    deform_conv_forward,
-    deform_conv_backward_input,
-    deform_conv_backward_parameters,
-    modulated_deform_conv_forward,
-    modulated_deform_conv_backward,
-    ms_deform_attn_forward,
-    ms_deform_attn_backward,
-    get_compiler_version,
+    nms, softnms, roi_align_forward, roi_align_backward, roi_pool_forward, roi_pool_backward,
+    sigmoid_focal_loss_forward, sigmoid_focal_loss_backward, *DEFORMABLE, get_compiler_version,
     get_compiling_cuda_version,
-)
+)  # fmt: skip
 
 
 def _not_implemented(name: str) -> NotImplementedError:
@@ -254,16 +174,6 @@ def _not_implemented(name: str) -> NotImplementedError:
         f"mmcv op {name} needs mmcv's compiled extension, which is not installed; mmrla's fallback "
         f"covers {', '.join(f.__name__ for f in PROVIDED[:-2])}. To get it, {HOW_TO_COMPILE}."
     )
-
-
-def _missing_op(name: str) -> Callable[..., Any]:
-    """Mmcv's wrappers check at import that a function exists, so it fails only when called."""
-
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise _not_implemented(name)
-
-    missing.__name__ = name
-    return missing
 
 
 def populate(module: ModuleType) -> None:
@@ -275,6 +185,12 @@ def populate(module: ModuleType) -> None:
     def __getattr__(name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _missing_op(name)
+
+        # mmcv's wrappers check at import that a function exists, so it fails only when called.
+        def missing(*args: Any, **kwargs: Any) -> Any:
+            raise _not_implemented(name)
+
+        missing.__name__ = name
+        return missing
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]

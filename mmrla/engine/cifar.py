@@ -99,16 +99,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        seed: int,
-        device: torch.device,
-        epochs: int | None = None,
-        amp: bool = False,
-        compiled: bool = False,
-        channels_last: bool = True,
-        steps: int = 1,
-    ) -> None:
+        self, cfg: Config, seed: int, device: torch.device, epochs: int | None = None,
+        amp: bool = False, compiled: bool = False, channels_last: bool = True, steps: int = 1,
+    ) -> None:  # fmt: skip
         self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         dataset = cfg.train_dataloader.dataset
@@ -203,31 +196,23 @@ class Trainer:
 
 
 def run(
-    cfg: Config,
-    log: Path,
-    seed: int,
-    device: torch.device,
-    epochs: int | None = None,
-    amp: bool = False,
-    compiled: bool = False,
-    channels_last: bool = True,
-    images: int | None = None,
-    name: str | None = None,
-    eval_interval: int = 1,
-) -> None:
+    cfg: Config, log: Path, seed: int, device: torch.device, epochs: int | None = None,
+    amp: bool = False, compiled: bool = False, channels_last: bool = True,
+    images: int | None = None, name: str | None = None, eval_interval: int = 1,
+) -> None:  # fmt: skip
     """Train one network with one seed and write a line of JSON per epoch; see :class:`Trainer`.
 
     A finished log of the same settings is kept, so an interrupted series can continue.
 
     Args:
-        cfg: The config.
+        cfg: The config; :class:`Trainer` describes it and the arguments up to ``channels_last``.
         log: The file, one JSON object per line: the settings, then each epoch.
-        seed: See :class:`Trainer`.
-        device: See :class:`Trainer`.
-        epochs: See :class:`Trainer`.
-        amp: See :class:`Trainer`.
-        compiled: See :class:`Trainer`.
-        channels_last: See :class:`Trainer`.
+        seed: See above.
+        device: See above.
+        epochs: See above.
+        amp: See above.
+        compiled: See above.
+        channels_last: See above.
         images: Number of images to train on; None: all.
         name: Of the network in the log; None: the config's.
         eval_interval: Epochs between accuracies; the last epoch always has one.
@@ -237,18 +222,11 @@ def run(
     """
     epochs = epochs or cfg.train_cfg.max_epochs
     settings = dict(
-        config=name or Path(cfg.filename).stem,
-        images=images,
-        seed=seed,
-        epochs=epochs,
-        amp=amp,
-        compiled=compiled,
-        channels_last=channels_last,
+        config=name or Path(cfg.filename).stem, images=images, seed=seed, epochs=epochs, amp=amp,
+        compiled=compiled, channels_last=channels_last,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        mmrla=mmrla.__version__,
-    )
+        threads=torch.get_num_threads(), torch=torch.__version__, mmrla=mmrla.__version__,
+    )  # fmt: skip
     if log.exists():
         lines = read_log(log)
         # What earlier logs do not tell had one value.
@@ -275,12 +253,7 @@ def run(
             lr = trainer.optimizer.param_groups[0]["lr"]
             loss = trainer.train_epoch(train, epoch)
             seconds = (clock() - start) / (torch.get_num_threads() if on_cpu else 1)
-            line = dict(
-                epoch=epoch + 1,
-                lr=lr,
-                loss=round(loss, 4),
-                seconds=round(seconds, 1),
-            )
+            line = dict(epoch=epoch + 1, lr=lr, loss=round(loss, 4), seconds=round(seconds, 1))
             if (epoch + 1) % eval_interval == 0 or epoch + 1 == epochs:
                 line["top1"] = round(trainer.accuracy(test), 2)
             print(json.dumps(line), file=file, flush=True)
@@ -336,14 +309,9 @@ def table(folder: Path) -> str:
         first = next(iter(runs.values()))[0][0]
         precision = ", bf16" if first["amp"] else ""
         cells = [
-            config,
-            str(epochs),
-            ", ".join(map(str, runs)),
-            spread(final, ".2f"),
-            ", ".join(f"{value:.2f}" for value in final),
-            f"{seconds:.0f}",
-            f"{first['device']} x {first['threads']}{precision}, {first['torch']}",
-            f"`{digest}`",
-        ]
+            config, str(epochs), ", ".join(map(str, runs)), spread(final, ".2f"),
+            ", ".join(f"{value:.2f}" for value in final), f"{seconds:.0f}",
+            f"{first['device']} x {first['threads']}{precision}, {first['torch']}", f"`{digest}`",
+        ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,6 +44,19 @@ def exit_with_message(*kinds: type[Exception]) -> Iterator[None]:
             message = message.strip().splitlines()[-1]
         print(f"error: {message}\n({TRACEBACK_ENV_VAR}=1 shows the traceback)", file=sys.stderr)
         sys.exit(2)
+
+
+def require_at_least(args: Namespace, **least: int) -> None:
+    """Check options of a command; those that are None pass.
+
+    Raises:
+        ValueError: One is below its least value.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {bound}, got {value}")
 
 
 reporting_errors = exit_with_message  # its name in earlier versions

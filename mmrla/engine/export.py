@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch import Tensor, nn
 
 from mmrla.engine.network import Network
-from mmrla.ops.dispatch import ENV_VAR
+from mmrla.ops.dispatch import forced_backend
 
 OPSET = 18
 PARTS = ("backbone", "model", "detector")
@@ -114,7 +113,7 @@ def export_onnx(
     open_axis = torch.export.Dim.DYNAMIC
     axes = {0: open_axis, 2: open_axis, 3: open_axis}
     with (
-        mock.patch.dict(os.environ, {ENV_VAR: "naive"}),
+        forced_backend("naive"),
         mock.patch.object(Conv2dAdaptivePadding, "forward", _pad_same),
         warnings.catch_warnings(),
         redirect_stderr(StringIO()),  # torch prints whole graphs that it gives up on

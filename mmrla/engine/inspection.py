@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,25 @@ import torch
 
 from mmrla.analysis.modules import layer_attentions
 from mmrla.datasets.images import IMAGE_SUFFIXES, images_in
-from mmrla.engine.config_check import OptionAction
 from mmrla.engine.network import Network, build_network, share_weights
+from mmrla.engine.run.config import OptionAction
+
+
+def add_subcommand(commands: Any, run: Callable[[argparse.Namespace], Any]) -> Any:
+    """Add a subcommand of the name of a function, which its ``args.run`` is.
+
+    Args:
+        commands: As :meth:`argparse.ArgumentParser.add_subparsers` gives it.
+        run: The function; its docstring describes the command.
+
+    Returns:
+        The subcommand's parser.
+    """
+    text = inspect.getdoc(run) or ""
+    name = run.__name__.replace("_", "-")
+    parser = commands.add_parser(name, help=text.splitlines()[0], description=text)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ import mmrla.registry  # noqa: F401
 from mmrla.analysis.modules import layer_attentions
 from mmrla.checkpoints import compare, load_file, state_dict_of
 from mmrla.checkpoints.report import allowed_heads
-from mmrla.engine.data_check import datasets_of, type_name
-from mmrla.engine.launch import find_config, fit_classes
+from mmrla.engine.data.config import datasets_of, type_name
+from mmrla.engine.run.config import find_config, fit_classes
 
 
 def seed_everything(seed: int) -> None:
@@ -253,10 +253,10 @@ def build_network(
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Metadata from the test set's class and config; no file is read."""
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         for _, dataset in datasets_of(cfg, ["test"]):
             kind = dataset["type"]
-            cls = DATASETS.get(kind) if isinstance(kind, str) else kind
+            cls = registry.get(kind) if isinstance(kind, str) else kind
             return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     return {}
 

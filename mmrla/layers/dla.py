@@ -12,13 +12,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmrla.layers.channel_cell import ChannelCell, pooled
 from mmrla.layers.mrla import MRLABase, MRLALight
+from mmrla.layers.query_key_value import QueryKeyValue, depthwise_conv
 
 
-class DLALight(MRLALight):
+class _Dynamic(QueryKeyValue):
+    """A mixin before MRLA-light or MRLA-base: the dynamic sharing unit (DSU)."""
+
+    tail_op = None  # the DSU needs the layer's output first
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int = 32,
+        kernel_size: int | None = None,
+        reduction: int = 16,
+    ) -> None:
+        super().__init__(channels, head_channels, kernel_size)
+        self.cell = ChannelCell(channels, reduction, output_gate=False)
+        if "refresh" in self.shared:
+            self.refresh = depthwise_conv(channels)
+
+
+class DLALight(_Dynamic, MRLALight):
     """Dynamic layer attention, light: MRLA-light on a refreshed shortcut.
 
     ``s'_t = s_t * DSU(GAP(s_t), h_t, c_t) + DWConv3x3(s_t)`` for the layer's shortcut ``s_t``, and
@@ -37,19 +56,6 @@ class DLALight(MRLALight):
     """
 
     shared = ("cell", "refresh")
-    tail_op = None  # the DSU needs the layer's output first
-
-    def __init__(
-        self,
-        channels: int,
-        head_channels: int = 32,
-        kernel_size: int | None = None,
-        reduction: int = 16,
-    ) -> None:
-        super().__init__(channels, head_channels, kernel_size)
-        self.cell = ChannelCell(channels, reduction, output_gate=False)
-        self.refresh = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        nn.init.kaiming_normal_(self.refresh.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
         """See :class:`LayerAttention`; the state is the DSU's."""
@@ -61,7 +67,7 @@ class DLALight(MRLALight):
         return o, state
 
 
-class DLABase(MRLABase):
+class DLABase(_Dynamic, MRLABase):
     """Dynamic layer attention, base: MRLA-base whose keys and values are refreshed at each layer.
 
     At layer t, for all s < t, ``k_s <- k_s * DSU(k_s, h_t, c_t)`` and
@@ -83,17 +89,6 @@ class DLABase(MRLABase):
     """
 
     shared = ("cell",)
-    tail_op = None
-
-    def __init__(
-        self,
-        channels: int,
-        head_channels: int = 32,
-        kernel_size: int | None = None,
-        reduction: int = 16,
-    ) -> None:
-        super().__init__(channels, head_channels, kernel_size)
-        self.cell = ChannelCell(channels, reduction, output_gate=False)
 
     def forward(self, x: Tensor, shortcut: Tensor, state: Any) -> tuple[Tensor, Any]:
         """See :class:`LayerAttention`.

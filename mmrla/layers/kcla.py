@@ -20,7 +20,6 @@ from torch.func import functional_call
 
 from mmrla.layers.checks import check_bool
 from mmrla.layers.layer_attention import OpenReLU, Retrieval
-from mmrla.layers.norm import norm_of
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops.kcla import (
     EPS,
@@ -153,23 +152,13 @@ class KCLA(QueryKeyValue):
         scores = (torch.sigmoid(logits) / (total + EPS))[..., None] * weights
         return Retrieval(self.heads(query), scores, weights)
 
-    def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: KCLAState | None,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, KCLAState]:
-        """See :class:`LayerAttention`."""
-        assert self.value is not None
-        state = self.crossed(state, self.crossing)
-        weights = KCLAWeights(
-            self.query.weight, self.key.weight, self.value.weight, self.gate.weight,
-            self.key_norms, self.head_channels,
-        )  # fmt: skip
-        return kcla_tail(z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale, state)
+    def tail_weights(self, query: Tensor, key: Tensor, value: Tensor) -> KCLAWeights:
+        """See :class:`QueryKeyValue`."""
+        return KCLAWeights(query, key, value, self.gate.weight, self.key_norms, self.head_channels)
+
+    def run_tail(self, state: KCLAState | None, *args: Any) -> tuple[Tensor, KCLAState]:
+        """See :class:`QueryKeyValue`."""
+        return kcla_tail(*args, self.crossed(state, self.crossing))
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

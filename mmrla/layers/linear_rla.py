@@ -7,6 +7,8 @@ are RNNs, ICML 2020, https://arxiv.org/abs/2006.16236.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ class LinearRLA(QueryKeyValue):
         channels: C of the layer before it; the same in a whole group.
         head_channels: d_k, channels of one head, which divides C; ``'all'``: C, one head; 1:
             channel-wise.
-        kernel_size: Of the Conv1D of query and key, odd. Default: from C as in ECA-Net.
-        projection: ``'conv1d'`` or ``'fc'``, see :class:`QueryKeyValue`.
-        value_conv: Whether the value is convolved, see :class:`QueryKeyValue`.
+        kernel_size: As in :class:`MLA`, like those below.
+        projection: As above.
+        value_conv: As above.
 
     Raises:
         TypeError: As :class:`QueryKeyValue`.
@@ -47,11 +49,7 @@ class LinearRLA(QueryKeyValue):
         return linear_rla(query, key, self.value_of(x), state, self.head_channels)
 
     def retrieval(
-        self,
-        x: Tensor,
-        shortcut: Tensor,
-        state: LinearRLAState | None,
-        memory: Tensor | None = None,
+        self, x: Tensor, shortcut: Tensor, state: Any, memory: Tensor | None = None
     ) -> Retrieval:
         """See :class:`LayerAttention`; scores are ``phi(q_t) phi(k_s)^T`` over their sum.
 

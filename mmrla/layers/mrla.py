@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import Retrieval
-from mmrla.layers.norm import norm_of
 from mmrla.layers.query_key_value import QueryKeyValue
 from mmrla.ops import (
     BaseGroup,
@@ -166,22 +165,14 @@ class MRLALight(QueryKeyValue):
         fits = self.uses_shortcut and self.value_act is None
         return fits and super().fuses_tail(z, norm, out_norm, act)
 
-    def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: None,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, None]:
-        """See :class:`LayerAttention`."""
-        assert self.value is not None
+    def tail_weights(self, query: Tensor, key: Tensor, value: Tensor) -> LightWeights:
+        """See :class:`QueryKeyValue`."""
         assert self.lambda_t is not None
-        weights = LightWeights(
-            self.query.weight, self.key.weight, self.value.weight, self.lambda_t, self.head_channels
-        )
-        return mrla_light_tail(z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale), None
+        return LightWeights(query, key, value, self.lambda_t, self.head_channels)
+
+    def run_tail(self, state: None, *args: Any) -> tuple[Tensor, None]:
+        """See :class:`QueryKeyValue`."""
+        return mrla_light_tail(*args), None
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
@@ -242,22 +233,11 @@ class MRLABase(QueryKeyValue):
         keys = (key,) if state is None else (*state.keys, key)
         return self.softmax_retrieval(query, keys)
 
-    def tail(
-        self,
-        z: Tensor,
-        shortcut: Tensor,
-        state: BaseGroup | None,
-        norm: nn.BatchNorm2d,
-        out_norm: nn.BatchNorm2d,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, BaseGroup]:
-        """See :class:`LayerAttention`."""
-        assert self.value is not None
-        weights = BaseWeights(
-            self.query.weight, self.key.weight, self.value.weight, self.head_channels
-        )
+    def tail_weights(self, query: Tensor, key: Tensor, value: Tensor) -> BaseWeights:
+        """See :class:`QueryKeyValue`."""
+        return BaseWeights(query, key, value, self.head_channels)
+
+    def run_tail(self, state: BaseGroup | None, *args: Any) -> tuple[Tensor, BaseGroup]:
+        """See :class:`QueryKeyValue`."""
         group = BaseGroup() if state is None else state
-        return mrla_base_tail(
-            z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale, group,
-            self.recompute_values,
-        )  # fmt: skip
+        return mrla_base_tail(*args, group, self.recompute_values)

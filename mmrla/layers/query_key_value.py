@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import LayerAttention, Retrieval
-from mmrla.layers.norm import is_plain
+from mmrla.layers.norm import is_plain, norm_of
 from mmrla.ops import Op, eca_kernel_size, query_key
 from mmrla.ops.checks import check_head_channels
 from mmrla.ops.reference import autocast_dtype, channel_means, layer_weights, project
@@ -120,6 +121,28 @@ class QueryKeyValue(LayerAttention):
             and is_plain(self, norm, out_norm)
             and self.tail_op.select(z).backend.name == "fused"
         )
+
+    def tail(
+        self,
+        z: Tensor,
+        shortcut: Tensor,
+        state: Any,
+        norm: nn.BatchNorm2d,
+        out_norm: nn.BatchNorm2d,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """See :class:`LayerAttention`."""
+        assert self.value is not None
+        weights = self.tail_weights(self.query.weight, self.key.weight, self.value.weight)
+        return self.run_tail(state, z, shortcut, norm_of(norm), weights, norm_of(out_norm), scale)
+
+    def tail_weights(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        """The weights that :attr:`tail_op` takes."""
+        raise NotImplementedError
+
+    def run_tail(self, state: Any, *args: Any) -> tuple[Tensor, Any]:
+        """Output and state of :attr:`tail_op`, given the state and its other arguments."""
+        raise NotImplementedError
 
     def heads(self, of: Tensor) -> Tensor:
         """A query or key ``[B, C]`` as ``[B, heads, d_k]``."""

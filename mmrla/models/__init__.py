@@ -19,19 +19,10 @@ from mmrla.models.warm_start import WarmStart
 from mmrla.models.wrapper import LayerAttentionWrapper
 
 __all__ = [
-    "CBAM",
-    "ECA",
-    "SE",
-    "TDAM",
-    "AttentionAugmentedConv",
-    "BridgeAttention",
-    "DoubleAttention",
-    "DropoutLinearClsHead",
-    "LayerAttentionWrapper",
-    "SimpleFeaturePyramid",
-    "WarmStart",
+    "CBAM", "ECA", "SE", "TDAM", "AttentionAugmentedConv", "BridgeAttention", "DoubleAttention",
+    "DropoutLinearClsHead", "LayerAttentionWrapper", "SimpleFeaturePyramid", "WarmStart",
     "build_layer_attention",
-]
+]  # fmt: skip
 __all__ += backbones.__all__
 
 log_ops_in_use()

@@ -75,11 +75,7 @@ class LayerAttentionOnTokens(TokenBranch):
     """
 
     def __init__(
-        self,
-        layer_attention: Mapping[str, Any],
-        embed_dims: int,
-        norm_cfg: Mapping[str, Any],
-        drop_path_rate: float = 0.0,
+        self, layer_attention: Any, embed_dims: int, norm_cfg: Any, drop_path_rate: float = 0.0
     ) -> None:
         super().__init__(
             build_layer_attention(layer_attention, embed_dims, TOKEN_DEFAULTS),

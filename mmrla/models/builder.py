@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmrla.layers import LayerAttention
@@ -26,23 +26,9 @@ def layer_attention_class(cfg: Mapping[str, Any]) -> type[LayerAttention]:
     return class_of(cfg, LAYER_ATTENTIONS.get, lambda: LAYER_ATTENTIONS.module_dict)
 
 
-def check_host_takes(
-    cfg: Mapping[str, Any],
-    host: str,
-    placements: Collection[str] = ("after",),
-    shares: bool = False,
-    spans: bool = False,
-) -> None:
-    """Raise ValueError if a host does not support a layer attention.
-
-    Args:
-        cfg: As in :func:`build_layer_attention`.
-        host: Name of the host in the message.
-        placements: As in :func:`mmrla.layers.builder.check_placement`.
-        shares: Likewise.
-        spans: Likewise.
-    """
-    check_placement(layer_attention_class(cfg), cfg, host, placements, shares, spans)
+def check_host_takes(cfg: Mapping[str, Any], *host: Any) -> None:
+    """:func:`mmrla.layers.builder.check_placement` of the class that ``cfg`` names."""
+    check_placement(layer_attention_class(cfg), cfg, *host)
 
 
 def build_layer_attention(

@@ -40,6 +40,14 @@ def check_transformer(host: Any, given: Mapping[str, Any], norm_cfg: Any) -> Non
     check_patches(given.get("img_size", defaults["img_size"]), patch_size)
 
 
+def add_positions(vit: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens with a ViT's position embedding, resized to their grid, after dropout."""
+    positions = resize_pos_embed(
+        vit.pos_embed, vit.patch_resolution, grid, vit.interpolate_mode, vit.num_extra_tokens
+    )
+    return vit.drop_after_pos(x + positions)
+
+
 class LayerAttentionTransformer(LayerAttentionHost):
     """A mixin before a ViT of mmpretrain: a layer attention after each of its blocks.
 

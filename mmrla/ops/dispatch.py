@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 ENV_VAR = "MMRLA_BACKEND"
+
+
+@contextmanager
+def forced_backend(name: str | None) -> Iterator[None]:
+    """Force a backend of every operation; None: their own choice, whatever the environment says."""
+    before = os.environ.pop(ENV_VAR, None)
+    if name is not None:
+        os.environ[ENV_VAR] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(ENV_VAR, None)
+        if before is not None:
+            os.environ[ENV_VAR] = before
 
 
 @dataclass(frozen=True)

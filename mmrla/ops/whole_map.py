@@ -8,7 +8,7 @@ not needed or cheap to recompute, ``o`` is not. Small tensors are float32 or wid
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from mmrla.ops.reference import (
     LightWeights,
     Norm,
     accumulation_dtype,
-    channel_means,
     layer_weights,
     light_logits,
     per_channel,
@@ -46,10 +45,15 @@ def _normalise(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
             x, weight, bias, running_mean, running_var, True, norm.momentum, norm.eps
         )
         return out, mean.to(wide), inverse.to(wide)
-    assert running_mean is not None
-    assert running_var is not None
     out = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, norm.eps)
-    return out, running_mean.to(wide), torch.rsqrt(running_var.to(wide) + norm.eps)
+    return out, *_running(norm, wide)
+
+
+def _running(norm: Norm, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of a norm that uses its running statistics, ``[C]``."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean.to(wide), torch.rsqrt(norm.running_var.to(wide) + norm.eps)
 
 
 def _norm_backward(
@@ -136,11 +140,19 @@ def _drop(x: Tensor, drop: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """``sum_hw a * b``, ``[B, C]``; ``room`` is a map to write the products to."""
-    products, wide = torch.mul(a, b, out=room), accumulation_dtype(a.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
-        # It adds up in float32 in any case; asked for that dtype, torch casts the whole map first.
-        return products.sum((2, 3)).to(wide)
-    return products.sum((2, 3), dtype=wide)
+    return _pixel_sums(torch.mul(a, b, out=room))
+
+
+def _pixel_sums(x: Tensor) -> Tensor:
+    """``sum_hw x``, ``[B, C]``, in float32 or wider."""
+    wide = accumulation_dtype(x.dtype)
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.numel() < 2**21:
+        return x.sum((2, 3), dtype=wide)
+    # Asked for float32, torch casts the whole map first. It adds up a column in float32 in any case
+    # and rounds the sum; the errors of the columns average out.
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).sum(1).sum(1, dtype=wide)
+    return x.sum(2).sum(2, dtype=wide)
 
 
 def _channel_dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -161,11 +173,27 @@ def _finish(
     return normed.add_(y), mean, inverse
 
 
+def _finish_frozen(
+    y: Tensor, terms: Iterable[tuple[Tensor, Tensor]], out_norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_finish` in ``y`` itself if the norm uses its running statistics, without ``o``.
+
+    ``o`` is the sum of factor times map over ``terms``; factors are ``[B, C]`` or ``[C]``. The norm
+    is part of the factors, which saves a pass over the maps and the memory of ``o``.
+    """
+    mean, inverse = _running(out_norm, accumulation_dtype(y.dtype))
+    scale = inverse if out_norm.weight is None else inverse * out_norm.weight
+    for factor, x in terms:
+        _add(y, _on_map(factor * scale, y), x)
+    shift = -mean * scale if out_norm.bias is None else out_norm.bias - mean * scale
+    return _add(y, _on_map(shift, y)), mean, inverse
+
+
 def _start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y``, its channel means, and the statistics that the norm used."""
     y, mean, inverse = _normalise(z, norm)
     y = laid_out(y, z).add_(s).relu_()
-    return y, channel_means(y), mean, inverse
+    return y, _pixel_sums(y) / y[0, 0].numel(), mean, inverse
 
 
 def _start_backward(
@@ -228,8 +256,13 @@ def light_forward(
     logits = light_logits(project(means, w.query), project(means, w.key), w.head_channels)
     gate = torch.sigmoid(logits)
     value = _conv(y, w.value)
-    o = _light_o(value, s, gate, w, in_place=not (keep and _is_half(z)))
-    out, *out_used = _finish(y, o, out_norm, drop)
+    keeps_o = keep and not _is_half(z)
+    if out_norm.batch or drop is not None or keeps_o:
+        o = _light_o(value, s, gate, w, in_place=not keep or keeps_o)
+        out, *out_used = _finish(y, o, out_norm, drop)
+    else:
+        terms = ((gate.repeat_interleave(w.head_channels, dim=1), value), (w.lambda_t, s))
+        out, *out_used = _finish_frozen(y, terms, out_norm)
     return out, (means, *used, *out_used, value) if keep else ()
 
 
@@ -300,10 +333,14 @@ def base_forward(
     key = project(means, w.key)
     value = laid_out(_conv(y, w.value), z)
     weights = layer_weights(project(means, w.query), (*keys, key), w.head_channels)
-    o = _retrieved((*values, value), [per_channel(f, w.head_channels).to(z.dtype) for f in weights])
-    out, *out_used = _finish(y, o, out_norm, drop)
-    kept = (o,) if keys else ()  # in a group's first layer, it is the value
-    return out, key, value, (means, *used, *out_used, *kept) if keep else ()
+    factors = weights.repeat_interleave(w.head_channels, dim=2)
+    if out_norm.batch or drop is not None or keep:
+        o = _retrieved((*values, value), [_on_map(f, z) for f in factors])
+        out, *out_used = _finish(y, o, out_norm, drop)
+        kept = (o,) if keys else ()  # in a group's first layer, it is the value
+        return out, key, value, (means, *used, *out_used, *kept) if keep else ()
+    terms = zip(factors, (*values, value), strict=True)
+    return _finish_frozen(y, terms, out_norm)[0], key, value, ()
 
 
 def base_backward(

@@ -9,12 +9,8 @@ from timm.layers import DropPath, use_reentrant_ckpt
 from torch import Tensor, nn
 
 from mmrla.layers import LayerAttention
-from mmrla.layers.builder import (
-    build,
-    check_placement,
-    layer_attention_class,
-    layer_attentions,
-)
+from mmrla.layers.builder import build, check_placement, layer_attention_class, layer_attentions
+from mmrla.layers.layer_attention import start_as_identity
 
 Config = Mapping[str, Any] | str
 """``dict(type='MRLALight', ...)``, or just a name."""
@@ -70,13 +66,30 @@ def drop_path_of(asked: float | None, block: Any) -> nn.Module:
     return DropPath(rate) if rate else nn.Identity()
 
 
-def check_checkpointing(enable: bool) -> None:
-    """Raise RuntimeError if timm would checkpoint in a way that loses gradients."""
-    if enable and use_reentrant_ckpt():
-        raise RuntimeError(
-            "reentrant checkpointing (TIMM_REENTRANT_CKPT, timm.layers.set_reentrant_ckpt) loses "
-            "the gradients of the state that layers hand on; turn it off"
-        )
+class LayerAttentionNetwork:
+    """A mixin before a network of timm: initialisation and checkpointing of layer attentions."""
+
+    zero_init_mrla: bool
+    """A plain value, set before the ancestor's constructor, which calls init_weights."""
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's; then initialise the layer attention, see ``zero_init_mrla``."""
+        super().init_weights(*args, **kwargs)
+        if self.zero_init_mrla:
+            start_as_identity(self)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's.
+
+        Raises:
+            RuntimeError: Reentrant checkpointing is on, which would lose gradients.
+        """
+        if enable and use_reentrant_ckpt():
+            raise RuntimeError(
+                "reentrant checkpointing (TIMM_REENTRANT_CKPT, timm.layers.set_reentrant_ckpt) "
+                "loses the gradients of the state that layers hand on; turn it off"
+            )
+        super().set_grad_checkpointing(enable)
 
 
 def with_own_attention(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from timm.models import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from mmrla.layers.layer_attention import Carried, start_as_identity
+from mmrla.layers.layer_attention import Carried
 from mmrla.layers.norm import is_plain
-from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
+from mmrla.timm.common import Config, LayerAttentionNetwork, build_attention, drop_path_of
 
 
 class _LayerAttentionBlock:
@@ -25,6 +25,9 @@ class _LayerAttentionBlock:
     ``(o_t, state) = mrla(y, shortcut, state)``. The last block of a stage gives ``out``, the others
     ``(out, state)``.
     """
+
+    _last: int
+    """Number of the last convolution, norm and activation."""
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class _LayerAttentionBlock:
         self.mrla_last = False
         if layer_attention is None:
             return
-        channels = self._last_conv.out_channels
+        channels = getattr(self, f"conv{self._last}").out_channels
         norm = get_norm_layer(kwargs.get("norm_layer")) or nn.BatchNorm2d
         attention = build_attention(layer_attention, channels, "MRLAResNet", shares=True)
         self.mrla_drop_path = drop_path_of(mrla_drop_path_rate, self)
@@ -54,7 +57,7 @@ class _LayerAttentionBlock:
         if isinstance(x, Carried):
             x, state = x
         z = self._before_last_norm(x)
-        norm, act = self._last_norm_and_act
+        norm, act = getattr(self, f"bn{self._last}"), getattr(self, f"act{self._last}")
         shortcut = x if self.downsample is None else self.downsample(x)
         if self._fuses_tail(z, shortcut, norm, act):
             scale = None
@@ -94,39 +97,27 @@ class _LayerAttentionBlock:
 class MRLABasicBlock(_LayerAttentionBlock, BasicBlock):
     """timm's basic block with a layer attention after it."""
 
+    _last = 2
+
     def _before_last_norm(self, x: Tensor) -> Tensor:
         return self.conv2(self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x))))))
-
-    @property
-    def _last_conv(self) -> Any:
-        return self.conv2
-
-    @property
-    def _last_norm_and_act(self) -> Any:
-        return self.bn2, self.act2
 
 
 @register_notrace_module
 class MRLABottleneck(_LayerAttentionBlock, Bottleneck):
     """timm's bottleneck with a layer attention after it."""
 
+    _last = 3
+
     def _before_last_norm(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         return self.conv3(self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x))))))
-
-    @property
-    def _last_conv(self) -> Any:
-        return self.conv3
-
-    @property
-    def _last_norm_and_act(self) -> Any:
-        return self.bn3, self.act3
 
 
 _BLOCKS = {BasicBlock: MRLABasicBlock, Bottleneck: MRLABottleneck}
 
 
-class MRLAResNet(ResNet):
+class MRLAResNet(LayerAttentionNetwork, ResNet):
     """timm's ResNet with a layer attention after every residual layer.
 
     All timm arguments keep their meaning and also apply to the attention: ``norm_layer`` defines
@@ -170,8 +161,6 @@ class MRLAResNet(ResNet):
         block_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # A plain value, so it may be set before the ancestor's constructor, which calls
-        # init_weights.
         self.zero_init_mrla = zero_init_mrla
         several = isinstance(block, (tuple, list))
         blocks = tuple(_BLOCKS.get(b, b) for b in (block if several else (block,)))
@@ -195,18 +184,3 @@ class MRLAResNet(ResNet):
             for other in blocks_of_stage[1:]:
                 other.mrla.share(blocks_of_stage[0].mrla)
             blocks_of_stage[-1].mrla_last = True
-
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """As timm's; then initialise the layer attention, see ``zero_init_mrla``."""
-        super().init_weights(zero_init_last)
-        if self.zero_init_mrla:
-            start_as_identity(self)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's.
-
-        Raises:
-            RuntimeError: Reentrant checkpointing is on.
-        """
-        check_checkpointing(enable)
-        super().set_grad_checkpointing(enable)

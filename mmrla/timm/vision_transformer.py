@@ -21,10 +21,10 @@ from mmrla.layers.builder import TOKEN_DEFAULTS, check_added
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import LayerAttention, start_as_identity
 from mmrla.layers.token_branch import TokenBranch
-from mmrla.timm.common import Config, build_attention, check_checkpointing, drop_path_of
+from mmrla.timm.common import Config, LayerAttentionNetwork, build_attention, drop_path_of
 
 
-class _LayerAttentionTransformer:
+class _LayerAttentionTransformer(LayerAttentionNetwork):
     """A mixin before a ViT of timm: a layer attention after each of its blocks."""
 
     _placement = "after"
@@ -44,7 +44,6 @@ class _LayerAttentionTransformer:
                 f"patch_drop_rate must be 0, got {kwargs['patch_drop_rate']}: the tokens that are "
                 "left make no map for the layer attention"
             )
-        # A plain value: the ancestor's constructor calls init_weights.
         self.zero_init_mrla = zero_init_mrla
         super().__init__(*args, **kwargs)
         self.mrla_group_size = mrla_group_size
@@ -74,21 +73,6 @@ class _LayerAttentionTransformer:
             block.mrla = part.to(**where)
         if self.zero_init_mrla:
             start_as_identity(self)
-
-    def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's; then initialise the layer attention, see ``zero_init_mrla``."""
-        super().init_weights(*args, **kwargs)
-        if self.zero_init_mrla:
-            start_as_identity(self)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's.
-
-        Raises:
-            RuntimeError: Reentrant checkpointing is on.
-        """
-        check_checkpointing(enable)
-        super().set_grad_checkpointing(enable)
 
     def _run_block(
         self, block: Any, x: Tensor, state: Any, grid: tuple[int, int], options: dict[str, Any]

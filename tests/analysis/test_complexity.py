@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
-from mmrla.engine.network import build_network
+from mmrla.analysis.naming import backbone_name, image_size
+from mmrla.commands import cost_counts as cost
+from mmrla.commands import cost_tables as tables
+from mmrla.engine.network import build_network, without_layer_attention
 from mmrla.layers import LayerAttention
 from mmrla.ops import eca_kernel_size
 from mmrla.registry import MODELS
@@ -23,16 +24,6 @@ from tests.zygote import run_command
 LIGHT = dict(type="MRLALight", head_channels=32)
 BASE = dict(type="MRLABase", head_channels=16)
 CIFAR = ROOT / "configs" / "cifar"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    path = ROOT / "tools" / "analysis" / "complexity.py"
-    spec = importlib.util.spec_from_file_location("complexity_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 def classifier(depth, layer_attention):
@@ -327,11 +318,11 @@ def test_activation_memory_of_resnet50():
     assert round((got + statistics / 2) / 2**20, 1) == 82.1
 
 
-def test_table_of_two_configs(tool):
+def test_table_of_two_configs():
     """The plain config is the other one's host, so there are two rows."""
     names = ("resnet20_mrla_cifar10.py", "resnet20_plain_cifar10.py")
-    rows = tool.measure_all(CIFAR / name for name in names)
-    titles, line, plain, light, _, skipped = tool.markdown(rows).splitlines()
+    rows = cost.measure_all(CIFAR / name for name in names)
+    titles, line, plain, light, _, skipped = tables.markdown(rows).splitlines()
     assert len({text.count("|") for text in (titles, line, plain, light)}) == 1
     assert plain.startswith("| ResNet-20 | 0.272 M |  | 0.0412 |  |  | 1.5 MiB |  | [")
     assert light.startswith("| ResNet-20 + MRLA-light | 0.277 M | +0.004 | 0.0423 | +0.0010 |")
@@ -339,7 +330,7 @@ def test_table_of_two_configs(tool):
     assert "`sigmoid`" in skipped
 
 
-def test_table_of_other_networks(tool, tmp_path):
+def test_table_of_other_networks(tmp_path):
     """One that mmrla has no host for, at its own crop; one without a plain config, and the paper.
 
     The host is counted too then.
@@ -356,25 +347,25 @@ def test_table_of_other_networks(tool, tmp_path):
         "backbone = dict(type='mmrla.MRLAVisionTransformer', arch='deit-tiny', patch_size=16)\n"
         "model = dict(type='ImageClassifier', backbone=backbone)\n"
     )
-    assert tool.image_size(Config.fromfile(tmp_path / "a.py")) == (64, 64)
-    rows = tool.measure_all(sorted(tmp_path.glob("*.py")), (64, 64))
-    *_, plain, light, other, _, _ = tool.markdown(rows).splitlines()
+    assert image_size(Config.fromfile(tmp_path / "a.py")) == (64, 64)
+    rows = cost.measure_all(sorted(tmp_path.glob("*.py")), (64, 64))
+    *_, plain, light, other, _, _ = tables.markdown(rows).splitlines()
     assert other.startswith("| MobileNetV2 |")
     assert plain.startswith("| DeiT-T |")
     assert plain.endswith(" |  |")
     assert re.match(r"\| DeiT-T \+ MRLA-light \| 5.557 M \| \+0.032 \| \+0.03 \|", light)
 
 
-def test_table_of_ablations(tool):
+def test_table_of_ablations():
     """Beside the plain network and, where it is counted too, what they are compared with."""
     configs = ROOT / "configs"
     names = ("ablation/deit-tiny_mrla_no-previous", "ablation/deit-tiny_mrla_dk-all")
     paths = [configs / f"{name}_in1k.py" for name in (*names, "imagenet/deit-tiny_mrla")]
-    rows = tool.measure_all(paths, (32, 32))
-    found = tool.tables(rows)
+    rows = cost.measure_all(paths, (32, 32))
+    found = tables.tables(rows)
     assert {group: len(own) for group, own in found.items()} == {"imagenet": 2, "ablation": 4}
-    assert " 5.750 M | +0.032 | +0.03 |" in tool.markdown(found["imagenet"])
-    titles, line, *table, _, _ = tool.markdown(found["ablation"]).splitlines()
+    assert " 5.750 M | +0.032 | +0.03 |" in tables.markdown(found["imagenet"])
+    titles, line, *table, _, _ = tables.markdown(found["ablation"]).splitlines()
     assert len({text.count("|") for text in (titles, line, *table)}) == 1
     assert [row.split(" | ")[:2] for row in table] == [
         ["| ", "DeiT-T"],
@@ -395,8 +386,8 @@ def test_no_two_ablations_have_one_name():
     assert len({row[1] for row in rows}) == len(rows)
 
 
-def test_names(tool):
-    name = tool.backbone_name
+def test_names():
+    name = backbone_name
     assert name(dict(type="mmrla.MRLAResNeXt", depth=50)) == "ResNeXt-50 (32x4d)"
     cifar = dict(type="mmrla.MRLAResNetCIFAR", depth=20)
     assert name(cifar) == name(dict(cifar, block="basic")) == "ResNet-20"
@@ -409,26 +400,26 @@ def test_names(tool):
     assert name(dict(type="Unheard", arch=dict(num_layers=2, embed_dims=8))) == "Unheard-2x8"
 
 
-def test_write_replaces_a_table_and_nothing_else(tool, tmp_path):
+def test_write_replaces_a_table_and_nothing_else(tmp_path):
     page = tmp_path / "configs.md"
     text = (ROOT / "docs/configs.md").read_text()
     page.write_text(text)
-    for group in tool.GROUPS:
-        tool.write(group, f"the {group} table of [x](configs/x.py)", page)
+    for group in tables.GROUPS:
+        tables.write(group, f"the {group} table of [x](configs/x.py)", page)
         written = f"begin -->\nthe {group} table of [x](../configs/x.py)\n<!-- {group}:end"
         assert written in page.read_text()
     assert page.read_text().split("<!--")[0] == text.split("<!--")[0]
     assert page.read_text().split("-->")[-1] == text.split("-->")[-1]
 
 
-def test_write_of_some_configs_leaves_other_rows(tool, tmp_path):
+def test_write_of_some_configs_leaves_other_rows(tmp_path):
     def table(*rows: str, ops: str) -> str:
         return "\n".join(["| a | config |", "|---|---|", *rows, "", f"Not counted: {ops}."])
 
     old = table("| 1 | [x](x) |", "| 2 |  |", "| 3 | [y](y) |", ops="`add`, `sum`")
     new = table("| 0 | [w](w) |", "| 9 |  |", "| 5 | [x](x) |", "| 6 | [z](z) |", ops="`mul`")
     (tmp_path / "README.md").write_text(f"a\n<!-- coco:begin -->\n{old}\n<!-- coco:end -->\nb")
-    tool.write("coco", new, tmp_path / "README.md", whole=False)
+    tables.write("coco", new, tmp_path / "README.md", whole=False)
     rows = ("| 0 | [w](w) |", "| 5 | [x](x) |", "| 6 | [z](z) |", "| 2 |  |", "| 3 | [y](y) |")
     expected = table(*rows, ops="`add`, `mul`, `sum`")
     written = (tmp_path / "README.md").read_text()
@@ -436,7 +427,7 @@ def test_write_of_some_configs_leaves_other_rows(tool, tmp_path):
 
 
 @pytest.mark.parametrize("group", ["imagenet", "cifar", "coco", "ablation"])
-def test_page_is_up_to_date(group, tool):
+def test_page_is_up_to_date(group):
     """Parameters of the first and the last config in its table."""
     text = (ROOT / "docs/configs.md").read_text()
     table = text.split(f"<!-- {group}:begin -->")[1].split(f"<!-- {group}:end -->")[0]
@@ -446,29 +437,29 @@ def test_page_is_up_to_date(group, tool):
     column = table.splitlines()[1].split(" | ").index("params")
     for row in (rows[0], rows[-1]):
         cfg = Config.fromfile(ROOT / re.search(r"\(\.\./(configs/.*)\)", row[-1])[1])
-        model = tool.build(cfg.model, cfg.default_scope)
+        model = cost.build(cfg.model, cfg.default_scope)
         number, unit = row[column].split()
         digits = len(number.split(".")[1])
         params = sum(p.numel() for p in model.parameters())
         assert (f"{params / 1e6:.{digits}f}", unit) == (number, "M")
 
 
-def test_plain_hosts_beside_layer_interactions(tool):
+def test_plain_hosts_beside_layer_interactions():
     """What RLA_g appends is taken off the head; a network that takes no layer attention stays."""
     imagenet = ROOT / "configs" / "imagenet"
     rla = Config.fromfile(imagenet / "resnet50_rla-g_in1k.py").model
     plain = Config.fromfile(imagenet / "resnet50_plain_in1k.py").model
     assert rla.head.in_channels == 2080
-    assert tool.without_layer_attention(rla).head.in_channels == 2048
-    assert tool.network(rla) == tool.network(plain)
+    assert without_layer_attention(rla).head.in_channels == 2048
+    assert cost.network(rla) == cost.network(plain)
     path = str(imagenet / "resnet50_rla-g_in1k.py")
     built = build_network(path, plain=True, need_head=True).model
     assert sum(p.numel() for p in built.parameters()) == 25_557_032  # the plain ResNet-50's
     detector = Config.fromfile(ROOT / "configs/retinanet_r50_rla-g_1x.py").model
-    assert tool.without_layer_attention(detector).backbone.layer_attention is None
+    assert without_layer_attention(detector).backbone.layer_attention is None
     dense = Config.fromfile(imagenet / "densenet161_in1k.py").model
-    assert tool.without_layer_attention(dense) == dense
-    assert tool.backbone_name(dense.backbone) == "DenseNet-161"
+    assert without_layer_attention(dense) == dense
+    assert backbone_name(dense.backbone) == "DenseNet-161"
 
 
 @pytest.mark.slow

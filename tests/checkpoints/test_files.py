@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from mmengine.hooks import EMAHook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import ExponentialMovingAverage
 
 from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
-from tests.conftest import ROOT
-from tests.zygote import run_command
+from tests.helpers import refusal
 
 STATE = {"conv1.weight": torch.arange(4096.0), "bn1.bias": torch.zeros(3)}
 
@@ -68,7 +73,7 @@ def test_bad_files(kind, tmp_path, monkeypatch, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_missing_file(tmp_path):
+def test_files_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no such checkpoint: {tmp_path}/x.pth"):
         load_file(tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="torchvision has no weights of that name"):
@@ -104,13 +109,8 @@ def test_wrappers_and_prefixes(legacy, tmp_path):
         state_dict_of(load_file(path), "best")
 
 
-def test_mmengine_saves_the_average_as_state_dict(tmp_path):
+def test_mmengine_saves_the_average_as_state_dict():
     """Taken from its hook: what it calls ema_state_dict holds the optimizer's weights."""
-    from types import SimpleNamespace
-
-    from mmengine.hooks import EMAHook
-    from mmengine.model import ExponentialMovingAverage
-
     model = torch.nn.Linear(2, 1, bias=False)
     hook = EMAHook()
     hook.src_model, hook.ema_model = model, ExponentialMovingAverage(model)
@@ -119,20 +119,14 @@ def test_mmengine_saves_the_average_as_state_dict(tmp_path):
     checkpoint = {"state_dict": {k: v.clone() for k, v in model.state_dict().items()}}
     hook.enabled_by_epoch, hook.begin_iter, hook.begin_epoch = False, 0, 0
     hook.before_save_checkpoint(SimpleNamespace(iter=10, epoch=1), checkpoint)
-    assert state_dict_of(checkpoint, "averaged")["weight"].unique().tolist() == [5.0]
-    assert state_dict_of(checkpoint)["weight"].unique().tolist() == [5.0]
-    assert state_dict_of(checkpoint, "raw")["weight"].unique().tolist() == [1.0]
+    for which, value in (("averaged", 5.0), ("default", 5.0), ("raw", 1.0)):
+        assert state_dict_of(checkpoint, which)["weight"].unique().tolist() == [value]
 
 
 def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
     """Log histories are numpy arrays in a class of mmengine's: harmless, and allowed by name."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-
     history = HistoryBuffer([1.0, 2.0], [1, 1])
-    import collections
-
-    schedulers = [{"milestones": collections.Counter({8: 1, 11: 1})}]
+    schedulers = [{"milestones": Counter({8: 1, 11: 1})}]
     hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"best": np.float64(0.5)}}
     path = tmp_path / "epoch_1.pth"
     whole = {"state_dict": STATE, "message_hub": hub, "param_schedulers": schedulers}
@@ -140,14 +134,12 @@ def test_mmengines_training_checkpoint_needs_no_opt_in(tmp_path):
     assert list(state_dict_of(load_file(path))) == list(STATE)
 
 
-def test_commands_report_bad_files_in_one_line(tmp_path):
+@pytest.mark.parametrize("command", ["convert", "publish"])
+def test_commands_report_bad_files_in_one_line(command, tmp_path, capsys):
     path = tmp_path / "page.pth"
     path.write_bytes(BAD["html"][0])
-    for command in (["convert_checkpoint.py", path, tmp_path / "out.pth"],
-                    ["publish_checkpoint.py", path, tmp_path / "out"]):  # fmt: skip
-        done = run_command(ROOT / "tools" / command[0], *command[1:])
-        assert done.returncode == 2
-        assert "error: " in done.stderr
-        assert "this is a web page" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert list(tmp_path.iterdir()) == [path]
+    line, hint = refusal(capsys, command, path, tmp_path / "out.pth").splitlines()
+    assert hint == "(MMRLA_TRACEBACK=1 shows the traceback)"
+    assert line.startswith("error: ")
+    assert "this is a web page" in line
+    assert list(tmp_path.iterdir()) == [path]

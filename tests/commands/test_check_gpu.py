@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from mmrla import cli
 from mmrla.commands import check_gpu, gpu_comparison, gpu_timing
 from mmrla.commands.gpu_comparison import Check, Outcome, checks_of, compare
+from mmrla.models import MRLAResNet
 from mmrla.ops import whole_map
 from tests.conftest import ROOT
+from tests.helpers import python
 
 CPU = torch.device("cpu")
+ALONE = ["--device", "cpu", "--processes", "0"]
+LIGHT, BASE = (Check(kind, (2, 8, 5, 3), 4) for kind in ("light", "base"))
+
+
+def fails(*args):
+    raise RuntimeError("ptxas failed\nwith much text")
 
 
 @pytest.fixture
@@ -33,8 +42,11 @@ def loses_taps(monkeypatch):
     monkeypatch.setattr(whole_map, "light_backward", light_backward)
 
 
-def test_right_on_the_cpu(capsys):
-    assert cli.main(["check-gpu", "--device", "cpu", "--processes", "0", "--no-times"]) == 0
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_right_on_the_cpu(processes, capsys):
+    """In this process, and in another."""
+    words = ["--device", "cpu", "--processes", processes, "--no-times"]
+    assert cli.main(["check-gpu", *words]) == 0
     out = capsys.readouterr()
     assert f"torch {torch.__version__}" in out.out
     assert "8 checks, 0 wrong, 0 not made" in out.out
@@ -46,22 +58,13 @@ def test_right_on_the_cpu(capsys):
 
 @pytest.mark.usefixtures("loses_taps")
 def test_a_wrong_gradient_is_named(capsys):
-    assert check_gpu.main(["--device", "cpu", "--processes", "0", "--no-times"]) == 1
+    assert check_gpu.main([*ALONE, "--no-times"]) == 1
     out = capsys.readouterr().out
     assert "8 checks, 3 wrong" in out
     wrong = [line for line in out.splitlines() if line.startswith("- WRONG")]
     assert all(": grad of value " in line and "light, float32" in line for line in wrong)
-
-
-def test_another_process_finds_the_same():
-    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu", "--no-times"]
-    done = subprocess.run(
-        [*command, "--processes", "1"], cwd=ROOT, capture_output=True, text=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 checks, 0 wrong, 0 not made" in done.stdout
-    assert "grad of lambda_t" in done.stdout
+    # A repeated batch shows it too.
+    assert list(compare(LIGHT._replace(copies=2), CPU).above) == ["grad of value"]
 
 
 WITH_TORCH_ALONE = """
@@ -80,16 +83,13 @@ sys.exit(main(["--device", "cpu", "--processes", "0", "--no-times"]))
 
 
 def test_needs_torch_alone():
-    script = WITH_TORCH_ALONE
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 checks, 0 wrong, 0 not made" in done.stdout
-    assert "Triton none" in done.stdout
+    printed = python("-c", WITH_TORCH_ALONE, cwd=ROOT)
+    assert "8 checks, 0 wrong, 0 not made" in printed
+    assert "Triton none" in printed
 
 
 def test_processes_that_crash_or_are_late(monkeypatch):
     """The check that crashed is wrong; those after it, and late ones, were not made."""
-    checks = checks_of("cpu", 2)[:4]
     line = '{"errors": {"out": 1e-9}, "note": "", "failed": false, "index": %d}'
     script = "import sys, time; print(sys.argv[1]); sys.stdout.flush(); %s"
     real = subprocess.Popen
@@ -101,45 +101,33 @@ def test_processes_that_crash_or_are_late(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(check_gpu, "SECONDS", 3.0)
-    found = check_gpu._compare_all(checks, "cpu", 2, CPU, 2)
-    assert [outcome.columns()["result"] for outcome in found] == [
-        "ok", "ok", "WRONG", "not checked",
-    ]  # fmt: skip
+    found = check_gpu._compare_all(checks_of("cpu", 2)[:4], "cpu", 2, CPU, 2)
+    results = [outcome.columns()["result"] for outcome in found]
+    assert results == ["ok", "ok", "WRONG", "not checked"]
     assert "status 1: illegal memory access" in found[2].explanation()
     assert found[3].note == "no time was left"
 
 
-@pytest.mark.parametrize("kind", ["light", "base"])
-def test_a_repeated_batch_has_a_known_result(kind):
-    check = Check(kind, (2, 8, 5, 3), 4, channels_last=kind == "base", layers=2 * (kind == "base"))
-    check = check._replace(layers=max(1, check.layers), drop=True, copies=3)
-    once = gpu_comparison.errors_of(check._replace(copies=1), CPU)
+@pytest.mark.parametrize("check", [LIGHT, BASE._replace(channels_last=True, layers=2)])
+def test_a_repeated_batch_has_a_known_result(check):
+    check = check._replace(drop=True, copies=3)
     errors = gpu_comparison.errors_of(check, CPU)
-    assert errors.keys() == once.keys()
+    assert errors.keys() == gpu_comparison.errors_of(check._replace(copies=1), CPU).keys()
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.usefixtures("loses_taps")
-def test_a_repeated_batch_shows_a_fault():
-    found = compare(Check("light", (2, 8, 5, 3), 4, copies=2), CPU)
-    assert list(found.above) == ["grad of value"]
-
-
 def test_what_raises_is_wrong(monkeypatch):
-    def fails(*args):
-        raise RuntimeError("ptxas failed\nwith much text")
-
     monkeypatch.setattr(whole_map, "base_forward", fails)
-    found = compare(Check("base", (2, 8, 5, 3), 4), CPU)
+    found = compare(BASE, CPU)
     assert found.wrong
     assert found.explanation() == "RuntimeError: ptxas failed"
-    nan = Outcome(Check("base", (2, 8, 5, 3), 4), {"out": 0.0, "grad of z": math.nan})
+    nan = Outcome(BASE, {"out": 0.0, "grad of z": math.nan})
     assert nan.wrong
     assert nan.columns()["of"] == "grad of z"
 
 
-def test_the_checks_of_a_gpu():
-    """Layouts, dtypes, norms, ResNet-50 at its batch, more than 2**31 elements."""
+def test_the_checks_of_a_gpu(monkeypatch):
+    """Layouts, dtypes, norms, ResNet-50 at its batch, more than 2**31 elements if they fit."""
     for kind in ("light", "base"):
         checks = [check for check in checks_of("all", 256) if check.kind == kind]
         assert {(c.dtype, c.channels_last) for c in checks} >= {
@@ -150,9 +138,6 @@ def test_the_checks_of_a_gpu():
         assert sum(c.shape[0] * c.copies == 256 for c in checks) == 8
         for check in [check for check in checks_of("large", 256) if check.kind == kind]:
             assert check.copies * math.prod(check.shape) > 2**31
-
-
-def test_without_memory_a_large_map_is_not_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = compare(checks_of("large", 256)[0], torch.device("cuda"))
@@ -170,8 +155,6 @@ class Small(torch.nn.Conv2d):
 
 def test_times(monkeypatch, capsys):
     """The tables of times, with kernels' times as a GPU's profile gives them."""
-    from mmrla.models import MRLAResNet
-
     backbone = MRLAResNet(50, layer_attention=gpu_timing.ATTENTIONS["base"])
     loss = gpu_timing.Classifier(backbone, 2048)
     with torch.no_grad():
@@ -180,32 +163,24 @@ def test_times(monkeypatch, capsys):
     monkeypatch.setattr(gpu_timing, "device_work", lambda step, device: (2e-3, 7))
     monkeypatch.setattr(gpu_timing, "peak_memory", lambda step, device: 2**20)
     monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    assert check_gpu.main(ALONE) == 0
     out = capsys.readouterr().out
     for name in ("plain", "light, fused", "base, naive", "light", "base"):
         assert any(f"| {name} " in line for line in out.splitlines()), name
     assert "training step, kernels over plain" in out
     assert "peak memory over plain" in out
-
-
-def test_times_without_mm_packages(monkeypatch, capsys):
-    monkeypatch.setattr(check_gpu, "checks_of", lambda part, batch: [])
+    # Without mm packages, and with an error.
     monkeypatch.setattr(check_gpu, "operation_rows", lambda *args: iter([{"block end": "plain"}]))
     monkeypatch.setitem(sys.modules, "mmrla.models", None)
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 0
+    assert check_gpu.main(ALONE) == 0
     assert "the mm packages cannot be imported" in capsys.readouterr().out
-
-    def fails(*args):
-        raise RuntimeError("CUDA error")
-
     monkeypatch.setattr(check_gpu, "operation_rows", fails)
-    assert check_gpu.main(["--device", "cpu", "--processes", "0"]) == 1
-    assert "- WRONG: RuntimeError: CUDA error" in capsys.readouterr().out
+    assert check_gpu.main(ALONE) == 1
+    assert "- WRONG: RuntimeError: ptxas failed" in capsys.readouterr().out
 
 
 def test_kernels_of_a_profile(monkeypatch):
     """Annotations span kernels, which count once."""
-    from torch.autograd import DeviceType
 
     def event(name, microseconds, device=DeviceType.CUDA, note=False):
         span = SimpleNamespace(elapsed_us=lambda: microseconds)
@@ -214,16 +189,8 @@ def test_kernels_of_a_profile(monkeypatch):
 
     events = [event("gemm", 10), event("gemm", 20), event("cudaLaunch", 5, DeviceType.CPU),
               event("Optimizer.step#SGD.step", 99), event("mine", 99, note=True)]  # fmt: skip
-
-    class Profile:
-        def __init__(self, **kwargs): ...
-
-        def __enter__(self):
-            return SimpleNamespace(events=lambda: events)
-
-        def __exit__(self, *args): ...
-
-    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    profile = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profile))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     seconds, launches = gpu_timing.device_work(lambda: None, torch.device("cuda"))
     assert seconds == pytest.approx(30e-6)
@@ -240,23 +207,21 @@ def test_without_a_gpu(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(check_gpu, "_compare_all", compare_all)
-    monkeypatch.setattr(check_gpu, "_triton_version", lambda: "3.6.0")
-    assert check_gpu.main([]) == 1
-    assert "No GPU is available to torch. Triton's interpreter" in capsys.readouterr().out
-    monkeypatch.setattr(check_gpu, "_triton_version", lambda: None)
-    assert check_gpu.main([]) == 1
-    assert "Triton is not installed" in capsys.readouterr().out
+    for version, said in (
+        ("3.6.0", "No GPU is available to torch. Triton's interpreter"),
+        (None, "Triton is not installed"),
+    ):
+        monkeypatch.setattr(check_gpu, "_triton_version", lambda version=version: version)
+        assert check_gpu.main([]) == 1
+        assert said in capsys.readouterr().out
     assert parts == ["interpreter", "cpu"]
 
 
 @pytest.mark.parametrize("share", ["2/8", "6/8"], ids=["light", "base"])
-def test_by_the_interpreter(share):
+def test_by_the_interpreter(share, monkeypatch):
     """One check of each operation; all of them take minutes."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "mmrla.commands.check_gpu", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--part", "interpreter", "--batch", "2", "--share", share], cwd=ROOT,
-        capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET="1"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert '"failed": false' in done.stdout, done.stdout
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    words = ["--device", "cpu", "--part", "interpreter", "--batch", "2", "--share", share]
+    printed = python("-m", "mmrla.commands.check_gpu", *words, cwd=ROOT)
+    assert '"failed": false' in printed, printed

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmpretrain import ImageClassificationInferencer
+from pycocotools.mask import decode
 
 from mmrla.cli import main
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT
-
-DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
+from tests.helpers import DEMO, build, refusal, save_weights
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return generate_shapes(tmp_path_factory.mktemp("predict"), num_train=1, num_val=2)
-
-
-def save(cfg: Config, path, **meta) -> str:
-    """A checkpoint of random weights."""
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build({**cfg.model, "data_preprocessor": cfg.get("data_preprocessor")}
-                             if "data_preprocessor" in cfg else cfg.model)  # fmt: skip
-    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
-    return str(path)
 
 
 def predict(config, checkpoint, *words: object) -> list[dict]:
@@ -40,11 +32,8 @@ def predict(config, checkpoint, *words: object) -> list[dict]:
 
 
 def test_boxes_masks_and_pictures(images, tmp_path, monkeypatch, capsys):
-    from mmdet.apis import inference_detector, init_detector
-    from pycocotools.mask import decode
-
     monkeypatch.chdir(tmp_path)
-    checkpoint = save(Config.fromfile(DEMO), tmp_path / "weights.pth")
+    checkpoint = save_weights(Config.fromfile(DEMO), tmp_path / "weights.pth")
     folders = [images / "train2017", images / "val2017"]  # whose files have the same names
     files = [path for folder in folders for path in sorted(folder.iterdir())]
     assert len({path.name for path in files}) < len(files) == 3
@@ -83,8 +72,6 @@ def test_boxes_masks_and_pictures(images, tmp_path, monkeypatch, capsys):
 
 
 def test_a_classifier(images, tmp_path, monkeypatch):
-    from mmpretrain import ImageClassificationInferencer
-
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
     options = {"model.backbone.depth": 18, "model.head.in_channels": 512}
@@ -92,7 +79,7 @@ def test_a_classifier(images, tmp_path, monkeypatch):
     cfg.merge_from_dict(options)
     cfg.model.backbone.init_cfg = None
     names = [f"animal {number}" for number in range(1000)]
-    checkpoint = save(cfg, tmp_path / "weights.pth", dataset_meta=dict(classes=names))
+    checkpoint = save_weights(cfg, tmp_path / "weights.pth", dataset_meta=dict(classes=names))
     image = next((images / "val2017").iterdir())
     words = [f"{key}={value}" for key, value in options.items()]
     (found,) = predict(config, checkpoint, image, "--cfg-options", *words)
@@ -112,12 +99,11 @@ def test_arrays_of_cifar_are_rgb(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs/cifar/resnet20_mrla-base_cifar10.py"
     cfg = Config.fromfile(config)
-    checkpoint = save(cfg, tmp_path / "weights.pth")
+    checkpoint = save_weights(cfg, tmp_path / "weights.pth")
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), image)
     (found,) = predict(config, checkpoint, "image.png")
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        model = MODELS.build(cfg.model).eval()
+    model = build(cfg.model, "mmpretrain").eval()
     model.load_state_dict(torch.load(checkpoint)["state_dict"])
     mean, std = (torch.tensor(cfg.data_preprocessor[key]) for key in ("mean", "std"))
     rgb = (torch.from_numpy(image[..., ::-1].copy()).float() - mean) / std
@@ -132,23 +118,93 @@ def test_arrays_of_cifar_are_rgb(images, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+def test_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("text")
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
+    torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / "other.pth")
+    for words, says in (
         (["weights.pth", "no/such*.jpg"], "IMAGE: nothing matches"),
         (["weights.pth", "text.png"], "not an image"),
         (["gone.pth", "image.png"], "no such checkpoint"),
         (["weights.pth", "image.png", "--score-thr", "30"], "--score-thr must be from 0 to 1"),
         (["other.pth", "image.png"], "no key matches the model"),
-    ],
-)
-def test_bad_input(words, says, tmp_path, monkeypatch, capsys):
+    ):
+        assert says in refusal(capsys, "predict", DEMO, *words)
+        assert not (tmp_path / "work_dirs").exists()
+
+
+# --- mmrla test --tta: an image and its mirror image give the same, mirrored ---
+
+
+BOXES = {"model.roi_head.mask_head": None, "test_evaluator.metric": "bbox"}
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """Two images, the second the first one's mirror image, in which the shapes are not right."""
+    root = generate_shapes(tmp_path_factory.mktemp("tta") / "data", num_train=1, num_val=2)
+    first, second = sorted((root / "val2017").iterdir())
+    cv2.imwrite(str(second), cv2.imread(str(first))[:, ::-1])
+    return root
+
+
+def predictions(mirrored, tmp_path, *words: str):
+    cfg = Config.fromfile(DEMO)
+    cfg.merge_from_dict(BOXES)
+    weights = save_weights(cfg, tmp_path / "w.pth")
+    options = [f"{key}={value}" for key, value in BOXES.items()]
+    out = tmp_path / "out.pkl"
+    main(["test", str(DEMO), weights, "--data-root", str(mirrored), "--work-dir",
+          str(tmp_path), "--out", str(out), *words, "--cfg-options", *options,
+          "test_dataloader.num_workers=0"])  # fmt: skip
+    found = pickle.loads(out.read_bytes())
+    return [one["pred_instances"] for one in sorted(found, key=lambda one: one["img_path"])]
+
+
+def test_detections_mirror(mirrored, tmp_path):
+    plain, mirror = predictions(mirrored, tmp_path, "--tta")
+    assert len(plain["scores"]) > 10
+    best = 10
+    torch.testing.assert_close(plain["scores"][:best], mirror["scores"][:best])
+    x1, y1, x2, y2 = mirror["bboxes"][:best].unbind(1)
+    width = cv2.imread(str(next((mirrored / "val2017").iterdir()))).shape[1]
+    expected = torch.stack((width - x2, y1, width - x1, y2), 1)
+    torch.testing.assert_close(plain["bboxes"][:best], expected, atol=0.01, rtol=0)
+    # which a single look at each image does not give
+    cfg = Config.fromfile(DEMO)
+    cfg.merge_from_dict(BOXES)
+    model = init_detector(cfg, str(tmp_path / "w.pth"), device="cpu")
+    one, two = (
+        inference_detector(model, str(path)).pred_instances.scores[:best]
+        for path in sorted((mirrored / "val2017").iterdir())
+    )
+    assert not torch.allclose(one, two)
+
+
+def test_masks_are_refused(mirrored, tmp_path, capsys):
+    (tmp_path / "w.pth").touch()
+    words = ["test", DEMO, tmp_path / "w.pth", "--data-root", mirrored, "--tta"]
+    assert "--cfg-options model.roi_head.mask_head=None" in refusal(capsys, *words)
+
+
+def test_a_mirrored_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("text")
-    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
-    torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / "other.pth")
-    with pytest.raises(SystemExit) as stopped:
-        main(["predict", str(DEMO), *words])
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "work_dirs").exists()
+    image = torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(0)).numpy()
+    for split in ("train", "val", "test"):
+        for label in "ab":
+            (tmp_path / f"data/{split}/{label}").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / f"data/{split}/a/0.png"), image)
+        cv2.imwrite(str(tmp_path / f"data/{split}/b/1.png"), image[:, ::-1])
+    config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
+    cfg = Config.fromfile(config)
+    options = {"model.backbone.depth": 18, "model.head.in_channels": 512,
+               "model.head.num_classes": 2}  # fmt: skip
+    cfg.merge_from_dict(options)
+    save_weights(cfg, tmp_path / "w.pth")
+    words = [f"{key}={value}" for key, value in options.items()]
+    words += ["test_dataloader.dataset.metainfo.classes=[a,b]", "test_dataloader.num_workers=0"]
+    main(["test", str(config), "w.pth", "--data-root", "data", "--out", "out.pkl", "--work-dir",
+          "run", "--tta", "--cfg-options", *words])  # fmt: skip
+    one, two = (found["pred_score"] for found in pickle.loads((tmp_path / "out.pkl").read_bytes()))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError
@@ -76,9 +77,6 @@ def world(monkeypatch) -> World:
     return world
 
 
-def nothing(world: World) -> None: ...
-
-
 def originals(world: World) -> None:
     world.providers.update(mmengine=["mmengine"], mmcv=["mmcv-lite"], mmdet=["mmdet"],
                            mmpretrain=["mmpretrain"])  # fmt: skip
@@ -90,7 +88,7 @@ def hopper(world: World) -> None:
     world.driver, world.gpus = "580.1", [(9, 0), (8, 6), (12, 0)]
 
 
-@pytest.mark.parametrize("change", [nothing, originals, hopper])
+@pytest.mark.parametrize("change", [lambda world: None, originals, hopper])
 def test_nothing_is_wrong(world, change):
     change(world)
     assert environment.examine().problems == []
@@ -108,54 +106,45 @@ def numpy_2_for_old_torch(world: World) -> None:
     world.versions["numpy"] = "2.0.1"
 
 
-def both_families(world: World) -> None:
-    world.providers["mmcv"].append("mmcv")
+def broken(name: str, error: Exception, **more):
+    """What cannot be imported, and other differences of the installation."""
+
+    def change(world: World) -> None:
+        world.broken[name] = error
+        vars(world).update(more)
+
+    return change
 
 
-def mixed(world: World) -> None:
-    world.providers["mmdet"] = ["mmdet"]
-
-
-def cpu_torch(world: World) -> None:
-    world.driver, world.cuda = "580.1", None
-
-
-def old_driver(world: World) -> None:
-    world.driver = "470.2"
-
-
-def old_gpu(world: World) -> None:
-    world.driver, world.gpus = "580.1", [(7, 0)]
-
-
-def broken_ops(world: World) -> None:
-    world.ops = "compiled"
-    world.broken["mmcv._ext"] = ImportError("undefined symbol: _ZN3c10")
+def differing(**values):
+    return lambda world: vars(world).update(values)
 
 
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
         (numpy_2_for_old_torch, ["numpy 2.0.1: torch 2.1.2 is built for numpy<2"]),
-        (both_families, ["mmcv and onedl-mmcv both provide mmcv", "two families are mixed: "]),
-        (mixed, ["two families are mixed: forks: .*onedl-mmcv.*; originals: mmdet"]),
+        (lambda w: w.providers["mmcv"].append("mmcv"),
+         ["mmcv and onedl-mmcv both provide mmcv", "two families are mixed: "]),
+        (lambda w: w.providers.update(mmdet=["mmdet"]),
+         ["two families are mixed: forks: .*onedl-mmcv.*; originals: mmdet"]),
         (lambda w: w.versions.pop("mmdet") and w.providers.pop("mmdet"),
          ["mmdet is not installed; it comes with onedl-mmdetection or mmdet"]),
-        (lambda w: w.broken.update(cv2=ImportError("libGL.so.1: cannot open")),
+        (broken("cv2", ImportError("libGL.so.1: cannot open")),
          ["import cv2 fails: libGL.so.1"]),
         (lambda w: w.versions.update(torchvision="0.25.0"), ["wants 0.26"]),
         (lambda w: w.versions.update(mmdet="3.2.0"), ["mmdet 3.2.0 is older than 3.3.0"]),
-        (cpu_torch, ["torch is built for CPU alone"]),
-        (old_driver, ["driver 470.2 may be too old for CUDA 13.0"]),
-        (old_gpu, ["no kernels for GPU 0 .some GPU, sm_70.; it has sm_80"]),
-        (lambda w: w.broken.update({"mmrla.models": TypeError("NoneType takes no arguments")}),
+        (differing(driver="580.1", cuda=None), ["torch is built for CPU alone"]),
+        (differing(driver="470.2"), ["driver 470.2 may be too old for CUDA 13.0"]),
+        (differing(driver="580.1", gpus=[(7, 0)]),
+         ["no kernels for GPU 0 .some GPU, sm_70.; it has sm_80"]),
+        (broken("mmrla.models", TypeError("NoneType takes no arguments")),
          ["import mmrla.models fails: TypeError: NoneType takes no arguments"]),
-        (broken_ops, ["do not load .undefined symbol: _ZN3c10.: built for another torch"]),
+        (broken("mmcv._ext", ImportError("undefined symbol: _ZN3c10"), ops="compiled"),
+         ["do not load .undefined symbol: _ZN3c10.: built for another torch"]),
     ],
 )  # fmt: skip
 def test_a_line_for_each_thing_that_is_wrong(world, change, messages):
-    import re
-
     change(world)
     problems = environment.examine().problems
     assert len(problems) == len(messages), problems

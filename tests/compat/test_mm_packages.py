@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from mmrla.compat.mm_packages import multimodal_obstacle
 from tests.conftest import ROOT
+from tests.helpers import python
 
 
 def transformers(folder: Path, version: str, text: str = "") -> None:
@@ -25,21 +24,12 @@ def transformers(folder: Path, version: str, text: str = "") -> None:
     (folder / "transformers/__init__.py").write_text(text)
 
 
-def python(folder: Path, *args: str, ok: bool = True) -> str:
-    done = subprocess.run(
-        [sys.executable, *args], cwd=folder, capture_output=True, text=True, check=False,
-        timeout=300, env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
-    )  # fmt: skip
-    assert (done.returncode == 0) == ok, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
-
-
 def test_transformers_5(tmp_path):
     """check-env imports every public module and names what is switched off."""
     # torch 2.1 patches this class whenever there is a transformers.
     text = "class configuration_utils:\n    class PretrainedConfig: pass\n"
     transformers(tmp_path, "5.0.0", text)
-    report = python(tmp_path, "-m", "mmrla", "check-env")
+    report = python("-m", "mmrla", "check-env", cwd=tmp_path, path=f"{tmp_path}:{ROOT}")
     (line,) = (x for x in report.splitlines() if x.startswith("mmpretrain multimodal"))
     assert "switched off: transformers 5.0.0 is too new" in line
     (line,) = (x for x in report.splitlines() if x.startswith("mmrla's modules"))

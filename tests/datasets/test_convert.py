@@ -17,23 +17,21 @@ from mmrla.datasets import DataError
 from mmrla.datasets.convert import convert_data
 from mmrla.datasets.formats import recognise
 from tests.conftest import SHARED
+from tests.helpers import refusal
 
 # One set in every format: shown 64 x 48, but "turned", which is stored so and shown 48 x 64.
 BOLT, NUT = [10.0, 10.0, 30.0, 40.0], [5.0, 5.0, 30.0, 6.0, 20.0, 40.0]
-
-
-def photo(path: Path, turned: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
-    exif = Image.Exif()
-    if turned:
-        exif[0x0112] = 6
-    image.save(path, exif=exif)
+SIZES = {"turned": (48, 64), "plain": (64, 48), "empty": (64, 48)}
 
 
 def photos(folder: Path) -> None:
-    for name in ("turned", "plain", "empty"):
-        photo(folder / f"{name}.jpg", turned=name == "turned")
+    folder.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    for name in SIZES:
+        exif = Image.Exif()
+        if name == "turned":
+            exif[0x0112] = 6
+        image.save(folder / f"{name}.jpg", exif=exif)
 
 
 def yolo(root: Path) -> None:
@@ -41,9 +39,8 @@ def yolo(root: Path) -> None:
     labels = root / "labels/train"
     labels.mkdir(parents=True)
     x, y, w, h = BOLT
-    (labels / "turned.txt").write_text(
-        f"0 {(x + w / 2) / 48} {(y + h / 2) / 64} {w / 48} {h / 64}\n"
-    )
+    box = f"0 {(x + w / 2) / 48} {(y + h / 2) / 64} {w / 48} {h / 64}\n"
+    (labels / "turned.txt").write_text(box)
     points = " ".join(str(v / (64, 48)[i % 2]) for i, v in enumerate(NUT))
     (labels / "plain.txt").write_text(f"1 {points}\n")
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [bolt, nut]\n")
@@ -52,8 +49,8 @@ def yolo(root: Path) -> None:
 def roboflow_yolo(root: Path) -> None:
     yolo(root)
     (root / "train").mkdir()
-    (root / "images/train").rename(root / "train/images")
-    (root / "labels/train").rename(root / "train/labels")
+    for name in ("images", "labels"):
+        (root / name / "train").rename(root / "train" / name)
     (root / "data.yaml").write_text("train: ../train/images\nnc: 2\nnames: {0: bolt, 1: nut}\n")
 
 
@@ -61,14 +58,13 @@ def labelme(root: Path) -> None:
     photos(root)
     pairs = [NUT[i : i + 2] for i in (0, 2, 4)]
     x, y, w, h = BOLT
-    for name, size, shapes in (
-        ("turned", (48, 64), [("bolt", [[x + w, y + h], [x, y]], "rectangle")]),
-        ("plain", (64, 48), [("nut", pairs, "polygon"), ("nut", [[3, 3]], "point")]),
-        ("empty", (64, 48), []),
-    ):
-        listed = [dict(label=a, points=b, shape_type=c, group_id=None) for a, b, c in shapes]
-        content = dict(shapes=listed, imagePath=f"{name}.jpg", imageWidth=size[0],
-                       imageHeight=size[1], imageData=None)  # fmt: skip
+    shapes = {"turned": [("bolt", [[x + w, y + h], [x, y]], "rectangle")],
+              "plain": [("nut", pairs, "polygon"), ("nut", [[3, 3]], "point")]}  # fmt: skip
+    for name, (width, height) in SIZES.items():
+        listed = [dict(label=label, points=points, shape_type=kind, group_id=None)
+                  for label, points, kind in shapes.get(name, [])]  # fmt: skip
+        content = dict(shapes=listed, imagePath=f"{name}.jpg", imageWidth=width,
+                       imageHeight=height, imageData=None)  # fmt: skip
         (root / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -87,12 +83,10 @@ def cvat(root: Path) -> None:
 
 def roboflow_coco(root: Path) -> None:
     photos(root / "train")
-    categories = [dict(id=0, name="parts", supercategory="none"),
-                  dict(id=1, name="bolt", supercategory="parts"),
-                  dict(id=2, name="nut", supercategory="parts")]  # fmt: skip
+    categories = [dict(id=i, name=name, supercategory=above) for i, (name, above) in
+                  enumerate([("parts", "none"), ("bolt", "parts"), ("nut", "parts")])]  # fmt: skip
     images = [dict(id=i, file_name=f"{name}.jpg", width=w, height=h)
-              for i, (name, w, h) in enumerate([("turned", 48, 64), ("plain", 64, 48),
-                                                ("empty", 64, 48)])]  # fmt: skip
+              for i, (name, (w, h)) in enumerate(SIZES.items())]  # fmt: skip
     annotations = [
         dict(id=0, image_id=0, category_id=1, bbox=BOLT, area=1200, iscrowd=0, segmentation=[]),
         dict(id=1, image_id=1, category_id=2, bbox=[5, 5, 25, 35], area=430, iscrowd=0,
@@ -102,15 +96,14 @@ def roboflow_coco(root: Path) -> None:
     (root / "train/_annotations.coco.json").write_text(json.dumps(content))
 
 
-SETS = [yolo, roboflow_yolo, labelme, cvat, roboflow_coco]
-
-
 def written(out: Path, split: str = "train") -> dict:
     return json.loads((out / f"annotations/instances_{split}2017.json").read_text())
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
-@pytest.mark.parametrize("make", SETS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [yolo, roboflow_yolo, labelme, cvat, roboflow_coco], ids=lambda make: make.__name__
+)
 def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
     source = tmp_path / "in/mine"
     source.mkdir(parents=True)
@@ -150,11 +143,8 @@ def test_real_voc_keeps_every_box(tmp_path, capsys):
         names = {c["id"]: c["name"] for c in content["categories"]}
         got = Counter(names[a["category_id"]] for a in content["annotations"])
         stems = (source / f"ImageSets/Main/{split}.txt").read_text().split()
-        expected = Counter(
-            element.findtext("name")
-            for stem in stems
-            for element in ElementTree.parse(source / f"Annotations/{stem}.xml").iter("object")
-        )
+        trees = [ElementTree.parse(source / f"Annotations/{stem}.xml") for stem in stems]
+        expected = Counter(one.findtext("name") for tree in trees for one in tree.iter("object"))
         assert got == expected
         assert done.counts[split] == (len(stems), expected.total())
     assert (tmp_path / "out/train2017").is_dir()
@@ -169,8 +159,7 @@ def test_validation_images_are_split_off(tmp_path):
     for name in ("a", "b"):
         convert_data(tmp_path / "in", tmp_path / name, val=0.34, seed=1)
     train, val = (written(tmp_path / "a", split) for split in ("train", "val"))
-    assert len(train["images"]) == 2
-    assert len(val["images"]) == 1
+    assert [len(content["images"]) for content in (train, val)] == [2, 1]
     assert len(train["annotations"]) + len(val["annotations"]) == 2
     assert val == written(tmp_path / "b", "val")
     for content in (train, val):
@@ -198,8 +187,5 @@ def test_what_is_wrong_is_said(tmp_path, capsys):
         (["convert-data", tmp_path / "in", tmp_path / "new", "--val", "1"], "val must be"),
         (["check-data", tmp_path / "in"], "in YOLO's format"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            main([str(word) for word in argv])
-        assert caught.value.code == 2
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, *argv)
     assert not (tmp_path / "new").exists()

@@ -10,26 +10,29 @@ from pycocotools.coco import COCO
 from mmrla.datasets import CLASSES, generate_shapes
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return generate_shapes(tmp_path_factory.mktemp("set") / "shapes", 12, 40, seed=3)
-
-
 def tree(root):
     return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_deterministic_and_growing(shapes, tmp_path):
-    again = generate_shapes(tmp_path / "again", 12, 40, seed=3)
-    assert tree(again) == tree(shapes)
-    more = tree(generate_shapes(tmp_path / "more", 14, 40, seed=3))
-    images = {k: v for k, v in tree(shapes).items() if k.suffix == ".png"}
-    assert images.items() <= more.items()
-    other = tree(generate_shapes(tmp_path / "other", 12, 40, seed=4))
+def test_deterministic_and_growing(tmp_path):
+    """The same again; more are the same and others; another seed changes all; nothing twice."""
+    first = generate_shapes(tmp_path / "first", 3, 4, seed=3)
+    before = tree(first)
+    assert tree(generate_shapes(tmp_path / "again", 3, 4, seed=3)) == before
+    images = {k: v for k, v in before.items() if k.suffix == ".png"}
+    other = tree(generate_shapes(tmp_path / "other", 3, 4, seed=4))
     assert not any(other[k] == v for k, v in images.items())
+    written = (first / "val2017/000000000000.png").stat().st_mtime_ns
+    generate_shapes(first, 3, 4, seed=3)
+    assert (first / "val2017/000000000000.png").stat().st_mtime_ns == written
+    generate_shapes(first, 5, 4, seed=3)
+    assert images.items() <= tree(first).items()
+    annotations = json.loads((first / "annotations/instances_train2017.json").read_text())
+    assert len(annotations["images"]) == 5
 
 
-def test_annotations_describe_what_is_visible(shapes):
+def test_annotations_describe_what_is_visible(tmp_path):
+    shapes = generate_shapes(tmp_path / "shapes", 1, 40, seed=3)
     coco = COCO(str(shapes / "annotations/instances_val2017.json"))
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     assert len(coco.imgs) == 40
@@ -56,16 +59,6 @@ def test_annotations_describe_what_is_visible(shapes):
     assert max(areas) / min(areas) > 20
     assert {a["category_id"] for a in coco.anns.values()} == {1, 2, 3}
     assert several > 0  # something is cut apart by what lies before it
-
-
-def test_keeps_what_is_there_and_replaces_what_differs(tmp_path):
-    root = generate_shapes(tmp_path / "s", 1, 1)
-    before = (root / "val2017/000000000000.png").stat().st_mtime_ns
-    generate_shapes(root, 1, 1)
-    assert (root / "val2017/000000000000.png").stat().st_mtime_ns == before
-    generate_shapes(root, 2, 1)
-    annotations = json.loads((root / "annotations/instances_train2017.json").read_text())
-    assert len(annotations["images"]) == 2
 
 
 def test_never_touches_somebody_elses_folder(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 import mmrla.registry  # noqa: F401
 from mmrla.datasets import CheckedCocoDataset, DataError, check_coco, voc_to_coco
 from mmrla.engine import check_data, set_data_root
-from mmrla.engine.find_datasets import sets_of_config
+from mmrla.engine.data.sets import sets_of_config
 from mmrla.models import MRLAEfficientNet
 from tests.conftest import ROOT
 
@@ -103,25 +103,19 @@ def test_the_dataset_holds_what_mmdets_reads(voc):
         CheckedCocoDataset(**{**common, "metainfo": None}, data_prefix=dict(img="JPEGImages/"))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_what_cannot_be_read_is_named(voc, tmp_path):
+    (voc / "Annotations/b.xml").unlink()
+    for text, message in (
         (None, "no annotation of a listed image: .*b.xml"),
         ("<annotation>", "b.xml: not XML"),
         ("<annotation><size><width>wide</width></size></annotation>", r"numbers, got \['wide', N"),
         ("<annotation><object><name>RBC</name></object></annotation>", "four numbers, got <object"),
         ("<annotation><object><bndbox/></object></annotation>", "needs a name and a bndbox"),
-    ],
-)
-def test_what_cannot_be_read_is_named(voc, text, message):
-    (voc / "Annotations/b.xml").unlink()
-    if text is not None:
-        (voc / "Annotations/b.xml").write_text(text)
-    with pytest.raises(DataError, match=message):
-        voc_to_coco(voc, "train")
-
-
-def test_folders_and_lists_that_are_not_there(voc, tmp_path):
+    ):
+        if text is not None:
+            (voc / "Annotations/b.xml").write_text(text)
+        with pytest.raises(DataError, match=message):
+            voc_to_coco(voc, "train")
     with pytest.raises(FileNotFoundError, match=f"no Pascal VOC folder.*{tmp_path}"):
         voc_to_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match="no list of images 'val'.*Main/val.txt"):
@@ -132,10 +126,7 @@ def test_folders_and_lists_that_are_not_there(voc, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [pytest.param("", marks=pytest.mark.slow), "_mrla",
-             pytest.param("_mrla-base", marks=pytest.mark.slow)],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", ["", "_mrla", "_mrla-base"])
 def test_detectors_of_blood_cells_train(kind, tmp_path):
     """The recipe as it is, from a warm start, on a folder of four images."""
     rng = np.random.default_rng(0)

@@ -1,7 +1,4 @@
-"""What test_distribution.py runs in several processes: CASE ... with RANK, WORLD_SIZE, STORE set.
-
-Each case compares in every process and raises where something differs; gloo on the CPU, float64.
-"""
+"""The cases that test_distribution.py runs in several processes, which all compare; float64."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mmrla.engine import use_channels_last
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
-from tests.conftest import flat, generated
+from tests.conftest import flat
+from tests.helpers import filled, same
 from tests.models.test_wrapper import BACKBONES, wrapped
 from tests.models.zoo import HOSTS, INTERACTIONS, TYPES
 
@@ -47,10 +45,7 @@ def build(host: str, attention: dict | None, **more) -> nn.Module:
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Weights under which every part has an effect."""
-    state = model.state_dict()
-    model.load_state_dict({k: generated(k, tuple(v.shape)) for k, v in state.items()})
-    return model.double()
+    return filled(model.train()).double()
 
 
 def freeze_norms(model: nn.Module) -> nn.Module:
@@ -63,6 +58,17 @@ def freeze_norms(model: nn.Module) -> nn.Module:
 def loss_of(outs) -> Tensor:
     """A mean over the batch, so that the mean over processes is that of the global batch."""
     return sum(o.square().mean() + o.mean() for o in flat(outs))
+
+
+def images(count: int = 4) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(count, 3, 64, 64, dtype=torch.float64)
+
+
+def gradients_of(model: nn.Module, x: Tensor, parallel: bool = True) -> dict[str, Tensor]:
+    """Of a loss; of this process's part of the batch if parallel."""
+    loss_of(model(my_part(x) if parallel else x)).backward()
+    return gradients(model)
 
 
 def my_part(x: Tensor) -> Tensor:
@@ -95,22 +101,19 @@ def networks(every: bool):
             # mmpretrain resizes position embeddings in float32.
             more = dict(img_size=64) if "img_size" in HOSTS[host][1] else {}
             more["drop_path_rate"] = 0.0
-            yield f"{host} {kind}", fill(build(host, dict(type=kind), **more).train())
+            yield f"{host} {kind}", fill(build(host, dict(type=kind), **more))
     for name in ("regnet", "swin") if every else ("regnet",):
         attention = dict(type="MRLALight", head_channels=8)
-        yield f"wrapper {name}", fill(wrapped(BACKBONES[name], layer_attention=attention).train())
+        yield f"wrapper {name}", fill(wrapped(BACKBONES[name], layer_attention=attention))
 
 
 def frozen_norms(every: bool) -> None:
     """DDP's gradients are those of one process on the global batch."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    x = images()
     for name, model in networks(every):
         alone = freeze_norms(copy.deepcopy(model))
-        loss_of(alone(x)).backward()
         parallel = DistributedDataParallel(freeze_norms(model))
-        loss_of(parallel(my_part(x))).backward()
-        assert_close(gradients(parallel), gradients(alone), name)
+        assert_close(gradients_of(parallel, x), gradients_of(alone, x, parallel=False), name)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -139,8 +142,7 @@ def sync_norms(every: bool) -> None:
     for cls in (MRLALight, MRLABase):
         own = cls.tail
         cls.tail = lambda *args, own=own: (tails.append(1), own(*args))[1]
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    x = images()
     for kind in KINDS:
         for depth, more in ((18, {}), (18, dict(with_cp=True)), (50, {}))[: 3 if every else 2]:
             config = dict(
@@ -151,12 +153,9 @@ def sync_norms(every: bool) -> None:
             norms = [m for m in synced.modules() if isinstance(m, nn.SyncBatchNorm)]
             assert not any(type(m) is nn.BatchNorm2d for m in synced.modules())
             assert any("bn_mrla" in n for n, m in synced.named_modules() if m in norms)
-            alone = MRLAResNet(**config)
-            fill(alone).train()
-            synced.load_state_dict(fill(synced).train().state_dict())
-            assert all(
-                torch.equal(v, alone.state_dict()[k]) for k, v in synced.state_dict().items()
-            )
+            alone = fill(MRLAResNet(**config))
+            synced.load_state_dict(fill(synced).state_dict())
+            assert same(synced, alone)
             # DDP refuses SyncBN on the CPU by its class, so it gets that afterwards.
             for norm in norms:
                 norm.__class__ = nn.BatchNorm2d
@@ -164,19 +163,17 @@ def sync_norms(every: bool) -> None:
             for norm in norms:
                 norm.__class__ = SyncBatchNorm
             tails.clear()
-            loss_of(parallel(my_part(x))).backward()
+            got = gradients_of(parallel, x)
             assert not tails
-            loss_of(alone(x)).backward()
             where = f"SyncBN {kind} {config}"
-            assert_close(gradients(parallel), gradients(alone), where)
+            assert_close(got, gradients_of(alone, x, parallel=False), where)
             if not more:  # recomputation moves statistics a second time
                 statistics = [
                     {k: v.double() for k, v in m.named_buffers()} for m in (synced, alone)
                 ]
                 assert_close(*statistics, where)
-            with torch.no_grad():
-                for got, want in zip(synced.eval()(x), alone.eval()(x), strict=True):
-                    if not more:
+                with torch.no_grad():
+                    for got, want in zip(synced.eval()(x), alone.eval()(x), strict=True):
                         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
@@ -191,7 +188,7 @@ def unused(every: bool) -> None:
         parallel = DistributedDataParallel(model, find_unused_parameters=False)
         for _ in range(2):
             parallel.zero_grad()
-            loss_of(parallel(my_part(images))).backward()
+            gradients_of(parallel, images)
         asking = {k for k, p in model.named_parameters() if p.requires_grad}
         assert gradients(model).keys() == asking, where
         tried += 1
@@ -217,26 +214,20 @@ def unused(every: bool) -> None:
 
 def checkpointing(every: bool) -> None:
     """``with_cp`` changes no gradient under DDP, norms in training."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    x = images()
     hosts = ("resnet", "efficientnet", "resnext", "resnet20")
     for host in hosts if every else hosts[:2]:
         for kind in KINDS:
-            results = []
-            for with_cp in (False, True):
-                model = fill(build(host, dict(type=kind), with_cp=with_cp).train())
-                parallel = DistributedDataParallel(model)
-                loss_of(parallel(my_part(x))).backward()
-                results.append(gradients(parallel))
+            models = [fill(build(host, dict(type=kind), with_cp=cp)) for cp in (False, True)]
+            results = [gradients_of(DistributedDataParallel(model), x) for model in models]
             assert_close(*results, f"{host} {kind}")
 
 
 def accumulation(every: bool) -> None:
     """Four small batches by mmengine's wrapper make the step of the big one, norms frozen."""
-    torch.manual_seed(0)
-    x = torch.randn(4 * dist.get_world_size(), 3, 64, 64, dtype=torch.float64)
+    x = images(4 * dist.get_world_size())
     for kind in KINDS:
-        model = freeze_norms(fill(build("resnet", dict(type=kind)).train()))
+        model = freeze_norms(fill(build("resnet", dict(type=kind))))
         alone, small = copy.deepcopy(model), MMDistributedDataParallel(model)
         big = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
         wrapper = OptimWrapper(
@@ -257,19 +248,17 @@ def accumulation(every: bool) -> None:
 
 def channels_last(every: bool) -> None:
     """A network that is turned after DDP was made, as a hook must: also the first step is right."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    x = images()
     for kind in KINDS if every else KINDS[:1]:
         for find_unused in (False, True):
-            model = freeze_norms(fill(build("resnet", dict(type=kind)).train()))
+            model = freeze_norms(fill(build("resnet", dict(type=kind))))
             alone = copy.deepcopy(model)
-            loss_of(alone(x)).backward()
+            expected = gradients_of(alone, x, parallel=False)
             parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
             use_channels_last(parallel)
             for _ in range(3):
                 parallel.zero_grad()
-                loss_of(parallel(my_part(x))).backward()
-                assert_close(gradients(parallel), gradients(alone), f"{kind} {find_unused}")
+                assert_close(gradients_of(parallel, x), expected, f"{kind} {find_unused}")
             weight = model.layer1[0].conv2.weight
             assert weight.grad.stride() == weight.stride() != alone.layer1[0].conv2.weight.stride()
 
@@ -281,9 +270,7 @@ CASES = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    store = dist.FileStore(os.environ["STORE"], world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("gloo")
     for case in sys.argv[1:]:
         CASES[case]("EVERY" in os.environ)
         print(f"{case}: passed", flush=True)

@@ -40,8 +40,7 @@ def _die() -> None:
 
 
 def _dying_fsync(descriptor: int) -> None:
-    path = os.readlink(f"/proc/self/fd/{descriptor}")
-    if f".{DIE}." in path:
+    if f".{DIE}." in os.readlink(f"/proc/self/fd/{descriptor}"):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         _die()
     _fsync(descriptor)
@@ -58,8 +57,7 @@ def _dying_replace(source, target) -> None:
 _named = [""]
 _fsync, _replace = os.fsync, os.replace
 if DIE:
-    atomic.os.fsync = _dying_fsync
-    atomic.os.replace = _dying_replace
+    atomic.os.fsync, atomic.os.replace = _dying_fsync, _dying_replace
 
 
 @HOOKS.register_module()
@@ -67,8 +65,7 @@ class FailingHook(Hook):
     """The process of rank MMRLA_TEST_RANK fails in its second step, MMRLA_TEST_HOW."""
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        rank = os.environ.get("RANK", "0")
-        if runner.iter != 1 or rank != os.environ.get("MMRLA_TEST_RANK"):
+        if runner.iter != 1 or os.environ.get("RANK", "0") != os.environ.get("MMRLA_TEST_RANK"):
             return
         Path(runner.work_dir, "failed_at").write_text(str(time.time()))
         if os.environ["MMRLA_TEST_HOW"] == "kill":

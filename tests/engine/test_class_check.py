@@ -10,10 +10,10 @@ import pytest
 from mmengine.config import Config
 
 import mmrla.registry  # noqa: F401
-from mmrla.cli import main
-from mmrla.engine.class_check import check_classes
-from mmrla.engine.config_check import check_config
+from mmrla.engine.data.classes import check_classes
+from mmrla.engine.run.checks import check_config
 from tests.datasets.bad_sets import CLASSES, Coco, write_image
+from tests.helpers import refusal
 from tests.zygote import run_command
 
 BOX = dict(type="Shared2FCBBoxHead")
@@ -21,10 +21,9 @@ ROI = "model = dict(roi_head=dict("
 
 
 def detector(model: dict, dataset: dict | None = None, **more) -> Config:
-    dataset = dict(type="CocoDataset", ann_file="a.json", metainfo=dict(classes=CLASSES)) | (
-        dataset or {}
-    )
-    loader = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dataset))
+    own = dict(type="CocoDataset", ann_file="a.json", metainfo=dict(classes=CLASSES))
+    repeated = dict(type="RepeatDataset", times=2, dataset=own | (dataset or {}))
+    loader = dict(dataset=repeated)
     return Config(dict(default_scope="mmdet", model=model, train_dataloader=loader, **more))
 
 
@@ -70,22 +69,22 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("check", [check_classes, check_config])
 @pytest.mark.parametrize("name", WRONG)
-def test_both_numbers_and_what_to_write(name):
+def test_both_numbers_and_what_to_write(name, check):
     model, given, write = WRONG[name]
-    for check in (check_classes, check_config):
-        cfg = detector(model, train_cfg=dict(max_epochs=1), optim_wrapper=dict(optimizer={}))
-        with pytest.raises(ValueError, match="train_dataloader.dataset.dataset has 3 cl") as caught:
-            check(cfg, ("train", "val"))
-        assert given in str(caught.value)
-        assert write in str(caught.value)
-        # What it says to write is right.
-        options = str(caught.value).rpartition("--cfg-options ")[2].split()
-        cfg.merge_from_dict({k: int(v) for k, v in (o.split("=") for o in options)})
+    cfg = detector(model, train_cfg=dict(max_epochs=1), optim_wrapper=dict(optimizer={}))
+    with pytest.raises(ValueError, match="train_dataloader.dataset.dataset has 3 cl") as caught:
         check(cfg, ("train", "val"))
+    assert given in str(caught.value)
+    assert write in str(caught.value)
+    # What it says to write is right.
+    options = str(caught.value).rpartition("--cfg-options ")[2].split()
+    cfg.merge_from_dict({k: int(v) for k, v in (o.split("=") for o in options)})
+    check(cfg, ("train", "val"))
 
 
-def test_classes_that_the_config_does_not_name():
+def test_classes_that_the_config_does_not_name(tmp_path):
     head = dict(type="RetinaNet", bbox_head=dict(type="RetinaHead", num_classes=3))
     with pytest.raises(ValueError, match=r"has 80 classes \(person, .*metainfo.classes is not set"):
         check_classes(detector(head, dict(metainfo=None)), ["train"])
@@ -93,19 +92,13 @@ def test_classes_that_the_config_does_not_name():
         check_classes(detector(head, dict(metainfo=dict(classes="bolt"))), ["train"])
     check_classes(detector(head, dict(type="NotThere", metainfo=None)), ["train"])
     check_classes(detector(head), ["test"])
-
-
-def test_a_classifier_of_class_folders(tmp_path):
+    # Folders of a classifier.
     for name in CLASSES:
         write_image(tmp_path / "train" / name / "1.jpg")
     data = dict(type="CustomDataset", data_root=str(tmp_path), data_prefix="train")
-    cfg = Config(
-        dict(
-            default_scope="mmpretrain",
-            model=dict(type="ImageClassifier", head=dict(type="LinearClsHead", num_classes=1000)),
-            train_dataloader=dict(dataset=data),
-        )
-    )
+    model = dict(type="ImageClassifier", head=dict(type="LinearClsHead", num_classes=1000))
+    loader = dict(dataset=data)
+    cfg = Config(dict(default_scope="mmpretrain", model=model, train_dataloader=loader))
     with pytest.raises(ValueError, match=re.escape("model.head.num_classes=1000, but")):
         check_classes(cfg, ["train"])
     cfg.model.head.num_classes = 3
@@ -130,10 +123,8 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("option", [["--dry-run"], []])
 def test_command_stops(option, config, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(config), "--work-dir", str(tmp_path / "run"), *option])
-    assert caught.value.code == 2
-    assert "model.bbox_head.num_classes=80, but train_dataloader" in capsys.readouterr().err
+    said = refusal(capsys, "train", config, "--work-dir", tmp_path / "run", *option)
+    assert "model.bbox_head.num_classes=80, but train_dataloader" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -10,32 +10,46 @@ import pytest
 import torch
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 
+from mmrla.cli import main
 from mmrla.engine.export import Flat, _pad_same, export_onnx, exportable, onnx_error
 from mmrla.engine.network import build_network
 from tests.conftest import ROOT
-from tests.zygote import run_command
+from tests.helpers import refusal
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 CIFAR = "configs/cifar/resnet20_mrla_cifar10.py"
+# Two stages of two blocks: exporting takes long.
+SHORT = {
+    "model.backbone": dict(
+        _delete_=True, type="mmrla.MRLAResNet", depth=18, num_stages=2, out_indices=(1,),
+        stem_channels=16, base_channels=16, layer_attention=dict(type="MRLALight", head_channels=8),
+    ),
+    "model.head.in_channels": 32,
+}  # fmt: skip
 BASE = {"model.backbone.layer_attention": dict(_delete_=True, type="MRLABase", head_channels=16)}
 R18 = {"model.backbone.depth": 18}
+DETECTOR = {**R18, "model.neck.in_channels": [64, 128, 256, 512]}
 
 
 def network(config: str, **kwargs):
     return build_network(str(ROOT / config), **kwargs)
 
 
+def words(options: dict) -> list[str]:
+    return ["--cfg-options", *(f"{key}={value}" for key, value in options.items())]
+
+
 def test_a_classifier_at_any_size(tmp_path):
     """The size it was recorded with, odd and not square ones, and a batch."""
-    flat = exportable(network(CIFAR), "model")
+    flat = exportable(network(CIFAR, options=SHORT), "model")
     path = export_onnx(flat, tmp_path / "net.onnx", (32, 40))
     sizes = [(32, 40), (33, 47), (64, 32)]
     assert max(onnx_error(path, flat, sizes)) < 1e-5
     assert max(onnx_error(path, flat, sizes[1:2], batch=3)) < 1e-5
     # Random weights that are other ones than those of the file are told apart.
-    other = exportable(network(CIFAR, seed=1), "model")
+    other = exportable(network(CIFAR, options=SHORT, seed=1), "model")
     assert max(onnx_error(path, other, sizes[:1])) > 1e-2
 
 
@@ -87,8 +101,7 @@ def test_other_hosts_at_one_size(host, kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "host"),
-    [("deit-tiny", "MRLAVisionTransformer"), ("ceit-tiny", "MRLACeiT")],
+    ("name", "host"), [("deit-tiny", "MRLAVisionTransformer"), ("ceit-tiny", "MRLACeiT")]
 )
 def test_transformers_refuse_open_sizes(name, host, tmp_path, capfd):
     flat = exportable(network(f"configs/imagenet/{name}_mrla_in1k.py"), "model")
@@ -99,43 +112,38 @@ def test_transformers_refuse_open_sizes(name, host, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_single_stage_detector_by_the_tool(tmp_path):
-    done = run_command(
-        ROOT / "tools/export_onnx.py", ROOT / "configs/retinanet_r50_mrla_1x.py",
-        "--part", "model", "--size", 128, 160, "--out", tmp_path,
-        "--cfg-options", "model.backbone.depth=18", "model.neck.in_channels=[64,128,256,512]",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_single_stage_detector_by_the_command(tmp_path, capsys):
+    config = str(ROOT / "configs/retinanet_r50_mrla_1x.py")
+    main(["export-onnx", config, "--part", "model", "--size", "128", "160", "--out",
+          str(tmp_path), *words(DETECTOR)])  # fmt: skip
     assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6
+    printed = capsys.readouterr().out
     for size in ("128x160", "160x160", "128x224"):
-        assert f"{size}: onnxruntime differs from torch by" in done.stdout
+        assert f"{size}: onnxruntime differs from torch by" in printed
 
 
 @pytest.mark.slow
-def test_a_classifier_in_int8(coco_mini, tmp_path):
-    options = ["--cfg-options", "model.backbone.depth=18", "model.head.in_channels=512"]
-    command = [ROOT / "tools/export_onnx.py", ROOT / "configs/imagenet/resnet50_mrla_in1k.py",
-               "--static", "--int8", "--size", 64, 64, "--out", tmp_path]  # fmt: skip
-    photos = sorted((coco_mini / "val2017").glob("*.jpg"))[:24]
-    done = run_command(*command, "--images", *photos, *options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "calibrated on 12 images" in done.stdout
-    found = re.search(r"on 12 others: .* differ by ([\d.]+)% .*, ([\d.]+) times", done.stdout)
+def test_a_classifier_in_int8(coco_mini, tmp_path, capsys):
+    options = words({**R18, "model.head.in_channels": 512})
+    command = ["export-onnx", str(ROOT / "configs/imagenet/resnet50_mrla_in1k.py"), "--static",
+               "--int8", "--size", "64", "64", "--out", str(tmp_path)]  # fmt: skip
+    photos = sorted(map(str, (coco_mini / "val2017").glob("*.jpg")))[:24]
+    main([*command, "--images", *photos, *options])
+    printed = capsys.readouterr().out
+    assert "calibrated on 12 images" in printed
+    found = re.search(r"on 12 others: .* differ by ([\d.]+)% .*, ([\d.]+) times", printed)
     assert 0 < float(found[1]) < 20
     whole, small = (tmp_path / f"resnet50_mrla_in1k_model{end}.onnx" for end in ("", "_int8"))
     assert small.stat().st_size < whole.stat().st_size / 3
     for arguments, message in (
-        (["--images", photos[0], *options], "--int8 needs two --images or more"),
-        (["--images", *photos, "--part", "backbone", *options], "--int8 is for classifiers"),
+        (["--images", photos[0]], "--int8 needs two --images or more"),
+        (["--images", *photos, "--part", "backbone"], "--int8 is for classifiers"),
     ):
-        done = run_command(*command, *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
+        assert message in refusal(capsys, *command, *arguments, *options)
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
-    two_stage = network("configs/mask_rcnn_r50_mrla_1x.py", options={
-        **R18, "model.neck.in_channels": [64, 128, 256, 512]})  # fmt: skip
+    two_stage = network("configs/mask_rcnn_r50_mrla_1x.py", options=DETECTOR)
     with pytest.raises(ValueError, match=r"MaskRCNN of mask_rcnn_r50_mrla_1x .*--part detector"):
         exportable(two_stage, "model")
     with pytest.raises(ValueError, match=r"part must be one of .*got 'neck'"):

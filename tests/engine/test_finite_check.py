@@ -3,73 +3,65 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
+import tests.networks
 from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
-from mmrla.models import MRLAResNet
-from tests.conftest import free_port
+from tests.conftest import ROOT
+from tests.networks import noise
+from tests.zygote import run_ranks
 
-ATTENTION = dict(type="MRLALight", head_channels=4)
+NAN, INF = float("nan"), float("inf")
 
 
-class Classifier(BaseModel):
+class Classifier(tests.networks.Classifier):
     """``break_loss``: a loss of 0 whose gradient is infinite, at that iteration."""
 
     def __init__(self, break_loss: int = -1) -> None:
-        super().__init__(BaseDataPreprocessor())
-        self.backbone = MRLAResNet(
-            18, stem_channels=8, base_channels=8, drop_path_rate=0.5, layer_attention=ATTENTION
-        )
+        super().__init__(drop_path_rate=0.5)
         self.break_loss = break_loss
         self.seen = 0
 
-    def init_weights(self) -> None:
-        """Weights stay as the tests set them."""
-
     def forward(self, inputs, data_samples=None, mode="loss"):
-        features = self.backbone(torch.stack(list(inputs)))[-1].mean((2, 3))
-        loss = F.cross_entropy(features, torch.tensor([s.label for s in data_samples]))
+        losses = super().forward(inputs, data_samples, mode)
         if self.training and self.break_loss == self.seen:
-            loss = loss + (self.backbone.conv1.weight[0, 0] * 0).abs().sum().sqrt()
+            losses["loss"] += (self.backbone.conv1.weight[0, 0] * 0).abs().sum().sqrt()
         self.seen += 1
-        return dict(loss=loss)
+        return losses
 
 
-def images(bad: int | None = None, count: int = 8, value: float = float("nan")):
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for i in range(count):
-        image = torch.randn(3, 32, 32, generator=generator)
-        if i == bad:
-            image[1, 4, 5] = value
-        sample = SimpleNamespace(label=i % 4, img_path=f"images/{i}.jpg")
-        found.append(dict(inputs=image, data_samples=sample))
-    return found
+def images(bad: int | None = None, value: float = NAN):
+    found = noise()
+    if bad is not None:
+        found[bad][1, 4, 5] = value
+    return [
+        dict(inputs=image, data_samples=SimpleNamespace(label=i % 4, img_path=f"images/{i}.jpg"))
+        for i, image in enumerate(found)
+    ]
 
 
-def run(folder, model, dataset, batch=2, guard=True, launcher="none", **wrapper):
-    loader = DataLoader(dataset, batch_size=batch, collate_fn=pseudo_collate)
+def run(folder, model, dataset, guard=True, launcher="none", **wrapper):
+    sampler = None
     if launcher != "none":
-        sampler = torch.utils.data.DistributedSampler(
-            dataset, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False
-        )
-        loader = DataLoader(dataset, batch, sampler=sampler, collate_fn=pseudo_collate)
+        rank = int(os.environ["RANK"])
+        sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)
     distributed = Config(dict(launcher=launcher))
     init_cpu_distributed(distributed)
     runner = Runner(
-        model, str(folder), train_dataloader=loader, train_cfg=dict(by_epoch=True, max_epochs=1),
+        model, str(folder),
+        train_dataloader=DataLoader(dataset, 2, sampler=sampler, collate_fn=pseudo_collate),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01), **wrapper),
         default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1)),
         custom_hooks=[dict(type="mmrla.NonFiniteGuardHook")] if guard else [], cfg=distributed,
@@ -77,14 +69,13 @@ def run(folder, model, dataset, batch=2, guard=True, launcher="none", **wrapper)
         randomness=dict(seed=0),
     )  # fmt: skip
     runner.train()
-    return runner
 
 
-def assert_all_finite(state):
-    assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+def state_of(path):
+    return torch.load(path, weights_only=False)["state_dict"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [NAN, INF])
 def test_a_bad_image_is_named_and_nothing_bad_is_left(tmp_path, value):
     torch.manual_seed(0)
     model = Classifier()
@@ -93,16 +84,15 @@ def test_a_bad_image_is_named_and_nothing_bad_is_left(tmp_path, value):
         run(tmp_path, model, images(bad=5, value=value))
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["iter_1.pth", "iter_2.pth"]
     for path in tmp_path.glob("*.pth"):
-        assert_all_finite(torch.load(path, weights_only=False)["state_dict"])
-    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)["state_dict"]
+        assert all(v.isfinite().all() for v in state_of(path).values() if v.is_floating_point())
+    saved = state_of(tmp_path / "iter_2.pth")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]), name  # the bad step was not taken
 
 
 def test_without_the_hook_bad_weights_would_be_saved(tmp_path):
     run(tmp_path, Classifier(), images(bad=5), guard=False)
-    state = torch.load(tmp_path / "iter_4.pth", weights_only=False)["state_dict"]
-    assert not state["backbone.conv1.weight"].isfinite().all()
+    assert not state_of(tmp_path / "iter_4.pth")["backbone.conv1.weight"].isfinite().all()
 
 
 def test_the_first_layer_is_named(tmp_path):
@@ -126,14 +116,12 @@ def test_a_gradient_alone_is_named(tmp_path):
 
 def test_bad_weights_and_buffers_are_refused(tmp_path):
     model = Classifier()
-    model.backbone.bn1.weight.data[3] = float("inf")
+    model.backbone.bn1.weight.data[3] = INF
     with pytest.raises(NonFiniteError, match="before training is not finite in 'backbone.bn1.wei"):
         run(tmp_path / "a", model, images())
-    model = Classifier()
-    runner = SimpleNamespace(iter=7)
-    state = {**model.state_dict(), "buffer": torch.tensor([float("nan")])}
+    state = {**Classifier().state_dict(), "buffer": torch.tensor([NAN])}
     with pytest.raises(NonFiniteError, match="iteration 7, no checkpoint saved.*'buffer'"):
-        NonFiniteGuardHook().before_save_checkpoint(runner, dict(state_dict=state))
+        NonFiniteGuardHook().before_save_checkpoint(SimpleNamespace(iter=7), dict(state_dict=state))
     with pytest.raises(ValueError, match="min_loss_scale must be positive, got 0"):
         NonFiniteGuardHook(min_loss_scale=0)
 
@@ -150,25 +138,20 @@ def test_a_good_run_is_the_same_with_it(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
-class Scaler:
-    """Stands for GradScaler, which mmengine wants a GPU for: scales fall at each overflow."""
+def test_a_loss_scale_that_keeps_falling_and_a_bad_loss():
+    """Of a GPU's scaler, which mmengine wants a GPU for, so that one stands for it."""
 
-    def __init__(self, scales):
-        self.scales = list(scales)
+    def after(scale: float, loss: float = 1.0) -> None:
+        scaler = SimpleNamespace(get_scale=lambda: scale)
+        wrapper = SimpleNamespace(loss_scaler=scaler)
+        runner = SimpleNamespace(iter=4, optim_wrapper=wrapper, model=Classifier())
+        NonFiniteGuardHook().after_train_iter(runner, 0, None, dict(loss=torch.tensor(loss)))
 
-    def get_scale(self):
-        return self.scales[0]
-
-
-def test_a_loss_scale_that_keeps_falling():
-    hook = NonFiniteGuardHook()
-    runner = SimpleNamespace(
-        iter=4, optim_wrapper=SimpleNamespace(loss_scaler=Scaler([2.0])), model=Classifier()
-    )
-    hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
-    runner.optim_wrapper.loss_scaler = Scaler([2.0**-15])
+    after(2.0)
     with pytest.raises(NonFiniteError, match="iteration 5: the loss scale fell to 3.05176e-05"):
-        hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
+        after(2.0**-15)
+    with pytest.raises(NonFiniteError, match=r"iteration 5: the loss is not finite \(loss\)"):
+        after(2.0, NAN)
 
 
 class Deaf(torch.optim.SGD):
@@ -195,7 +178,7 @@ def test_an_optimizer_that_calls_no_hooks():
     optimizer = Deaf([weight], lr=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     hook = watched(optimizer)
-    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
+    weight.grad = torch.tensor([1.0, NAN, 1.0])
     with pytest.raises(NonFiniteError, match="iteration 1: gradients are not finite"):
         optimizer.step()
     assert weight.tolist() == [1, 1, 1]
@@ -203,7 +186,7 @@ def test_an_optimizer_that_calls_no_hooks():
     optimizer.step()
     schedule.step()
     hook.after_train(None)
-    weight.grad[0] = float("nan")
+    weight.grad[0] = NAN
     optimizer.step()
     assert weight.isnan().tolist() == [True, False, False]
     torch.testing.assert_close(weight[1:].detach(), torch.full((2,), 1 - 0.1 - 0.05))
@@ -217,7 +200,7 @@ def test_steps_that_a_scaler_skips_are_no_errors(fused):
     optimizer = torch.optim.SGD([weight], lr=0.1, fused=fused)
     watched(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for value, scale in ((float("inf"), 2.0), (1.0, 2.0)):
+    for value, scale in ((INF, 2.0), (1.0, 2.0)):
         scaler.scale((weight * value).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -226,26 +209,20 @@ def test_steps_that_a_scaler_skips_are_no_errors(fused):
     torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
-def worker(rank, port, folder):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank),
-        LOCAL_RANK=str(rank),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    import mmrla.engine
-
-    try:
-        # DistributedSampler gives image 5 to process 1 in iteration 2.
-        run(folder, Classifier(), images(bad=5), launcher="pytorch")
-        said = "trained"
-    except mmrla.engine.NonFiniteError as error:
-        said = str(error)
-    (folder / f"said_{rank}.txt").write_text(said)
-
-
 def test_all_processes_stop_together(tmp_path):
-    mp.spawn(worker, (free_port(), tmp_path), nprocs=2)
+    module = "tests.engine.test_finite_check"
+    run_ranks(2, "-m", module, tmp_path, folder=tmp_path, cwd=ROOT)
     said = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("iteration 2: gradients are not finite" in text for text in said), said
     assert "process 1 of the batch (images/5.jpg) holds 1 NaN" in said[1]
     assert not list(tmp_path.glob("iter_2.pth"))
+
+
+if __name__ == "__main__":  # one of two processes
+    folder, said = Path(sys.argv[1]), "trained"
+    try:
+        # DistributedSampler gives image 5 to process 1 in iteration 2.
+        run(folder, Classifier(), images(bad=5), launcher="pytorch")
+    except NonFiniteError as error:
+        said = str(error)
+    (folder / f"said_{os.environ['RANK']}.txt").write_text(said)

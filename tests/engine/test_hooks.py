@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import LoggerHook
-from mmengine.model import BaseDataPreprocessor, BaseModel, BaseTTAModel
+from mmengine.model import BaseTTAModel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import VISBACKENDS, DefaultScope
+from mmengine.registry import VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.visualization import BaseVisBackend
@@ -26,19 +25,13 @@ from mmrla.engine import (
     LogIntervalHook,
     TrimHeapHook,
     build_runner,
-)
+)  # fmt: skip
 from mmrla.models import MRLAResNet
-from tests.reliability.resources import resident
+from tests.helpers import same
+from tests.networks import LIGHT, TINY, Classifier, Detector, noise
+from tests.reliability.test_long_run import resident
 
-SMALL = dict(depth=18, stem_channels=8, base_channels=8)
-LIGHT = dict(type="MRLALight", head_channels=4)
-
-
-class Detector(nn.Module):
-    def __init__(self, layer_attention) -> None:
-        super().__init__()
-        self.backbone = MRLAResNet(**SMALL, layer_attention=layer_attention)
-        self.neck = nn.Linear(2, 2)
+# --- CheckLoadHook ---
 
 
 def runner(model, *, training: bool, resume: bool = False):
@@ -49,8 +42,8 @@ def runner(model, *, training: bool, resume: bool = False):
 
 def test_fine_tuning_from_a_plain_backbone_loads_what_it_reports():
     """Bare keys, which mmengine itself would load nothing of, reach the model's names."""
-    plain = MRLAResNet(**SMALL, layer_attention=None).state_dict()
-    model = Detector(LIGHT)
+    plain = MRLAResNet(**TINY, layer_attention=None).state_dict()
+    model = Detector()
     checkpoint = {"model": plain}
     CheckLoadHook().after_load_checkpoint(runner(model, training=True), checkpoint)
     assert checkpoint["state_dict"].keys() == {f"backbone.{k}" for k in plain}
@@ -60,7 +53,7 @@ def test_fine_tuning_from_a_plain_backbone_loads_what_it_reports():
 
 @pytest.mark.parametrize("how", [dict(training=False), dict(training=True, resume=True)])
 def test_testing_and_resuming_need_every_tensor(how):
-    model = Detector(LIGHT)
+    model = Detector()
     whole = {"state_dict": model.state_dict()}
     CheckLoadHook().after_load_checkpoint(runner(model, **how), dict(whole))
     plain = {"state_dict": Detector(None).state_dict()}
@@ -72,19 +65,56 @@ def test_testing_and_resuming_need_every_tensor(how):
         CheckLoadHook().after_load_checkpoint(runner(Detector(None), **how), dict(whole))
 
 
-class Classifier(BaseModel):
-    def __init__(self, layer_attention, **kwargs) -> None:
-        super().__init__(BaseDataPreprocessor())
-        self.backbone = MRLAResNet(**SMALL, layer_attention=layer_attention, **kwargs)
+class Mirrored(BaseTTAModel):
+    def merge_preds(self, data_samples_list):
+        return data_samples_list
 
-    def forward(self, inputs, data_samples=None, mode="tensor"):
-        features = self.backbone(torch.stack(list(inputs)))[-1].mean((2, 3))
-        if mode == "loss":
-            return dict(loss=F.cross_entropy(features, torch.stack(list(data_samples))))
-        return features
 
-    def extract_feat(self, inputs):
-        return self.backbone(torch.stack(list(inputs)))
+class Semi(nn.Module):
+    """Holds two networks as mmdet's teacher-student detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = Detector(), Detector()
+
+
+def test_checkpoints_reach_networks_inside_others():
+    """Test-time augmentation's wrapper, and both networks of a teacher-student detector."""
+    trained, inner = Detector(), Detector()
+    inner.test_step = None
+    for model, parts in ((Mirrored(module=inner), [inner]), (semi := Semi(), semi.children())):
+        checkpoint = {"state_dict": trained.state_dict()}
+        CheckLoadHook().after_load_checkpoint(runner(model, training=False), checkpoint)
+        load_state_dict(model, checkpoint["state_dict"], strict=True)  # as mmengine loads
+        assert all(same(part, trained) for part in parts)
+
+
+def test_resuming_with_another_optimizer_names_load_from():
+    model = Detector()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    checkpoint = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    here = runner(model, training=True, resume=True)
+    for parameters, fits in (
+        (model.parameters(), True),
+        ([{"params": [p]} for p in model.parameters()], False),
+        (model.backbone.parameters(), False),
+    ):
+        here.optim_wrapper = OptimWrapper(torch.optim.SGD(parameters, 0.1))
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="load_from=CHECKPO"):
+            CheckLoadHook().after_load_checkpoint(here, dict(checkpoint))
+
+
+@pytest.mark.parametrize(("done", "says"), [(2, True), (1, False)])
+def test_resuming_a_finished_run_says_so(done, says, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("mmrla.engine.run.hooks.print_log", lambda text, **_: said.append(text))
+    loop = SimpleNamespace(max_iters=20, max_epochs=2)
+    here = SimpleNamespace(train_loop=loop, _resume=True, epoch=done, iter=10 * done)
+    CheckLoadHook().before_train(here)
+    assert ["epoch 2 of 2, iteration 20 of 20" in text for text in said] == [True] * says
+
+
+# --- LayerAttentionVisHook ---
 
 
 @VISBACKENDS.register_module()
@@ -93,8 +123,7 @@ class PicturesInMemory(BaseVisBackend):
 
     pictures: list = []
 
-    def _init_env(self):
-        pass
+    def _init_env(self): ...
 
     @property
     def experiment(self):
@@ -104,35 +133,21 @@ class PicturesInMemory(BaseVisBackend):
         self.pictures.append((name, image, step))
 
 
-@pytest.fixture
-def scopes():
-    """A runner leaves its scope behind as the current one, where later tests would build."""
-    before = dict(DefaultScope._instance_dict)
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
-
-
 def train(tmp_path, layer_attention, hooks, name, **kwargs):
     torch.manual_seed(0)
     PicturesInMemory.pictures = []
     model = Classifier(layer_attention, **kwargs)
-    data = [dict(inputs=torch.randn(3, 32, 32), data_samples=torch.tensor(i % 4)) for i in range(8)]
-    runner = Runner(
-        model,
-        str(tmp_path / name),
+    data = [dict(inputs=image, data_samples=SimpleNamespace(label=i % 4))
+            for i, image in enumerate(noise())]  # fmt: skip
+    backends = [dict(type="LocalVisBackend"), dict(type="PicturesInMemory")]
+    Runner(
+        model, str(tmp_path / name),
         train_dataloader=DataLoader(data, batch_size=4, collate_fn=pseudo_collate),
-        train_cfg=dict(by_epoch=True, max_epochs=3),
-        randomness=dict(seed=0),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-        custom_hooks=hooks,
-        visualizer=dict(
-            type="Visualizer",
-            vis_backends=[dict(type="LocalVisBackend"), dict(type="PicturesInMemory")],
-        ),
+        train_cfg=dict(by_epoch=True, max_epochs=3), randomness=dict(seed=0),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)), custom_hooks=hooks,
+        visualizer=dict(type="Visualizer", vis_backends=backends),
         experiment_name=f"{tmp_path.name}_{name}",
-    )
-    runner.train()
+    ).train()  # fmt: skip
     return model
 
 
@@ -140,41 +155,37 @@ def train(tmp_path, layer_attention, hooks, name, **kwargs):
     ("attention", "kwargs"),
     [(LIGHT, {}), (dict(type="MRLABase", head_channels=4), dict(with_cp=True, frozen_stages=1))],
 )
-def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path, scopes):
-    """Pictures every second iteration, and the same weights as without the hook, bit for bit."""
-    hook = dict(type="mmrla.LayerAttentionVisHook", interval=2, heads=[0, 1])
+def test_layer_attention_is_drawn_while_training(attention, kwargs, tmp_path):
+    """Pictures every third iteration, and the same weights as without the hook, bit for bit."""
+    hook = dict(type="mmrla.LayerAttentionVisHook", interval=3, heads=[0, 1])
     model = train(tmp_path, attention, [hook], "with", **kwargs)
     pictures = list(PicturesInMemory.pictures)
-    assert [(name, step) for name, _, step in pictures] == [
-        ("layer_attention", step) for step in (2, 4, 6)
-    ]
+    steps = [("layer_attention", step) for step in (3, 6)]
+    assert [(name, step) for name, _, step in pictures] == steps
     for _, image, _ in pictures:
         assert image.dtype.name == "uint8"
         assert image.shape[2] == 3
         assert min(image.shape[:2]) > 200
     assert (pictures[0][1] != pictures[-1][1]).any()
     files = sorted(path.name for path in tmp_path.glob("with/*/vis_data/vis_image/*.png"))
-    assert files == [f"layer_attention_{step}.png" for step in (2, 4, 6)]
+    assert files == [f"{name}_{step}.png" for name, step in steps]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     plain = train(tmp_path, attention, [], "without", **kwargs)
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert same(model, plain)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert a.requires_grad == b.requires_grad
-    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
-        assert torch.equal(a, b), name
 
 
-def test_layer_attention_hook_refuses_before_training(tmp_path, scopes):
+def test_layer_attention_hook_refuses_before_training(tmp_path):
     hook = dict(type="mmrla.LayerAttentionVisHook", interval=2)
     with pytest.raises(ValueError, match="Classifier has no layer attention"):
         train(tmp_path, None, [hook], "plain")
-    for kwargs, message in (
-        (dict(interval=0), "interval must be at least 1, got 0"),
-        (dict(heads=0), "heads must be at least 1, got 0"),
-        (dict(max_images=0), "max_images must be at least 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LayerAttentionVisHook(**kwargs)
+    for name in ("interval", "heads", "max_images"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            LayerAttentionVisHook(**{name: 0})
+
+
+# --- others ---
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
@@ -197,74 +208,17 @@ def test_runs_without_a_gpu_trim_their_heap(monkeypatch, tmp_path):
         assert types == ["EMAHook"] + ["mmrla.TrimHeapHook"] * (not gpu)
 
 
-class Mirrored(BaseTTAModel):
-    def merge_preds(self, data_samples_list):
-        return data_samples_list
-
-
-class Semi(nn.Module):
-    """Holds two networks as mmdet's teacher-student detectors do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.teacher, self.student = Detector(LIGHT), Detector(LIGHT)
-
-
-def test_checkpoints_reach_networks_inside_others():
-    """Test-time augmentation's wrapper, and both networks of a teacher-student detector."""
-    trained = Detector(LIGHT)
-    inner = Detector(LIGHT)
-    inner.test_step = None
-    for model, parts in ((Mirrored(module=inner), [inner]), (semi := Semi(), semi.children())):
-        checkpoint = {"state_dict": trained.state_dict()}
-        CheckLoadHook().after_load_checkpoint(runner(model, training=False), checkpoint)
-        load_state_dict(model, checkpoint["state_dict"], strict=True)  # as mmengine loads
-        for part in parts:
-            for key, value in part.state_dict().items():
-                assert torch.equal(value, trained.state_dict()[key]), key
-
-
-def test_resuming_with_another_optimizer_names_load_from():
-    model = Detector(LIGHT)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    checkpoint = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
-    here = runner(model, training=True, resume=True)
-    for parameters, fits in (
-        (model.parameters(), True),
-        ([{"params": [p]} for p in model.parameters()], False),
-        (model.backbone.parameters(), False),
-    ):
-        here.optim_wrapper = OptimWrapper(torch.optim.SGD(parameters, 0.1))
-        with nullcontext() if fits else pytest.raises(CheckpointError, match="load_from=CHECKPO"):
-            CheckLoadHook().after_load_checkpoint(here, dict(checkpoint))
-
-
 @pytest.mark.parametrize(
     ("length", "interval", "gpu", "expected"),
     [
-        (1000, 50, True, 50),  # as the config says
-        (50, 50, True, 50),
-        (49, 50, True, 4),  # would log once an epoch
-        (3, 50, True, 1),
-        (1000, 50, False, 10),
-        (1000, 5, False, 5),
-        (30, 10, False, 3),
+        (1000, 50, True, 50), (50, 50, True, 50),  # as the config says
+        (49, 50, True, 4), (3, 50, True, 1),  # would log once an epoch
+        (1000, 50, False, 10), (1000, 5, False, 5), (30, 10, False, 3),
     ],
-)
+)  # fmt: skip
 def test_log_interval(length, interval, gpu, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     logger = LoggerHook(interval=interval)
-    LogIntervalHook().before_train(
-        SimpleNamespace(train_dataloader=[None] * length, hooks=[TrimHeapHook(), logger])
-    )
+    hooks = [TrimHeapHook(), logger]
+    LogIntervalHook().before_train(SimpleNamespace(train_dataloader=[None] * length, hooks=hooks))
     assert logger.interval == expected
-
-
-@pytest.mark.parametrize(("done", "says"), [(2, True), (1, False)])
-def test_resuming_a_finished_run_says_so(done, says, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("mmrla.engine.hooks.print_log", lambda text, **_: said.append(text))
-    loop = SimpleNamespace(max_iters=20, max_epochs=2)
-    here = SimpleNamespace(train_loop=loop, _resume=True, epoch=done, iter=10 * done)
-    CheckLoadHook().before_train(here)
-    assert ["epoch 2 of 2, iteration 20 of 20" in text for text in said] == [True] * says

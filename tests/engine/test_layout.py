@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,20 +18,19 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmrla.cli import load_script
+from mmrla.commands import cost
 from mmrla.datasets import generate_shapes
 from mmrla.engine import AmpOptimWrapper, ChannelsLastHook, amp, build_runner, set_data_root
 from mmrla.engine.amp import set_amp, set_test_amp
-from mmrla.engine.launch import set_layout
+from mmrla.engine.run.config import set_layout
 from mmrla.loads import unwrapped
 from tests.conftest import ROOT
 from tests.engine.test_resume import assert_same_training
+from tests.helpers import DEMO
+from tests.networks import LIGHT, TINY
 
-LIGHT = dict(type="MRLALight", head_channels=4)
 BACKBONES = {
-    "resnet": dict(
-        type="mmrla.MRLAResNet", depth=18, stem_channels=8, base_channels=8, layer_attention=LIGHT
-    ),
+    "resnet": dict(type="mmrla.MRLAResNet", layer_attention=LIGHT, **TINY),
     "vit": dict(
         type="mmrla.MRLAVisionTransformer", img_size=32, patch_size=8, layer_attention=LIGHT,
         arch=dict(embed_dims=64, num_layers=2, num_heads=4, feedforward_channels=64),
@@ -103,42 +101,32 @@ def to_double(module: nn.Module, args: tuple, data: dict) -> dict:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
-    generate_shapes(root, 4, 2, seed=0)
+    generate_shapes(root, 4, 2, image_size=64, seed=0)
     return root
 
 
 def config(kind: str, shapes: Path) -> Config:
     """Two epochs of two iterations of a classifier, or of the demo's detector."""
     if kind == "detector":
-        cfg = Config.fromfile(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py")
+        cfg = Config.fromfile(DEMO)
         set_data_root(cfg, shapes)
-        cfg.optim_wrapper.optimizer = dict(type="SGD", lr=0.01, momentum=0.9)
+        cfg.optim_wrapper.optimizer = dict(type="SGD", lr=0.001, momentum=0.9)
         cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     else:
         neck = dict(type="GlobalAveragePooling") if kind == "resnet" else None
-        cfg = Config(
-            dict(
-                default_scope="mmpretrain",
-                model=dict(
-                    type="ImageClassifier",
-                    backbone=BACKBONES[kind],
-                    neck=neck,
-                    head=dict(
-                        type="LinearClsHead", num_classes=4, in_channels=64,
-                        loss=dict(type="CrossEntropyLoss"),
-                    ),
-                ),
-                data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4),
-                train_dataloader=dict(
-                    batch_size=4, dataset=dict(type="Noise"),
-                    sampler=dict(type="DefaultSampler", shuffle=True),
-                ),
-                train_cfg=dict(type="mmrla.ResumableTrainLoop"),
-                optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.05, momentum=0.9)),
-                default_hooks=dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook", interval=1)),
-            )
-        )  # fmt: skip
+        loss = dict(type="CrossEntropyLoss")
+        head = dict(type="LinearClsHead", num_classes=4, in_channels=64, loss=loss)
+        model = dict(type="ImageClassifier", backbone=BACKBONES[kind], neck=neck, head=head)
+        sampler = dict(type="DefaultSampler", shuffle=True)
+        cfg = Config(dict(
+            default_scope="mmpretrain", model=model,
+            data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4),
+            train_dataloader=dict(batch_size=4, dataset=dict(type="Noise"), sampler=sampler),
+            train_cfg=dict(type="mmrla.ResumableTrainLoop"),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.05, momentum=0.9)),
+            default_hooks=dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook", interval=1)),
+        ))  # fmt: skip
     cfg.param_scheduler = None
     cfg.train_cfg.update(max_epochs=2)
     cfg.randomness = dict(seed=3)
@@ -146,14 +134,9 @@ def config(kind: str, shapes: Path) -> Config:
 
 
 def train(
-    kind: str,
-    shapes: Path,
-    work_dir: Path,
-    channels_last: bool | None = None,
-    mixed: bool = False,
-    double: bool = False,
-    **settings,
-) -> tuple[Runner, dict]:
+    kind: str, shapes: Path, work_dir: Path, channels_last: bool | None = None,
+    mixed: bool = False, double: bool = False, **settings,
+) -> tuple[Runner, dict]:  # fmt: skip
     """A run of :func:`config`, and what it was seen to do."""
     seen: dict = {}
     cfg = config(kind, shapes)
@@ -180,14 +163,12 @@ def test_channels_last_changes_nothing_but_the_layout(kind, shapes, tmp_path):
     turned, seen = run("turned", True)
     assert len(seen["losses"]) == 4
     assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-9)
-    for name, grads in expected["grads"].items():
-        torch.testing.assert_close(seen["grads"][name], grads, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(seen["grads"], expected["grads"], rtol=1e-6, atol=1e-9)
     assert expected["layouts"] == {"NCHW"}
     assert seen["layouts"] == {"channels_last"}
-    averages = [hook.ema_model for run in (turned, plain) for hook in run.hooks
+    averages = [hook.ema_model.parameters() for run in (turned, plain) for hook in run.hooks
                 if isinstance(hook, EMAHook)]  # fmt: skip
-    for a, b in zip(*(average.parameters() for average in averages), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*map(list, averages), rtol=1e-6, atol=1e-9)
 
     checkpoint = tmp_path / "turned/epoch_1.pth"
     file = torch.load(checkpoint, weights_only=False)
@@ -277,10 +258,8 @@ def test_evaluation_alone(fp16, enabled):
 
 def test_layout_speed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("logging.raiseExceptions", False)  # loggers keep the stream of capsys
-    script = load_script("analysis/layout_speed.py")
-    command = ["x", str(ROOT / "configs/cifar/resnet20_mrla_cifar10.py"), "--size", "32"]
-    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "2", "--out", str(tmp_path)])
-    script.main()
+    command = ["layout", str(ROOT / "configs/cifar/resnet20_mrla_cifar10.py"), "--size", "32"]
+    cost.main([*command, "--rounds", "2", "--out", str(tmp_path)])
     with (tmp_path / "layout_speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
@@ -289,7 +268,6 @@ def test_layout_speed(monkeypatch, capsys, tmp_path):
             times = [float(row[f"{what} {layout} ms"]) for layout in ("channels_last", "NCHW")]
             assert min(times) > 0
             assert 0.2 < float(row[f"{what} ratio"]) / (times[0] / times[1]) < 5
-    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "0"])
     with pytest.raises(SystemExit):
-        script.main()
+        cost.main([*command, "--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, free_port
-from tests.zygote import Zygote
+from tests.conftest import ROOT
+from tests.zygote import run_command, run_ranks
 
 BATCH, STEPS = 4, 4
 NETWORKS = {
@@ -34,27 +34,22 @@ NETWORKS = {
     ),
 }  # fmt: skip
 RATES = {"deit": 0.01, "resnet": 1e-4}
-SGD = dict(type="SGD", momentum=0.9, weight_decay=0.5)
-CLIPPED = dict(optimizer=SGD, paramwise_cfg=dict(flat_decay_mult=0.0), clip_grad=dict(max_norm=0.5))
-POLICY = "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy"
-ONE = dict(strategy=dict(type="mmrla.FSDPStrategy"), optim=CLIPPED)
-MANY = dict(
-    strategy=dict(
-        type="mmrla.FSDPStrategy",
-        model_wrapper=dict(auto_wrap_policy=dict(type=POLICY, min_num_params=20000)),
-    ),
-    optim=CLIPPED,
+SGD = dict(
+    optimizer=dict(type="SGD", momentum=0.9, weight_decay=0.5),
+    paramwise_cfg=dict(flat_decay_mult=0.0),
 )
+CLIPPED = dict(SGD, clip_grad=dict(max_norm=0.5))
+POLICY = dict(type="torch.distributed.fsdp.wrap.size_based_auto_wrap_policy", min_num_params=20000)
+FSDP = dict(type="mmrla.FSDPStrategy")
+ONE = dict(strategy=FSDP, optim=CLIPPED)
+MANY = dict(strategy=dict(FSDP, model_wrapper=dict(auto_wrap_policy=POLICY)), optim=CLIPPED)
 DEEPSPEED = dict(
     strategy=dict(
-        type="DeepSpeedStrategy",
-        config=dict(zero_allow_untested_optimizer=True),
+        type="DeepSpeedStrategy", config=dict(zero_allow_untested_optimizer=True),
         zero_optimization=dict(stage=3),
     ),
-    optim=dict(
-        type="DeepSpeedOptimWrapper", optimizer=SGD, paramwise_cfg=dict(flat_decay_mult=0.0)
-    ),
-)
+    optim=dict(SGD, type="DeepSpeedOptimWrapper"),
+)  # fmt: skip
 
 CONFIG = """
 _base_ = "mmpretrain::_base_/default_runtime.py"
@@ -93,23 +88,14 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def train(
-    zygote: Zygote, folder: Path, world: int, config: dict, *options: str
-) -> tuple[list[list[float]], int]:
+def train(folder: Path, world: int, config: dict, *options: str) -> tuple[list[list[float]], int]:
     """Run tools/train.py in some processes; their losses, and the number of FSDP's units."""
     folder.mkdir()
     path = folder / "config.py"
     path.write_text(CONFIG.format(**config, batch=BATCH // world))
     argv = [ROOT / "tools/train.py", path, "--work-dir", folder, *options]
-    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     argv += ["--launcher", "pytorch"] if world > 1 else []
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    pids = [
-        zygote.start(*argv, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank, log in enumerate(logs)
-    ]
-    status = [zygote.wait(pid, timeout=300) for pid in pids]
-    assert status == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(world, *argv, folder=folder)
     found = [json.loads((folder / f"losses{rank}.json").read_text()) for rank in range(world)]
     return [each["losses"] for each in found], found[0]["units"]
 
@@ -122,10 +108,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)["state_dict"]
 
 
-def require_equal(zygote: Zygote, folder: Path, config: dict) -> int:
+def require_equal(folder: Path, config: dict) -> int:
     """Two processes are one with twice the batch: in losses and in what they save."""
-    (one,), _ = train(zygote, folder / "one", 1, config)
-    two, units = train(zygote, folder / "two", 2, config)
+    (one,), _ = train(folder / "one", 1, config)
+    two, units = train(folder / "two", 2, config)
     assert len(set(one)) == len(one) == 2 * STEPS
     assert [sum(pair) / 2 for pair in zip(*two, strict=True)] == pytest.approx(one, abs=1e-5)
     expected, saved = (weights(folder / run / "epoch_2.pth") for run in ("one", "two"))
@@ -136,50 +122,51 @@ def require_equal(zygote: Zygote, folder: Path, config: dict) -> int:
     return units
 
 
-def require_evaluation(zygote: Zygote, run: Path, checkpoint: Path) -> None:
+def require_evaluation(run: Path, checkpoint: Path) -> None:
     """One process evaluates a checkpoint, of which all tensors fit."""
-    log = run / "test.log"
     argv = [run / "config.py", checkpoint, "--work-dir", run / "test"]
-    assert zygote.run(ROOT / "tools/test.py", *argv, log=log) == 0, log.read_text()[-3000:]
-    assert "0 missing, 0 unexpected, 0 of the wrong shape" in log.read_text()
+    done = run_command(ROOT / "tools/test.py", *argv)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-3000:]
+    assert "0 missing, 0 unexpected, 0 of the wrong shape" in log
     trained = re.findall(r"Epoch\(val\).*accuracy/top1: ([\d.]+)", (run / "rank0.log").read_text())
-    assert re.findall(r"accuracy/top1: ([\d.]+)", log.read_text()) == trained[-1:]
+    assert re.findall(r"accuracy/top1: ([\d.]+)", log) == trained[-1:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [ONE, MANY], ids=["one unit", "many units"])
 @pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_fsdp_computes_what_one_process_does(name, settings, images, zygote, tmp_path):
+def test_fsdp_computes_what_one_process_does(name, settings, images, tmp_path):
     config = dict(settings, model=NETWORKS[name], data=str(images), rate=RATES[name])
-    units = require_equal(zygote, tmp_path, config)
+    units = require_equal(tmp_path, config)
     assert (units > 10) if settings is MANY else (units == 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_fsdp_goes_on_from_its_checkpoints(name, images, zygote, tmp_path):
+def test_fsdp_goes_on_from_its_checkpoints(name, images, tmp_path):
     config = dict(MANY, model=NETWORKS[name], data=str(images), rate=RATES[name])
     first = tmp_path / "first"
-    losses, _ = train(zygote, first, 2, config)
+    losses, _ = train(first, 2, config)
     rest = [each[STEPS:] for each in losses]
     saved = str(first / "epoch_1.pth")
-    assert train(zygote, tmp_path / "resumed", 2, config, "--resume", saved)[0] == rest
+    assert train(tmp_path / "resumed", 2, config, "--resume", saved)[0] == rest
     resumed = weights(tmp_path / "resumed/epoch_2.pth")
     expected = weights(first / "epoch_2.pth")
     assert all(torch.equal(resumed[key], value) for key, value in expected.items())
     options = ("--cfg-options", f"load_from={saved}")
-    tuned, _ = train(zygote, tmp_path / "tuned", 2, config, *options)
+    tuned, _ = train(tmp_path / "tuned", 2, config, *options)
     assert [each[0] for each in tuned] == [each[0] for each in rest]
-    require_evaluation(zygote, first, first / "epoch_2.pth")
+    require_evaluation(first, first / "epoch_2.pth")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_deepspeed_computes_what_one_process_does(name, images, zygote, tmp_path):
+def test_deepspeed_computes_what_one_process_does(name, images, tmp_path):
     # What mmengine imports of it; newer releases lack it.
     pytest.importorskip("deepspeed.runtime.fp16.onebit")
     config = dict(DEEPSPEED, model=NETWORKS[name], data=str(images), rate=RATES[name])
-    require_equal(zygote, tmp_path, config)
+    require_equal(tmp_path, config)
     run = tmp_path / "two"
     torch.save(dict(state_dict=weights(run / "epoch_2.pth")), run / "whole.pth")
-    require_evaluation(zygote, run, run / "whole.pth")
+    require_evaluation(run, run / "whole.pth")

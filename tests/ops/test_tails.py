@@ -62,6 +62,19 @@ def test_narrow_dtypes(kind, layers, dtype):
         assert max(errors.values()) < tolerance, errors
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("kind", "layers"), KINDS, ids=stable_id)
+def test_inference(kind, layers, last):
+    """Without a graph: the out norm is part of the factors."""
+    wide = [(shape, heads, torch.float64, 1e-9) for shape, heads in SHAPES]
+    # The last is large enough that its means are sums of sums.
+    for shape, heads, dtype, tolerance in [*wide, ((1, 32, 257, 256), 8, torch.bfloat16, 2e-2)]:
+        for drop in (False, True):
+            case = Case(kind, shape, heads, dtype, CPU, last, (False, False), drop, layers)
+            errors = case.errors(fused.light_tail, fused.base_tail, grad=False)
+            assert max(errors.values()) < tolerance, (shape, drop, errors)
+
+
 def test_a_network_in_bfloat16_alone():
     """Weights and statistics in bfloat16 too, as ``model.bfloat16()`` makes them."""
     case = Case(LightWeights, (2, 16, 9, 11), 8, torch.bfloat16, CPU)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import ROOT, overlay_environment
-from tests.projects.commands import run, train, train_by_the_prefix_alone
+from tests.projects.commands import check_layer_attentions, run, train, train_by_the_prefix_alone
 
 pytestmark = pytest.mark.slow
 
@@ -47,14 +46,7 @@ def check_training(log: str, work_dir: Path) -> None:
     # Of the same eight images, in the first epoch and in the last.
     assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4]), losses
     assert re.search(r"coco/bbox_mAP: -?\d", log)
-    before, after = (
-        torch.load(work_dir / f"epoch_{n}.pth", map_location="cpu", weights_only=False)
-        for n in (1, EPOCHS)
-    )
-    ours = [k for k in after["state_dict"] if ".mrla." in k]
-    assert len([k for k in ours if k.endswith("mrla.query.weight")]) == 8
-    still = [k for k in ours if torch.equal(before["state_dict"][k], after["state_dict"][k])]
-    assert not still, still
+    check_layer_attentions(work_dir, "epoch_1.pth", f"epoch_{EPOCHS}.pth")
 
 
 def small(base: str, coco_mini: Path, channels: list[int], backbone: str = "") -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import ROOT
-from tests.projects.commands import run, train_by_the_prefix_alone
+from tests.projects.commands import check_layer_attentions, run, train_by_the_prefix_alone
 
 pytestmark = pytest.mark.slow
 
@@ -65,17 +64,6 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def package(is_fork: bool) -> str:
-    return "onedl-mmsegmentation" if is_fork else "mmsegmentation"
-
-
-def documented() -> str:
-    """The config that docs/other_projects.md shows."""
-    page = (ROOT / "docs/other_projects.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "upernet" in b)
-    return block
-
-
 def miou(log: str) -> float:
     return float(re.findall(r"mIoU: (\S+)", log)[-1])
 
@@ -87,34 +75,29 @@ def check_training(log: str, work_dir: Path) -> None:
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3]), losses
     assert miou(log) > 60
-    before, after = (
-        torch.load(work_dir / f"iter_{n}.pth", map_location="cpu", weights_only=False)["state_dict"]
-        for n in (ITERS // 2, ITERS)
-    )
-    ours = [k for k in after if ".mrla." in k or ".bn_mrla.weight" in k]
-    assert len([k for k in ours if k.endswith("mrla.query.weight")]) == 8
-    still = [k for k in ours if torch.equal(before[k], after[k])]
-    assert not still, still
+    names = (f"iter_{n}.pth" for n in (ITERS // 2, ITERS))
+    check_layer_attentions(work_dir, *names, part=".bn_mrla.weight")
 
 
 def test_upernet_by_mim(projects, is_fork, data, tmp_path):
     """The documented config, trained and tested as ``mim train`` and ``mim test`` do it."""
-    (tmp_path / "upernet_r50_mrla_ade20k.py").write_text(documented())
+    page = (ROOT / "docs/other_projects.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "upernet" in b)
+    (tmp_path / "upernet_r50_mrla_ade20k.py").write_text(block)
     (tmp_path / "small.py").write_text(
         small(base="'./upernet_r50_mrla_ade20k.py'", data=str(data), backbone="",
                      in_channels=[64, 128, 256, 512])
     )  # fmt: skip
-    mim = [projects, "-m", "mim"]
-    log = run(
-        *mim, "train", package(is_fork), "small.py", "--gpus", 0, "--work-dir", "out", cwd=tmp_path
-    )
+    package = "onedl-mmsegmentation" if is_fork else "mmsegmentation"
+
+    def mim(command: str, *options: object) -> str:
+        words = ["-m", "mim", command, package, "small.py", "--gpus", 0, *options]
+        return run(projects, *words, cwd=tmp_path)
+
+    log = mim("train", "--work-dir", "out")
     assert log.count("mmcv ops:") == 1
     check_training(log, tmp_path / "out")
-    again = run(
-        *mim, "test", package(is_fork), "small.py", "--checkpoint", f"out/iter_{ITERS}.pth",
-        "--gpus", 0, cwd=tmp_path,
-    )  # fmt: skip
-    assert miou(again) == miou(log)
+    assert miou(mim("test", "--checkpoint", f"out/iter_{ITERS}.pth")) == miou(log)
 
 
 def test_fcn_by_the_prefix_alone(projects, is_fork, data, tmp_path):

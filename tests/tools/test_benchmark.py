@@ -1,39 +1,29 @@
-"""tools/benchmark: what it measures is what it says."""
+"""mmrla cost speed and compare: what they measure is what they say."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmrla import ops
+from mmrla.analysis.complexity import kept_for_backward
 from mmrla.analysis.pages import replace_part
-from mmrla.commands.gpu_timing import ratio, side_by_side
+from mmrla.analysis.published import PUBLISHED
+from mmrla.commands import cost
+from mmrla.commands import cost_speed as speed
+from mmrla.commands import cost_tables as tables
+from mmrla.commands import cost_targets as targets
+from mmrla.commands.timing import ratio, side_by_side
 from mmrla.ops.dispatch import ENV_VAR, Op
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The modules of the benchmark, which is a folder of scripts."""
-    sys.path.insert(0, str(ROOT / "tools/benchmark"))
-    try:
-        import common
-        import models
-        import run
-
-        yield dict(common=common, models=models, run=run)
-    finally:
-        sys.path.remove(str(ROOT / "tools/benchmark"))
-        for name in ("common", "models", "run"):
-            sys.modules.pop(name, None)
 
 
 def test_ratios_of_known_steps():
@@ -54,7 +44,7 @@ def test_ratios_of_known_steps():
     assert 1.5 < ratio(seconds, "b", "a") < 2.5
 
 
-def test_kept_memory_of_a_known_graph(bench):
+def test_kept_memory_of_a_known_graph():
     """relu keeps its output, the product both factors; the parameter and its cast do not count."""
     linear = torch.nn.Linear(8, 8, bias=False)
     x = torch.randn(4, 8)
@@ -64,14 +54,13 @@ def test_kept_memory_of_a_known_graph(bench):
         return (y * y.detach().exp()).sum()
 
     # x, relu's output (also the product's factor), exp's output
-    kept_for_backward = bench["common"].kept_for_backward
     assert kept_for_backward(linear, forward) == 3 * 4 * 8 * 4
     with torch.autocast("cpu", torch.bfloat16):
         assert kept_for_backward(linear, lambda: linear(x).relu()) == 2 * 4 * 8 * 2
 
 
-def test_each_variant_runs_its_own_backend(bench, monkeypatch):
-    models, chosen = bench["models"], []
+def test_each_variant_runs_its_own_backend(monkeypatch):
+    chosen = []
     select = Op.select
 
     def spy(self, *args, **kwargs):
@@ -82,8 +71,8 @@ def test_each_variant_runs_its_own_backend(bench, monkeypatch):
 
     monkeypatch.setattr(Op, "select", spy)
     monkeypatch.setenv(ENV_VAR, "of the caller")
-    for name in models.VARIANTS[1:]:
-        variant = models.Variant(models.Case("ResNet-20", 2, 8, "float32-nchw"), name, CPU)
+    for name in speed.VARIANTS[1:]:
+        variant = speed.variant(speed.Case("ResNet-20", 2, 8, "float32-nchw"), name, CPU)
         variant.train_step()
         variant.infer()
         attention, _, forced = name.partition(" ")
@@ -94,13 +83,14 @@ def test_each_variant_runs_its_own_backend(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["float32-nchw", "bfloat16-channels_last"])
-def test_memory_meets_its_targets(bench, mode):
+def test_memory_meets_its_targets(mode):
     """The targets that no other load of the machine changes."""
-    models, run = bench["models"], bench["run"]
-    case = models.Case("ResNet-50", 1, 64, mode)
-    kept = {name: models.Variant(case, name, CPU).kept() for name in models.VARIANTS}
+    case = speed.Case("ResNet-50", 1, 64, mode)
+    kept = {name: speed.kept(speed.variant(case, name, CPU)) for name in speed.VARIANTS}
     bounds = {
-        target.variant: target.bound for target in run.TARGETS if target.column == "kept over plain"
+        target.variant: target.bound
+        for target in targets.TARGETS
+        if target.column == "kept over plain"
     }
     assert bounds == {"light": 1.35, "base": 1.60}
     for name, bound in bounds.items():
@@ -108,25 +98,24 @@ def test_memory_meets_its_targets(bench, mode):
         assert kept[f"{name} naive"] / kept["plain"] > bound
 
 
-def test_cases_and_modes(bench, monkeypatch):
-    models = bench["models"]
-    monkeypatch.setattr(models, "has_fast_bfloat16", lambda: False)
-    cases = [models.Case("ResNet-20", 2, 8, m) for m in ("float32-nchw", "bfloat16-channels_last")]
-    rows = models.measure(CPU, 1, cases=cases)
-    assert [row["variant"] for row in rows] == [*models.VARIANTS] * 2
+def test_cases_and_modes(monkeypatch):
+    monkeypatch.setattr(speed, "has_fast_bfloat16", lambda: False)
+    cases = [speed.Case("ResNet-20", 2, 8, m) for m in ("float32-nchw", "bfloat16-channels_last")]
+    rows = speed.measure(CPU, 1, cases=cases)
+    assert [row["variant"] for row in rows] == [*speed.VARIANTS] * 2
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
     for row in rows:
         assert (row["train over plain"] == 1) == (row["variant"] == "plain")
         assert bool(row["train over naive"]) == (row["variant"] in ("light", "base"))
         assert row["inference over plain"] is None
         assert ("no bfloat16" in row["remark"]) == row["mode"].startswith("bfloat16")
-    rows = models.measure(CPU, 1, modes=["bfloat16-channels_last"], cases=cases)
+    rows = speed.measure(CPU, 1, modes=["bfloat16-channels_last"], cases=cases)
     assert {row["mode"] for row in rows} == {"bfloat16-channels_last"}
-    assert models.measure(CPU, 1, modes=["bfloat16-nchw"], cases=cases) == []
+    assert speed.measure(CPU, 1, modes=["bfloat16-nchw"], cases=cases) == []
     # What the targets ask for is measured.
-    for targets, cases in ((bench["run"].TARGETS, models.CPU_CASES),
-                        (bench["run"].GPU_TARGETS, models.GPU_CASES)):  # fmt: skip
-        for target in targets:
+    for listed, cases in ((targets.TARGETS, speed.CPU_CASES),
+                        (targets.GPU_TARGETS, speed.GPU_CASES)):  # fmt: skip
+        for target in listed:
             assert any(
                 target.network in (None, case.network)
                 and target.mode in (None, case.mode)
@@ -135,18 +124,19 @@ def test_cases_and_modes(bench, monkeypatch):
             ), target
 
 
-def test_columns_of_compiled_variants_and_kernels(bench, monkeypatch):
-    models, cuda = bench["models"], torch.device("cuda")
-    large, _, small, deep = models.GPU_CASES
-    names = models._names(small, cuda, True)
+def test_columns_of_compiled_variants_and_kernels(monkeypatch):
+    cuda = torch.device("cuda")
+    large, _, small, deep = speed.GPU_CASES
+    names = speed._names(small, cuda, True)
     assert names[5:] == [f"{a} {how}" for a in ("plain", "light", "base")
                          for how in ("compiled", "reduce-overhead")]  # fmt: skip
-    assert "light reduce-overhead" not in models._names(large, cuda, True)
-    assert models._names(deep, cuda, True) == [*models.VARIANTS]
+    assert "light reduce-overhead" not in speed._names(large, cuda, True)
+    assert speed._names(deep, cuda, True) == [*speed.VARIANTS]
     cost = {name: len(names) + i for i, name in enumerate(names)}
-    monkeypatch.setattr(models, "side_by_side", lambda *_: {n: [c] * 2 for n, c in cost.items()})
-    monkeypatch.setattr(models, "device_work", lambda step, _: (1e-3 * cost[step], cost[step]))
-    rows = models.timed("train", {name: name for name in names}, 2, cuda)
+    monkeypatch.setattr(speed, "side_by_side", lambda *_: {n: [c] * 2 for n, c in cost.items()})
+    monkeypatch.setattr(speed, "device_work", lambda step, _: (1e-3 * cost[step], cost[step]))
+    variants = {name: SimpleNamespace(train_step=name, infer=None, device=cuda) for name in names}
+    rows = speed.timed("train", variants, 2)
     assert len({tuple(row) for row in rows.values()}) == 1
     for name, plain in (("light", "plain"), ("base compiled", "plain compiled")):
         expected = cost[name] / cost[plain]
@@ -159,8 +149,7 @@ def test_columns_of_compiled_variants_and_kernels(bench, monkeypatch):
     assert rows["base compiled"]["train over eager"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_targets_say_the_worst_and_what_was_not_measured(bench, tmp_path):
-    run = bench["run"]
+def test_targets_say_the_worst_and_what_was_not_measured(tmp_path):
     rows = [
         {"network": "ResNet-50", "batch": 2, "mode": mode, "variant": variant,
          "train over plain": 1.3, "inference over plain": None, "train over naive": over,
@@ -168,7 +157,7 @@ def test_targets_say_the_worst_and_what_was_not_measured(bench, tmp_path):
         for mode, over in (("float32-nchw", 0.9), ("bfloat16-channels_last", 1.1))
         for variant, kept in (("plain", 1.0), ("light naive", 1.8), ("light", 1.3))
     ]  # fmt: skip
-    found = {(row["target"], row["on"]): row for row in run.targets(rows, CPU)}
+    found = {(row["target"], row["on"]): row for row in targets.targets(rows, CPU)}
     assert found["ResNet-50, every mode: light, kept over plain", "cpu"]["met"] == "yes"
     worst = found["every network, every mode: light, train over naive", "cpu"]
     assert (worst["measured"], worst["met"], worst["remark"]) == (1.1, "no", "odd")
@@ -186,66 +175,54 @@ def test_targets_say_the_worst_and_what_was_not_measured(bench, tmp_path):
         for depth in (50, 101)
         for variant in ("plain", "light")
     ]
-    for path in run.draw(dict(models=rows, scaling=scaling), tmp_path, "a machine"):
+    for path in targets.draw(dict(models=rows, scaling=scaling), tmp_path, "a machine"):
         assert path.stat().st_size > 5000
-    path = bench["common"].save("models", rows, tmp_path, CPU)
+    path = cost.save_rows("models", rows, tmp_path, CPU)
     assert path.name.startswith("models_cpu")
     assert f"torch{torch.__version__.split('+')[0]}" in path.name
     assert path.read_text().splitlines()[0] == ",".join(rows[0])
 
 
 @pytest.mark.slow
-def test_depth_and_detector(bench):
-    rows = bench["models"].measure_scaling(CPU, 1, True)
+def test_depth_and_detector():
+    rows = speed.measure_scaling(CPU, 1, True)
     assert {row["depth"] for row in rows} == {50, 101}
-    rows = bench["models"].measure_detector(CPU, 1)
-    assert [row["variant"] for row in rows] == [*bench["models"].VARIANTS]
-    assert bench["models"].measure_detector(CPU, 1, ["bfloat16-nchw"]) == []
+    rows = speed.measure_detector(CPU, 1)
+    assert [row["variant"] for row in rows] == [*speed.VARIANTS]
+    assert speed.measure_detector(CPU, 1, ["bfloat16-nchw"]) == []
 
 
-@pytest.fixture(scope="module")
-def compare(bench):
-    sys.path.insert(0, str(ROOT / "tools/benchmark"))
-    try:
-        import compare as module
-
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "tools/benchmark"))
-        sys.modules.pop("compare", None)
-
-
-def test_compare_covers_every_resnet50(compare):
-    names = [compare.name_of(path) for path in compare.default_configs()]
+def test_compare_covers_every_resnet50():
+    names = [tables.name_of(path) for path in tables.compared_configs()]
     assert names[0] == "plain"
     assert {"dia", "rla-g", "dla", "dla-base", "mrla", "mrla-base", "densenet161"} <= set(names)
     assert len(names) == len(set(names))
     ablation = Path("configs/ablation/resnet50_eca_drop-path_in1k.py")
-    assert compare.name_of(ablation) == "eca_drop-path"
+    assert tables.name_of(ablation) == "eca_drop-path"
 
 
-def test_compare_tells_differences_and_reasons(compare):
-    assert compare.difference("dia", 28_358_052, 10**9) == ""
-    assert compare.difference("se", 28_088_000, 4_120_000_000) == ""
-    told = compare.difference("se", 29_100_000, 4_120_000_000)
+def test_compare_tells_differences_and_reasons():
+    assert tables.difference("dia", 28_358_052, 10**9) == ""
+    assert tables.difference("se", 28_088_000, 4_120_000_000) == ""
+    told = tables.difference("se", 29_100_000, 4_120_000_000)
     assert told == "params +3.6%: not explained yet"
-    assert compare.difference("unknown", 1, 1) == ""
-    assert compare.difference("densenet161", 28_681_000, 7_790_000_000) == ""
-    told = compare.difference("a2", 32_907_000, 6_681_000_000)
+    assert tables.difference("unknown", 1, 1) == ""
+    assert tables.difference("densenet161", 28_681_000, 7_790_000_000) == ""
+    told = tables.difference("a2", 32_907_000, 6_681_000_000)
     assert re.fullmatch(r"params -4.9%: .*2\^20.*; GFLOPs -4.6%: .*within_layer.md.*", told)
-    assert compare.difference("mrla", 25_738_000, 4_178_000_000) == ""
-    told = compare.difference("rla-g", params := 25_870_696, macs := 4_477_868_576)
+    assert tables.difference("mrla", 25_738_000, 4_178_000_000) == ""
+    told = tables.difference("rla-g", params := 25_870_696, macs := 4_477_868_576)
     assert (
         told == "params +4.9%: published in units of 2^20; GFLOPs +7.4%: published in units of 2^30"
     )
-    stated = compare.PUBLISHED["rla-g"]
+    stated = PUBLISHED["rla-g"]
     assert (f"{params / 2**20:.2f}", f"{macs / 2**30:.2f}") == (stated.params, stated.gflops)
 
 
-def test_compare_measures_and_writes(compare, tmp_path):
+def test_compare_measures_and_writes(tmp_path):
     folder = ROOT / "configs/imagenet"
     paths = [folder / f"resnet50_{name}_in1k.py" for name in ("plain", "rla-g")]
-    plain, rla = compare.compare(paths, CPU, 1, 2, 224, 32)
+    plain, rla = tables.compare(paths, CPU, 1, 2, 224, 32)
     assert (plain["params, M"], plain["GFLOPs"], plain["kept over plain"]) == (
         "25.56",
         "4.11",

@@ -1,14 +1,14 @@
-"""tools/analysis on real images: pictures, and numbers against independent computations."""
+"""mmrla figure and cost on real images: pictures, and numbers against independent computations."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import json
 import math
 import re
 import shlex
-import sys
 
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from mmrla.analysis import activation_memory, complexity, record_layer_attention
+from mmrla.commands import cost, figure
 from mmrla.engine.inspection import choose_device
 from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
@@ -47,21 +48,17 @@ def tool(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("logging.raiseExceptions", False)
 
     def command(name, *args, fails=None):
-        path = ROOT / f"tools/analysis/{name}.py"
-        spec = importlib.util.spec_from_file_location(f"{name}_tool", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        argv = [str(path), *map(str, args), "--out", str(tmp_path), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", argv)
+        main = {"resolution": cost, "memory": cost}.get(name, figure).main
+        argv = [name, *map(str, args), "--out", str(tmp_path), "--device", "cpu"]
         if fails is not None:
             with pytest.raises(SystemExit) as caught:
-                module.main()
+                main(argv)
             assert caught.value.code == 2
             error = capsys.readouterr().err
             assert "Traceback" not in error
             assert fails in error, error
             return None
-        module.main()
+        main(argv)
         written = [w for w in capsys.readouterr().out.splitlines() if w.startswith(str(tmp_path))]
         found = {}
         for file in map(str, written):
@@ -119,7 +116,7 @@ def test_images_of_cifar_are_rgb(images):
 
 def test_attention_maps_of_base(tool, images):
     """As many heads as there are; the numbers are the softmax of the network's own features."""
-    found = tool("attention_maps", BASE, "--images", *images, "--size", 64, "--all-heads",
+    found = tool("maps", BASE, "--images", *images, "--size", 64, "--all-heads",
                  "--cfg-options", *SMALL)  # fmt: skip
     assert found["png"] == 5
     numbers = found["npz"]
@@ -149,7 +146,7 @@ def test_attention_maps_of_light_in_a_detector(tool, images):
     """A detector with its own test pipeline; the weights are products of gates and lambdas."""
     config = ROOT / "configs/mask_rcnn_r50_mrla_1x.py"
     small = ["model.backbone.depth=18", "model.neck.in_channels=[64,128,256,512]"]
-    found = tool("attention_maps", config, "--images", images[0].parent, "--max-images", 2,
+    found = tool("maps", config, "--images", images[0].parent, "--max-images", 2,
                  "--size", 96, "--heads", 0, 1, "--cfg-options", *small)  # fmt: skip
     numbers = found["npz"]
     assert "shortcut" in str(numbers["scores_are"])
@@ -170,26 +167,26 @@ def test_checkpoints(tool, images, tmp_path):
     path = tmp_path / "trained.pth"
     torch.save(dict(state_dict=network.model.state_dict()), path)
     args = ["--images", images[0], "--size", 64, "--cfg-options", *SMALL]
-    found = tool("attention_maps", BASE, path, *args)["npz"]
+    found = tool("maps", BASE, path, *args)["npz"]
     assert str(found["title"]).split(", ")[1] == "trained.pth"
     with record_layer_attention(network.model) as rec:
         network.features(network.read(images[0])[0])
     for group in rec.groups:
         expected = group.scores.numpy()
         assert np.allclose(found[f"{group.name}/scores"], expected, equal_nan=True, atol=1e-6)
-    seeded = tool("attention_maps", BASE, *args, "--seed", 3)["npz"]
+    seeded = tool("maps", BASE, *args, "--seed", 3)["npz"]
     assert np.array_equal(
         seeded["layer1/scores"], found["layer1/scores"], equal_nan=True
     )  # the same weights again
     plain = build_network(str(BASE), options=options(SMALL), plain=True)
     torch.save(plain.model.state_dict(), tmp_path / "plain.pth")
-    tool("attention_maps", BASE, tmp_path / "plain.pth", *args, fails="would stay random")
+    tool("maps", BASE, tmp_path / "plain.pth", *args, fails="would stay random")
 
 
 def test_query_similarity(tool, images):
     args = [BASE, "--images", *images, "--size", 64, "--cfg-options", *SMALL]
-    tool("query_similarity", *args, fails="--include-first takes it too")
-    found = tool("query_similarity", *args, "--include-first", "--bins", 10)
+    tool("similarity", *args, fails="--include-first takes it too")
+    found = tool("similarity", *args, "--include-first", "--bins", 10)
     numbers = found["npz"]
     assert numbers["layer4"].shape == (2, 1, 8)
     network = build_network(str(BASE), options=options(SMALL), size=64)
@@ -206,14 +203,14 @@ def test_query_similarity(tool, images):
 
 def test_query_similarity_with_a_deeper_network(tool, images):
     deeper = ["model.backbone.depth=34" if "depth" in o else o for o in SMALL]
-    found = tool("query_similarity", BASE, "--images", images[0], "--size", 64,
+    found = tool("similarity", BASE, "--images", images[0], "--size", 64,
                  "--cfg-options", *deeper)["npz"]  # fmt: skip
     pairs = {f"layer{i}": found[f"layer{i}"].shape[1] for i in (1, 2, 3, 4)}
     assert pairs == {"layer1": 1, "layer2": 2, "layer3": 4, "layer4": 1}
 
 
 def test_flops_vs_resolution(tool):
-    found = tool("flops_vs_resolution", LIGHT, "--sizes", 96, 64, "--cfg-options", *SMALL_LIGHT)
+    found = tool("resolution", LIGHT, "--sizes", 96, 64, "--cfg-options", *SMALL_LIGHT)
     rows = found["csv"]
     assert [int(row["size"]) for row in rows] == [64, 96]
     network = build_network(str(LIGHT), options=options(SMALL_LIGHT))
@@ -226,9 +223,9 @@ def test_flops_vs_resolution(tool):
     assert inside[1] == pytest.approx(whole.attention_macs / 1e9)
     # Linear in pixels but for the little that depends on channels alone.
     assert inside[1] / inside[0] == pytest.approx(96**2 / 64**2, rel=0.02)
-    tool("flops_vs_resolution", LIGHT, "--sizes", 64, fails="--sizes must be two or more")
+    tool("resolution", LIGHT, "--sizes", 64, fails="--sizes must be two or more")
     plain_config = ROOT / "configs/cifar/resnet20_plain_cifar10.py"
-    tool("flops_vs_resolution", plain_config, fails="no layer attention to count")
+    tool("resolution", plain_config, fails="no layer attention to count")
 
 
 def test_memory_vs_depth(tool):
@@ -239,7 +236,7 @@ def test_memory_vs_depth(tool):
 
     try:
         found = tool(
-            "memory_vs_depth",
+            "memory",
             LIGHT,
             "--depths",
             34,
@@ -270,8 +267,8 @@ def test_memory_vs_depth(tool):
     kept = [float(row["kept_mib_per_image"]) for row in rows]
     assert kept[0] < kept[2] < kept[1]
     assert all(row["peak_mib"] == "" for row in rows)  # no GPU here
-    tool("memory_vs_depth", "--types", "MRLAHeavy", fails="unknown layer attention 'MRLAHeavy'")
-    tool("memory_vs_depth", DEIT, fails="MRLAVisionTransformer takes no depth")
+    tool("memory", "--types", "MRLAHeavy", fails="unknown layer attention 'MRLAHeavy'")
+    tool("memory", DEIT, fails="MRLAVisionTransformer takes no depth")
 
 
 def by_hand(network, layer, inputs, target):
@@ -296,27 +293,28 @@ def by_hand(network, layer, inputs, target):
 def test_score_cam(tool, images):
     pytest.importorskip("pytorch_grad_cam")
     args = ["--images", images[0], "--size", 64, "--target", 7, "--cfg-options", *SMALL_LIGHT]
-    numbers = tool("score_cam", LIGHT, *args)["npz"]
+    numbers = tool("cam", LIGHT, *args)["npz"]
     assert numbers["columns"].tolist() == [
         "plain layer3", "plain layer4", "MRLALight layer3", "MRLALight layer4"
     ]  # fmt: skip
     assert numbers["targets"].tolist() == [[7] * 4]
     network = build_network(str(LIGHT), options=options(SMALL_LIGHT), size=64)
+    assert network.dataset_meta["classes"][7] == "cock"  # for the notes, without a checkpoint
     inputs = network.read(images[0])[0]
     for index, layer in ((2, network.backbone.layer3), (3, network.backbone.layer4)):
         expected = by_hand(network, layer, inputs, 7)
         assert np.abs(numbers["maps"][0, index] - expected).max() < 1e-3
-    tool("score_cam", LIGHT, *args, "--layers", "layer5", fails="no layer 'layer5' in MRLAResNet")
-    tool("score_cam", LIGHT, *args, "--target", 1000, fails="--target must be a class, 0 to 999")
+    tool("cam", LIGHT, *args, "--layers", "layer5", fails="no layer 'layer5' in MRLAResNet")
+    tool("cam", LIGHT, *args, "--target", 1000, fails="--target must be a class, 0 to 999")
     detector = ROOT / "configs/mask_rcnn_r50_mrla_1x.py"
-    tool("score_cam", detector, "--images", images[0], fails="it takes a classifier, got MaskRCNN")
+    tool("cam", detector, "--images", images[0], fails="it takes a classifier, got MaskRCNN")
 
 
 def test_score_cam_of_tokens(tool, images):
     pytest.importorskip("pytorch_grad_cam")
     args = ["--images", images[0], "--size", 64]
-    tool("score_cam", DEIT, *args, fails="name the layers with --layers")
-    found = tool("score_cam", DEIT, *args, "--layers", "layers.10", "--target", 3)["npz"]
+    tool("cam", DEIT, *args, fails="name the layers with --layers")
+    found = tool("cam", DEIT, *args, "--layers", "layers.10", "--target", 3)["npz"]
     assert found["maps"].shape == (1, 2, 64, 64)
     network = build_network(str(DEIT), size=64)
     inputs = network.read(images[0])[0]
@@ -332,15 +330,15 @@ def test_score_cam_of_tokens(tool, images):
     expected = by_hand(network, as_map, inputs, 3)
     handle.remove()
     assert np.abs(found["maps"][0, 1] - expected).max() < 2e-3
-    tool("score_cam", DEIT, *args, "--layers", "drop_after_pos.0", fails="no layer")
-    tool("score_cam", DEIT, *args, "--layers", "head.layers.head", fails="is not called")
-    tool("score_cam", DEIT, *args, "--max-images", 0, "--layers", "ln1",
+    tool("cam", DEIT, *args, "--layers", "drop_after_pos.0", fails="no layer")
+    tool("cam", DEIT, *args, "--layers", "head.layers.head", fails="is not called")
+    tool("cam", DEIT, *args, "--max-images", 0, "--layers", "ln1",
          fails="--max-images must be at least 1")  # fmt: skip
 
 
 def test_class_attention(tool, images):
     args = ["--images", *images, "--layer", 4, "--size", 96]
-    numbers = tool("class_attention", DEIT, *args)["npz"]
+    numbers = tool("class-token", DEIT, *args)["npz"]
     network = build_network(str(DEIT), size=96)
     seen = []
     block = network.backbone.layers[4].attn
@@ -358,23 +356,23 @@ def test_class_attention(tool, images):
     # The plain host has the same random weights, so that MRLA alone makes the difference.
     assert numbers["plain/1"].shape == (3, 6, 6)
     assert not np.allclose(numbers["plain/1"], numbers["MRLALight/1"])
-    first = tool("class_attention", DEIT, *args[:-4], "--layer", 0, "--size", 96)["npz"]
+    first = tool("class-token", DEIT, *args[:-4], "--layer", 0, "--size", 96)["npz"]
     assert np.allclose(first["plain/1"], first["MRLALight/1"], atol=1e-6)
-    patch = tool("class_attention", DEIT, *args, "--query", 5, 2, "--heads", 1)["npz"]
+    patch = tool("class-token", DEIT, *args, "--query", 5, 2, "--heads", 1)["npz"]
     query, key = (seen[0][:, part * 192 + 64 :][:, :64].detach() for part in (0, 1))
     expected = torch.softmax(query[1 + 5 * 6 + 2] @ key.t() / 8, -1)[1:].view(6, 6)
     assert relative_error(torch.from_numpy(patch["MRLALight/1"][1]), expected) < 1e-4
-    tool("class_attention", DEIT, *args, "--query", 6, 0, fails="no patch at row 6, column 0")
-    tool("class_attention", DEIT, *args, "--layer", 12, fails="no block 12")
-    tool("class_attention", DEIT, *args, "--heads", 3, fails="0 to 2, got 3")
-    tool("class_attention", LIGHT, "--images", images[0], "--cfg-options", *SMALL_LIGHT,
+    tool("class-token", DEIT, *args, "--query", 6, 0, fails="no patch at row 6, column 0")
+    tool("class-token", DEIT, *args, "--layer", 12, fails="no block 12")
+    tool("class-token", DEIT, *args, "--heads", 3, fails="no head 3 in plain, which has 3: 0 to 2")
+    tool("class-token", LIGHT, "--images", images[0], "--cfg-options", *SMALL_LIGHT,
          fails="MRLAResNet is no vision transformer")  # fmt: skip
 
 
 def test_class_attention_in_a_detector(tool, images):
     """Images of any shape, padded: the map is cut back to the image."""
     config = ROOT / "configs/mask_rcnn_vit-t_mrla_sfp_1x.py"
-    found = tool("class_attention", config, "--images", *images, "--size", 80)["npz"]
+    found = tool("class-token", config, "--images", *images, "--size", 80)["npz"]
     network = build_network(str(config), size=80)
     inputs = network.read(images[0])[0]
     assert found["MRLALight/0"].shape == (3, inputs.shape[2] // 16, inputs.shape[3] // 16)
@@ -396,7 +394,7 @@ def test_class_attention_in_a_detector(tool, images):
     ],
 )  # fmt: skip
 def test_errors(tool, images, args, message):
-    tool("attention_maps", *(images[0] if a == "IMAGE" else a for a in args), fails=message)
+    tool("maps", *(images[0] if a == "IMAGE" else a for a in args), fails=message)
 
 
 def test_devices():
@@ -418,7 +416,7 @@ def test_a_layer_attention_that_does_not_tell(tool, images):
 
     try:
         silent = [o.replace("MRLABase", "Silent") for o in SMALL]
-        tool("attention_maps", BASE, "--images", images[0], "--size", 64, "--cfg-options", *silent,
+        tool("maps", BASE, "--images", images[0], "--size", 64, "--cfg-options", *silent,
              fails="Silent (backbone.layer1.0.mrla) does not tell what it attends to")  # fmt: skip
     finally:
         LAYER_ATTENTIONS._module_dict.pop("Silent")
@@ -437,19 +435,16 @@ def test_as_a_command(images, tmp_path):
 TEXT = (ROOT / "docs/analysis.md").read_text().replace("\\\n", " ")  # commands on several lines
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)\.py`", TEXT))))
-def test_what_the_docs_show_is_there(name, monkeypatch, capsys):
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`mmrla (\w+ [\w-]+)`", TEXT))))
+def test_what_the_docs_show_is_there(name, capsys):
     """Every command has an example, with options that it has and configs that are there."""
-    (line,) = re.findall(rf"^python tools/analysis/{name}\.py.*$", TEXT, re.M)
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/analysis/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [name, *shlex.split(line)[2:]])
-    args = module.parse_args()
+    (line,) = re.findall(rf"^mmrla {name} .*$", TEXT, re.M)
+    command, subcommand = name.split()
+    module = importlib.import_module(f"mmrla.commands.{command}")
+    args = module.parse_args(shlex.split(line)[2:])
     assert (ROOT / args.config).is_file()
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit):
-        module.parse_args()
+        module.parse_args([subcommand, "--help"])
     listed = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out))
     section = TEXT[TEXT.index(line) :].split("\n## ")[0]
     assert set(re.findall(r"`(--[a-z-]+)", section)) <= listed

@@ -28,8 +28,7 @@ def kernel_report():
         yield kernel_report
     finally:
         sys.path.remove(str(ROOT / "tools/benchmark"))
-        for name in ("common", "kernel_report"):
-            sys.modules.pop(name, None)
+        sys.modules.pop("kernel_report", None)
 
 
 @triton.jit

@@ -270,7 +270,7 @@ def test_bad_model_is_refused_before_training_and_leaves_checkpoints(
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    from mmrla.engine.launch import check_processes
+    from mmrla.engine.run.checks import check_processes
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -14,9 +14,8 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from mmrla.analysis.naming import ATTENTIONS, PLUGINS, short_type
-from mmrla.configs import get_config, list_configs
+from mmrla.configs import ROOT, get_config, list_configs
 
-ROOT = Path(__file__).resolve().parents[2]
 HEADER = "# Made by tools/analysis/model_index.py from the configs. No weights are published yet.\n"
 PAPER = dict(
     Title="Cross-Layer Retrospective Retrieving via Layer Attention",

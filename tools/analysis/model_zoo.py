@@ -9,26 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from complexity import Row, link_of, measure_all, title_of
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmrla.analysis.naming import DETECTORS, image_size
-from mmrla.analysis.pages import last_values, replace_part, spread
+from mmrla.analysis.pages import last_values, markdown, replace_part, spread
 from mmrla.analysis.published import PUBLISHED, PUBLISHED_AP, Published
+from mmrla.cli import load_script
+from mmrla.commands.cost_counts import (
+    Row,
+    link_of,
+    measure_all,
+    over_plain,
+    timed_classifier,
+    title_of,
+)
+from mmrla.commands.cost_tables import name_of
+from mmrla.configs import ROOT
 from mmrla.engine.network import without_layer_attention
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tools"), str(ROOT / "tools/benchmark")]
-
-from compare import Timed, name_of, over_plain  # noqa: E402
-from results import EXPERIMENTS, RECORD  # noqa: E402
 
 # By part of the page; {} are the attentions, which the plain host of each stands above.
 CONFIGS = {
@@ -67,7 +70,7 @@ def paths_of(group: str) -> list[Path]:
 
 def measured(config: Path, record: Mapping[str, Any]) -> str:
     """What docs/results.json has of a config as it is: mean, spread and number of seeds."""
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in load_script("results.py").EXPERIMENTS.items():
         for row in experiment.rows:
             runs = record.get(name, {}).get(row.name, {})
             if ROOT / "configs" / row.config == config and not row.options and runs:
@@ -82,13 +85,14 @@ def time_over_plain(config: Path, rounds: int) -> str:
     plain.model = without_layer_attention(plain.model)
     size = image_size(cfg)[0]
     batch = 32 if size < 64 else 4
-    other, beside = (Timed(c, torch.device("cpu"), batch, size) for c in (cfg, plain))
+    device = torch.device("cpu")
+    other, beside = (timed_classifier(c, device, batch, size) for c in (cfg, plain))
     return over_plain(other, beside, "train_step", rounds)
 
 
 def cells(row: Row, record: Mapping[str, Any], rounds: int, page: str) -> list[str]:
     """One line of the table; with no rounds, the time is the one that the page has."""
-    link = link_of(row).replace("](configs/", "](../configs/")
+    link = link_of(row.config, ROOT / "docs")
     time = published = here = over = ""
     if row.config:
         top1 = PUBLISHED.get(name_of(row.config), Published()).top1
@@ -123,15 +127,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs/model_zoo.md")
     args = parser.parse_args()
     MMLogger.get_current_instance().setLevel("WARNING")
-    record, page = json.loads(RECORD.read_text()), args.page.read_text()
+    record = json.loads((ROOT / "docs/results.json").read_text())
+    page = args.page.read_text()
     for group in args.groups:
-        rows = measure_all(paths_of(group))
-        lines = [
-            TITLES,
-            ["---"] * len(TITLES),
-            *(cells(row, record, args.rounds, page) for row in rows),
-        ]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows = [cells(row, record, args.rounds, page) for row in measure_all(paths_of(group))]
+        text = markdown(rows, TITLES)
         print(text, flush=True)
         replace_part(args.page, group, text)
 

@@ -22,8 +22,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mmrla.analysis.figures import save
 from mmrla.analysis.pages import gains, spread
+from mmrla.configs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 5
 GREY, BLUE, ORANGE, GREEN = "0.55", "#3a6ea5", "#d9822b", "#4a8f5a"
 COLOURS = {"plain": GREY, "light": BLUE, "base": GREEN}

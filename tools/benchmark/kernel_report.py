@@ -26,14 +26,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from common import Row, markdown
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
+from mmrla.analysis.pages import markdown
 from mmrla.ops.reference import BaseWeights, LightWeights, Norm
 
+Row = dict[str, Any]
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 STAGES = {56: (256, 3), 28: (512, 4), 14: (1024, 6), 7: (2048, 3)}
@@ -237,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(markdown(reports[-1]), flush=True)
             for row in itertools.chain(*reports):
                 total = totals.setdefault(str(row["kernel"]), [0.0, 0.0])
-                total[0] += row["instructions_ms"] or 0.0  # type: ignore[operator]
-                total[1] += row["bytes_ms"] or 0.0  # type: ignore[operator]
+                total[0] += row["instructions_ms"] or 0.0
+                total[1] += row["bytes_ms"] or 0.0
         print(f"\n{kind}, all blocks, ms by instructions / by bytes:\n")
         for name, (instructions, moved) in totals.items():
             print(f"- {name}: {instructions:.2f} / {moved:.2f}")

@@ -1,5 +1,5 @@
 # RetinaNet on EfficientNet-Lite0 for blood cells (BCCD, a Pascal VOC folder), on one CPU thread.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+_base_ = ["mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "../../_base_/cpu.py"]
 
 custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
 
@@ -64,18 +64,9 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
-val_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        type="mmrla.CheckedCocoDataset",
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file="ImageSets/Main/test.txt",
-        data_prefix=dict(img="JPEGImages/"),
-        pipeline=test_pipeline,
-    ),
+val_dataloader = dict(train_dataloader, batch_size=8)
+val_dataloader["dataset"] = dict(
+    train_dataloader["dataset"], ann_file="ImageSets/Main/test.txt", pipeline=test_pipeline
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(_delete_=True, type="CocoMetric", metric="bbox", classwise=True)
@@ -83,22 +74,9 @@ test_evaluator = val_evaluator
 
 max_epochs = 6
 train_cfg = dict(type="mmrla.ResumableTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.001, weight_decay=0.01),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min=1e-5,
-        begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
-        by_epoch=True,
-        convert_to_iter_based=True,
-    ),
-]
+optim_wrapper = _base_.pop("adamw")
+param_scheduler = _base_.pop("warm_cosine")
+param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
 auto_scale_lr = dict(base_batch_size=4)
 default_hooks = dict(
     logger=dict(interval=10),

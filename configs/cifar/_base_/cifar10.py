@@ -4,16 +4,11 @@
 _base_ = [
     "mmpretrain::_base_/datasets/cifar10_bs16.py",
     "mmpretrain::_base_/schedules/cifar10_bs128.py",
-    "mmpretrain::_base_/default_runtime.py",
+    "../../_base_/classifier.py",
 ]
 
-# Makes mmcv's operations available where mmcv was installed without its compiled extension.
-custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
-
 model = dict(
-    type="ImageClassifier",
     backbone=dict(type="mmrla.MRLAResNetCIFAR"),
-    neck=dict(type="GlobalAveragePooling"),
     head=dict(
         type="LinearClsHead",
         num_classes=10,
@@ -28,7 +23,5 @@ train_dataloader = dict(batch_size=128, dataset=dataset)
 val_dataloader = dict(batch_size=128, dataset=dataset)
 test_dataloader = val_dataloader
 
-# A run that was killed goes on with --resume as if nothing had happened.
 train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=180, val_interval=1)
-default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
 param_scheduler = dict(milestones=[100, 150])

@@ -4,14 +4,10 @@
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",
     "mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py",
-    "mmpretrain::_base_/default_runtime.py",
+    "../../_base_/classifier.py",
 ]
 
-# Makes mmcv's operations available where mmcv was installed without its compiled extension.
-custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
-
 model = dict(
-    type="ImageClassifier",
     # The released start: layer attentions at full strength.
     backbone=dict(drop_path_rate=0.1, zero_init_mrla=False),
     neck=None,
@@ -51,6 +47,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=5),
 ]
 
-# A run that was killed goes on with --resume as if nothing had happened.
 train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=300, val_interval=1)
-default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))

@@ -4,14 +4,10 @@
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64_autoaug.py",
     "mmpretrain::_base_/schedules/imagenet_bs256.py",
-    "mmpretrain::_base_/default_runtime.py",
+    "../../_base_/classifier.py",
 ]
 
-# Makes mmcv's operations available where mmcv was installed without its compiled extension.
-custom_imports = dict(imports=["mmrla"], allow_failed_imports=False)
-
 model = dict(
-    type="ImageClassifier",
     backbone=dict(
         type="mmrla.MRLAEfficientNet",
         drop_path_rate=0.2,
@@ -19,7 +15,6 @@ model = dict(
         zero_init_mrla=False,  # as released
         norm_cfg=dict(type="BN", eps=1e-3, momentum=0.01),
     ),
-    neck=dict(type="GlobalAveragePooling"),
     head=dict(
         type="mmrla.DropoutLinearClsHead", num_classes=1000, in_channels=1280, dropout_rate=0.2
     ),
@@ -53,7 +48,5 @@ param_scheduler = [
         gamma=0.97,
     ),
 ]
-# A run that was killed goes on with --resume as if nothing had happened.
 train_cfg = dict(_delete_=True, type="mmrla.ResumableTrainLoop", max_epochs=350, val_interval=1)
-default_hooks = dict(checkpoint=dict(type="mmrla.AtomicCheckpointHook"))
 auto_scale_lr = dict(base_batch_size=768)

@@ -15,12 +15,12 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import trunc_normal_
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
-from mmpretrain.models.utils import resize_pos_embed, to_2tuple
+from mmpretrain.models.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmrla.layers.token_branch import to_map
 from mmrla.models.branches import build_drop_path
-from mmrla.models.transformer_host import LayerAttentionTransformer
+from mmrla.models.transformer_host import LayerAttentionTransformer, add_positions
 from mmrla.models.warm_start import init_weights_warm
 from mmrla.registry import MODELS
 
@@ -239,14 +239,7 @@ class CeiT(VisionTransformer):
         """Map images ``[B, in_channels, H, W]`` to one output for each of ``out_indices``."""
         x, grid = self.patch_embed(self.stem(x))
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        x = x + resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            grid,
-            mode=self.interpolate_mode,
-            num_extra_tokens=self.num_extra_tokens,
-        )
-        x = self.drop_after_pos(x)
+        x = add_positions(self, x, grid)
         outs, class_tokens, state = [], [], None
         for i, layer in enumerate(self.layers):
             x, state = self.attend(i, layer(x, grid, self.num_extra_tokens), x, grid, state)

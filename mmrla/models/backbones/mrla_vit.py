@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from mmpretrain.models.backbones import DistilledVisionTransformer, VisionTransformer
-from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
-from mmrla.models.transformer_host import LayerAttentionTransformer
+from mmrla.models.transformer_host import LayerAttentionTransformer, add_positions
 from mmrla.registry import MODELS
 
 
@@ -58,11 +57,7 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
         layer_attention: Mapping[str, Any] | None = dict(type="MRLALight", head_channels=16),
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            layer_attention=layer_attention,
-            **kwargs,
-        )
+        super().__init__(*args, layer_attention=layer_attention, **kwargs)
 
     def _extra_tokens(self) -> list[nn.Parameter]:
         return [] if self.cls_token is None else [self.cls_token]
@@ -72,14 +67,7 @@ class MRLAVisionTransformer(LayerAttentionTransformer, VisionTransformer):
         x, grid = self.patch_embed(x)
         extra = [token.expand(len(x), -1, -1) for token in self._extra_tokens()]
         x = torch.cat((*extra, x), dim=1)
-        x = x + resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            grid,
-            mode=self.interpolate_mode,
-            num_extra_tokens=self.num_extra_tokens,
-        )
-        x = self.pre_norm(self.drop_after_pos(x))
+        x = self.pre_norm(add_positions(self, x, grid))
         outs, state = [], None
         for i in range(len(self.layers)):
             x, state = self.run_layer(i, x, grid, state)

@@ -12,17 +12,7 @@ from mmrla.models.plugins.se import SE
 from mmrla.models.plugins.tdam import TDAM
 
 __all__ = [
-    "CBAM",
-    "ECA",
-    "SE",
-    "TDAM",
-    "AttentionAugmentedConv",
-    "BranchPlugin",
-    "BridgeAttention",
-    "ConvPlugin",
-    "DoubleAttention",
-    "PluginBlock",
-    "check_plugins",
-    "plugins_of_block",
+    "CBAM", "ECA", "SE", "TDAM", "AttentionAugmentedConv", "BranchPlugin", "BridgeAttention",
+    "ConvPlugin", "DoubleAttention", "PluginBlock", "check_plugins", "plugins_of_block",
     "plugins_of_stage",
-]
+]  # fmt: skip

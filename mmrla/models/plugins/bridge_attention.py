@@ -48,11 +48,7 @@ class BridgeAttention(BranchPlugin):
     _abbr_ = "bridge_attention"
 
     def __init__(
-        self,
-        in_channels: int,
-        branch_channels: Sequence[int],
-        norm_cfg: dict[str, Any],
-        reduction: int = 16,
+        self, in_channels: int, branch_channels: Sequence[int], norm_cfg: Any, reduction: int = 16
     ) -> None:
         super().__init__(in_channels, branch_channels, norm_cfg)
         check_counts("BridgeAttention", in_channels=in_channels, reduction=reduction)

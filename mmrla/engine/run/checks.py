@@ -1,19 +1,26 @@
-"""Mistakes in configs: a misspelt key, wrong type or missing base gives an error of one line."""
+"""Checks of a run's config: a misspelt key or a wrong type gives an error of one line."""
 
 from __future__ import annotations
 
-import argparse
-import ast
+import copy
 import difflib
 import inspect
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
-from mmengine.config import Config, DictAction
+import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, VISBACKENDS, init_default_scope
+from mmengine.runner import Runner
 
-from mmrla.engine.class_check import check_classes
-from mmrla.engine.data_check import type_name
+from mmrla.engine.data.classes import check_classes
+from mmrla.engine.data.config import datasets_of, evaluators, type_name
+from mmrla.engine.run.runner import build_runner, check_weights, init_cpu_distributed
 
 # What mmengine's runner takes from a config, and what tools read beside it.
 _TOP = frozenset(
@@ -30,60 +37,8 @@ _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn"
 
 # mmdet's transforms that move boxes and leave masks where they were.
 _BOXES_ALONE = frozenset({"Mosaic", "MixUp", "RandomShift"})
-
-
-class OptionAction(DictAction):
-    """mmengine's ``KEY=VALUE`` options, whose values may also be Python with dicts in it.
-
-    mmengine's own parser only knows lists and tuples, and would leave dicts as strings.
-    """
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Add the options to the namespace.
-
-        Raises:
-            argparse.ArgumentError: An option has no value, or it begins like a dict or a list of
-                dicts but is not one.
-        """
-        for option in values:
-            key, equals, value = option.partition("=")
-            if not key or not equals:
-                raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {option!r}")
-            if value.lstrip(" ([").startswith("{"):
-                try:
-                    parsed = ast.literal_eval(value.strip())
-                except (ValueError, SyntaxError) as error:
-                    raise argparse.ArgumentError(
-                        self,
-                        f"{key}: not a dict or a list of dicts in Python's spelling: {value}; "
-                        f"write \"{key}=[{{'type': 'LinearLR', 'end': 500}}]\", or set single "
-                        f"values, as in {key}.0.end=500",
-                    ) from error
-                options = dict(getattr(namespace, self.dest, None) or {})
-                setattr(namespace, self.dest, {**options, key: parsed})
-            else:
-                super().__call__(parser, namespace, [option], option_string)
-
-
-def read_config(path: str) -> Config:
-    """Read a config file.
-
-    Raises:
-        ValueError: It, or one of its bases, cannot be read; the message of one line names the file.
-        FileNotFoundError: A base does not exist.
-    """
-    try:
-        return Config.fromfile(path)
-    except Exception as error:  # configs are Python, which may raise anything
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        text = " ".join(str(error).split())[:300]
-        raise kind(f"config {path}: {type(error).__name__}: {text}") from error
+# Where parts of a model name files of weights: init_cfg, older arguments, and teachers.
+_WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
 
 
 def check_config(cfg: Config, splits: Iterable[str]) -> None:
@@ -214,6 +169,137 @@ def _check_train_cfg(train_cfg: Mapping[str, Any]) -> None:
             raise ValueError(f"train_cfg.{name} must be at least 1, got {value}")
 
 
+def check_schedule(cfg: Config) -> None:
+    """Raise ValueError if a learning-rate scheduler would begin after the last epoch."""
+    last = (cfg.get("train_cfg") or {}).get("max_epochs")
+    schedulers = cfg.get("param_scheduler") or ()
+    schedulers = (schedulers,) if isinstance(schedulers, Mapping) else schedulers
+    for index, scheduler in enumerate(schedulers):
+        begin = scheduler.get("begin", 0)
+        if last is not None and scheduler.get("by_epoch", True) and begin >= last:
+            raise ValueError(
+                f"param_scheduler[{index}] ({scheduler['type']}) begins at epoch {begin}, but "
+                f"train_cfg.max_epochs={last}; a shorter run needs a shorter schedule, such as "
+                f"--cfg-options param_scheduler.{index}.begin=0"
+            )
+
+
+def _check_initial_weights(node: object, where: str) -> None:
+    """Raise FileNotFoundError if a part of the model names a missing local checkpoint."""
+    if isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            _check_initial_weights(value, f"{where}[{index}]")
+    if not isinstance(node, Mapping):
+        return
+    for key, value in node.items():
+        local = key in _WEIGHTS and isinstance(value, str) and value and "://" not in value
+        if local and not Path(value).is_file():
+            raise FileNotFoundError(f"{where}.{key}: no such file: {Path(value).absolute()}")
+        _check_initial_weights(value, f"{where}.{key}")
+
+
+def check_processes(launcher: str) -> None:
+    """Raise ValueError if the launcher starts more processes than this node has GPUs.
+
+    Without a GPU any number of processes can run on the CPU, with the ``pytorch`` launcher.
+    """
+    gpus = torch.cuda.device_count()
+    if launcher in ("slurm", "mpi") and gpus == 0:
+        raise ValueError(
+            f"--launcher {launcher} needs GPUs and this node has none; on CPU use "
+            "tools/dist_train.sh (launcher pytorch)"
+        )
+    variable = {"slurm": "SLURM_NTASKS_PER_NODE", "mpi": "OMPI_COMM_WORLD_LOCAL_SIZE"}.get(
+        launcher, "LOCAL_WORLD_SIZE"
+    )
+    processes = int(os.environ.get(variable, 1))
+    if processes < 1:
+        raise ValueError(f"the number of processes must be at least 1, got {processes}")
+    if gpus and processes > gpus:
+        raise ValueError(
+            f"{processes} processes requested on a node with {gpus} GPU(s); allowed: 1 to "
+            f"{gpus} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
+        )
+
+
+# The others would open a run on some server.
+_LOCAL_BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+
+
+def prepare_runner(cfg: Config, splits: Iterable[str], dry_run: bool) -> Runner | None:
+    """Check the weights of a run and build its runner.
+
+    A dry run only prints what :func:`build_only` builds, and there is no runner.
+    """
+    if dry_run:
+        print(build_only(cfg, splits))
+        return None
+    check_weights(cfg)
+    init_cpu_distributed(cfg)
+    return build_runner(cfg)
+
+
+def build_only(cfg: Config, splits: Iterable[str]) -> str:
+    """Build everything a run builds, and discard it.
+
+    Model, datasets, samplers, loaders, evaluators, hooks, visualizer, optimizer and schedulers are
+    built. No weights are read, no image is loaded, and nothing is left on the disk. Of visualizer
+    backends that log to a server only the name is checked.
+
+    Args:
+        cfg: The config, after all options; not changed.
+        splits: Which of ``'train'``, ``'val'``, ``'test'`` the run uses.
+
+    Returns:
+        One line that lists the parts that were built.
+
+    Raises:
+        ValueError: The config of a part is invalid; parts may also raise TypeError, KeyError and
+            others.
+    """
+    splits = tuple(splits)
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    # First what names the place in the config where it fails.
+    network = MODELS.build(cfg.model)
+    build_parts(cfg, network, splits)
+    cfg = copy.deepcopy(cfg)
+    cfg.launcher = "none"
+    cfg.log_level = "WARNING"
+    visualizer = cfg.get("visualizer") or {}
+    for index, backend in enumerate(visualizer.get("vis_backends") or ()):
+        check_registered(VISBACKENDS, backend, f"visualizer.vis_backends[{index}]")
+    if visualizer.get("vis_backends"):
+        visualizer["vis_backends"] = [
+            backend
+            for backend in visualizer["vis_backends"]
+            if str(backend.get("type")).rpartition(".")[2] in _LOCAL_BACKENDS
+        ]
+    # Most of the time would go into formatting the config for logs that nobody reads.
+    with TemporaryDirectory() as folder, mock.patch.object(Config, "pretty_text", ""):
+        cfg.work_dir = folder
+        if visualizer:
+            visualizer["name"] = folder  # mmengine keeps one of each name, whatever it is asked
+        runner = build_runner(cfg)
+        sizes = []
+        for split in splits:
+            # A run may do without validation.
+            if cfg.get(f"{split}_dataloader") is not None:
+                loop = getattr(runner, f"{split}_loop")
+                sizes.append(f"{split} {len(loop.dataloader.dataset)}")
+        if "train" in splits and isinstance(runner, Runner):
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            if runner.param_schedulers is not None:
+                runner.build_param_scheduler(runner.param_schedulers)
+        parts = ["evaluators", "hooks", "visualizer"]
+        if "train" in splits:
+            parts = ["optimizer", "schedule", *parts]
+    model = type(network).__name__
+    return (
+        f"dry run: fine are config, data (images: {', '.join(sizes)}), loaders, {model}, "
+        f"{', '.join(parts[:-1])} and {parts[-1]}; weights were not read"
+    )
+
+
 def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     """Build everything except the model and discard it; no annotations are read.
 
@@ -227,8 +313,6 @@ def build_parts(cfg: Config, model: Any, splits: Iterable[str]) -> None:
     """
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
-
-    from mmrla.engine.data_check import datasets_of, evaluators
 
     for split in splits:
         for place, dataset in datasets_of(cfg, [split]):

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 
 from mmrla.datasets.findings import class_names
-from mmrla.engine.data_check import datasets_of, path_under, type_name
+from mmrla.engine.data.config import datasets_of, path_under, type_name
 
 # Parts whose numbers of classes are of something else: objects or not, stuff, ImageNet.
 _OTHERS = frozenset({"rpn_head", "backbone", "neck", "semantic_head", "data_preprocessor",

@@ -18,8 +18,8 @@ from mmrla.datasets.formats import NAMES, recognise, voc_lists
 from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import ANNOTATIONS, IMAGES, LISTS, read_set
-from mmrla.engine.class_check import class_of, classes_of
-from mmrla.engine.data_check import SPLITS, datasets_of, path_under, type_name
+from mmrla.engine.data.classes import class_of, classes_of
+from mmrla.engine.data.config import SPLITS, datasets_of, path_under, type_name
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The datasets of a config or a folder, and their checks."""

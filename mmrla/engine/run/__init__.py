@@ -1,0 +1,1 @@
+"""A run of ``mmrla train`` and ``mmrla test``: its config, checks, runner and hooks."""
