@@ -7,12 +7,13 @@ import subprocess
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import mmrla  # noqa: F401  # before mm packages, for which it stands in for mmcv's operations
 
@@ -49,11 +50,7 @@ def _default_scope() -> Iterator[None]:
 
 
 def overlay_environment(folder: Path) -> Path:
-    """The interpreter of an environment that lies over this one.
-
-    What is installed here is seen from there and not installed again, torch above all, and nothing
-    is written here.
-    """
+    """The interpreter of an environment that sees what is installed here and writes elsewhere."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     below = sysconfig.get_path("purelib")
@@ -73,14 +70,51 @@ def stable_id(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+def flat(outputs: object) -> list[Tensor]:
+    """The tensors of a network's outputs."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for out in outputs for tensor in flat(out)]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute value that is expected."""
     assert got.shape == expected.shape, f"{got.shape=} {expected.shape=}"
     scale = expected.abs().max().clamp(min=1e-30)
     return ((got.detach() - expected).abs().max() / scale).item()
 
 
-def generated(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+def compare(
+    module: nn.Module,
+    expected: Callable,
+    *inputs: Tensor,
+    limits: tuple[float, float, float] = (1e-10, 1e-9, 1e-9),
+    zero: float = 1e-9,
+) -> None:
+    """Outputs and every gradient of ``module`` and of ``expected(*inputs, parameters)``, float64.
+
+    ``limits`` are the relative errors of outputs, inputs' and parameters' gradients; ``zero`` is
+    the absolute one of a parameter's gradient that is zero but for rounding.
+    """
+    module = module.double().train()
+    mine, theirs = ([x.detach().double().requires_grad_() for x in inputs] for _ in range(2))
+    weights = {k: p.detach().clone().requires_grad_() for k, p in module.named_parameters()}
+    outs, wanted = flat(module(*mine)), flat(expected(*theirs, weights))
+    probes = [torch.randn_like(o) for o in wanted]
+    for got, want in zip(outs, wanted, strict=True):
+        assert relative_error(got, want.detach()) < limits[0]
+    torch.autograd.backward(outs, probes)
+    torch.autograd.backward(wanted, probes)
+    for x, y in zip(mine, theirs, strict=True):
+        assert relative_error(x.grad, y.grad) < limits[1]
+    for key, parameter in module.named_parameters():
+        want = weights[key].grad
+        want = torch.zeros_like(parameter) if want is None else want
+        error = (parameter.grad - want).abs().max().item()
+        assert error < max(limits[2] * want.abs().max().item(), zero), key
+
+
+def generated(key: str, shape: tuple[int, ...]) -> Tensor:
     """The value of a state-dict key under the rules of the goldens of whole networks."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     if key.endswith("num_batches_tracked"):
@@ -97,6 +131,13 @@ def generated(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) >= 2:
         return r / np.sqrt(np.prod(shape[1:])).astype(np.float32)
     return 0.1 * r
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """With weights under which every part has an effect: zeros at the start would hide some."""
+    state = module.state_dict()
+    module.load_state_dict({k: generated(k, tuple(v.shape)) for k, v in state.items()})
+    return module
 
 
 def from_released(key: str) -> str:
@@ -127,7 +168,7 @@ class Golden(dict):
             )
             self.names = {k: arrays[k] for k in arrays.files if arrays[k].dtype.kind == "U"}
 
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+    def group(self, prefix: str) -> dict[str, Tensor]:
         """What is named ``prefix:...``, under our key names."""
         found = {}
         for key, value in self.items():
@@ -136,7 +177,7 @@ class Golden(dict):
                 found[name] = value.flatten() if name.endswith("lambda_t") else value
         return found
 
-    def error(self, name: str, got: torch.Tensor) -> float:
+    def error(self, name: str, got: Tensor) -> float:
         """Relative error of ``got`` against the array ``name``, of which a fixture may hold only
         every n-th value."""
         expected = self[name]

@@ -14,7 +14,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmrla.cli import main
-from tests.conftest import ROOT, generated
+from tests.conftest import ROOT
+from tests.conftest import filled as filled
 
 DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
 
@@ -54,13 +55,6 @@ def save_weights(cfg: Any, path: Path, **meta: object) -> str:
     state = build(model, cfg.default_scope).state_dict()
     torch.save(dict(state_dict=state, meta=meta), path)
     return str(path)
-
-
-def filled(module: nn.Module) -> nn.Module:
-    """With weights under which every part has an effect."""
-    shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    module.load_state_dict({k: generated(k, shape) for k, shape in shapes.items()})
-    return module
 
 
 def same(a: Any, b: Any, prefix: str = "") -> bool:

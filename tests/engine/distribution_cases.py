@@ -17,11 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from mmrla.engine import use_channels_last
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
+from tests.conftest import flat
 from tests.helpers import filled, same
-from tests.models.test_hosts import flat
-from tests.models.test_interactions import ALL as INTERACTIONS
-from tests.models.test_layer_attentions import HOSTS, TYPES
 from tests.models.test_wrapper import BACKBONES, wrapped
+from tests.models.zoo import HOSTS, INTERACTIONS, TYPES
 
 KINDS = ("MRLALight", "MRLABase")
 # In each host some that end before its last stage or block, its last, and several.
@@ -199,7 +198,7 @@ def unused(every: bool) -> None:
         for out_indices in OUT_INDICES[host]:
             found = dict(kinds)
             if host in ("resnet", "resnet20"):
-                found |= {cfg["type"]: cfg for cfg in INTERACTIONS}
+                found |= {cfg["type"]: cfg for cfg in INTERACTIONS.values()}
             names = list(found)
             for name in names if every else [names[tried % len(names)]]:
                 model = build(host, found[name], out_indices=out_indices)

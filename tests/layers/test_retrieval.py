@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmrla.layers import MLA, LayerAttention, LinearRLA, MRLABase, MRLALight
 from tests.conftest import relative_error
+from tests.reference import heads, linear_kernel, projected, shares, sigmoid, softmax_kernel, spread
 
 BATCH, CHANNELS, HEADS = 3, 24, 4
 D_K = CHANNELS // HEADS
@@ -21,22 +20,10 @@ def layers_and_maps(cls, count=4, **kwargs):
     return layers, maps
 
 
-def query_and_key(layer, x):
-    """Conv1D over the channels' means, by hand: ``[B, heads, d_k]`` of numpy."""
-    y = x.detach().numpy().mean((2, 3))
-    found = []
-    for conv in (layer.query, layer.key):
-        w = conv.weight.detach().numpy().ravel()
-        rows = [np.correlate(np.pad(row, len(w) // 2), w, "valid") for row in y]
-        found.append(np.stack(rows).reshape(len(y), HEADS, D_K))
-    return found
-
-
 def run(layers, maps, shortcuts=None):
     """Outputs and retrievals of a group, memory and state passed along."""
     outputs, retrievals, state, memory = [], [], None, None
-    for i, (layer, x) in enumerate(zip(layers, maps, strict=True)):
-        shortcut = x if shortcuts is None else shortcuts[i]
+    for layer, x, shortcut in zip(layers, maps, shortcuts or maps, strict=True):
         found = layer.retrieval(x, shortcut, state, memory)
         o, state = layer(x, shortcut, state)
         memory = found.memory
@@ -45,78 +32,50 @@ def run(layers, maps, shortcuts=None):
     return outputs, retrievals
 
 
-def test_base_is_the_softmax_over_layers():
-    layers, maps = layers_and_maps(MRLABase)
-    outputs, retrievals = run(layers, maps)
-    keys, values = [], []
-    for layer, x, o, found in zip(layers, maps, outputs, retrievals, strict=True):
-        query, key = query_and_key(layer, x)
-        keys.append(key)
-        values.append(layer.value(x))
-        logits = np.stack([(query * k).sum(-1) for k in keys], -1) / math.sqrt(D_K)
-        expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        assert relative_error(found.query, torch.from_numpy(query)) < 1e-5
-        assert relative_error(found.scores, torch.from_numpy(expected).float()) < 1e-5
+@pytest.mark.parametrize("cls", [MRLABase, MLA, LinearRLA])
+def test_scores_are_the_shares_of_the_values(cls):
+    layers, maps = layers_and_maps(cls)
+    for t, (o, found) in enumerate(zip(*run(layers, maps), strict=True)):
+        makers = [layers[t]] * (t + 1) if cls is MLA else layers[: t + 1]
+        pairs = list(zip(makers, maps[: t + 1], strict=True))
+        query = projected(maps[t], layers[t].query.weight)
+        keys = [projected(x, layer.key.weight) for layer, x in pairs]
+        kernel = linear_kernel if cls is LinearRLA else softmax_kernel
+        expected = shares(query, keys, D_K, kernel)
+        assert relative_error(found.query, heads(query, D_K).detach()) < 1e-5
+        assert relative_error(found.scores, torch.stack(expected, -1).detach()) < 1e-5
         # and so much of each value is in o
-        weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
-        total = (weights * torch.stack(values, 2)).sum(2)
+        total = sum(
+            spread(found.scores[..., s], D_K) * layer.value(x) for s, (layer, x) in enumerate(pairs)
+        )
         assert relative_error(o, total) < 1e-5
-
-
-def test_mla_is_the_softmax_over_keys_made_anew():
-    layers, maps = layers_and_maps(MLA)
-    outputs, retrievals = run(layers, maps)
-    for t, (layer, o, found) in enumerate(zip(layers, outputs, retrievals, strict=True)):
-        query, _ = query_and_key(layer, maps[t])
-        keys = [query_and_key(layer, x)[1] for x in maps[: t + 1]]
-        logits = np.stack([(query * k).sum(-1) for k in keys], -1) / math.sqrt(D_K)
-        expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        assert relative_error(found.scores, torch.from_numpy(expected).float()) < 1e-5
-        values = torch.stack([layer.value(x) for x in maps[: t + 1]], 2)
-        weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
-        assert relative_error(o, (weights * values).sum(2)) < 1e-5
-
-
-def test_linear_rla_is_a_share_of_each_value():
-    layers, maps = layers_and_maps(LinearRLA)
-    outputs, retrievals = run(layers, maps)
-    values, phis = [], []
-    for layer, x, o, found in zip(layers, maps, outputs, retrievals, strict=True):
-        query, key = (np.where(v > 0, v + 1, np.exp(v)) for v in query_and_key(layer, x))
-        values.append(layer.value(x))
-        phis.append(key)
-        shares = np.stack([(query * k).sum(-1) for k in phis], -1)
-        shares /= shares.sum(-1, keepdims=True)
-        assert relative_error(found.scores, torch.from_numpy(shares).float()) < 1e-5
-        weights = found.scores.repeat_interleave(D_K, 1)[..., None, None]
-        assert relative_error(o, (weights * torch.stack(values, 2)).sum(2)) < 1e-5
 
 
 def test_light_without_previous_information_looks_at_its_own_layer():
     layers, maps = layers_and_maps(MRLALight, recurrence=None)
-    outputs, retrievals = run(layers, maps)
-    for layer, x, o, found in zip(layers, maps, outputs, retrievals, strict=True):
+    for layer, x, o, found in zip(layers, maps, *run(layers, maps), strict=True):
         assert not found.scores[..., :-1].any()
-        weights = found.memory[..., -1, None, None]
-        assert relative_error(o, weights * layer.value(x)) < 1e-5
+        assert relative_error(o, found.memory[..., -1, None, None] * layer.value(x)) < 1e-5
 
 
 def test_light_is_the_unrolled_recurrence():
     layers, maps = layers_and_maps(MRLALight, recurrence="output", value_act="gelu")
-    outputs, retrievals = run(layers, maps)
-    values = [torch.nn.functional.gelu(layer.value(x)) for layer, x in zip(layers, maps)]  # noqa: B905
-    for t, (o, found) in enumerate(zip(outputs, retrievals, strict=True)):
+    values = [F.gelu(layer.value(x)) for layer, x in zip(layers, maps, strict=True)]
+    for t, (o, found) in enumerate(zip(*run(layers, maps), strict=True)):
         assert found.scores.shape == (BATCH, HEADS, t + 1)
         total = (found.memory[..., None, None] * torch.stack(values[: t + 1], 2)).sum(2)
         assert relative_error(o, total) < 1e-5
         for s in range(t + 1):
-            query, key = query_and_key(layers[s], maps[s])
-            gate = 1 / (1 + np.exp(-(query * key).sum(-1) / math.sqrt(D_K)))
-            beta = np.ones(CHANNELS)
+            query, key = (
+                heads(projected(maps[s], conv.weight), D_K)
+                for conv in (layers[s].query, layers[s].key)
+            )
+            gate = sigmoid((query * key).sum(-1) / D_K**0.5)
+            beta = torch.ones(CHANNELS)
             for layer in layers[s + 1 : t + 1]:
-                beta = beta * layer.lambda_t.detach().numpy()
-            expected = gate * np.abs(beta).reshape(HEADS, D_K).mean(-1)
-            assert relative_error(found.scores[..., s], torch.from_numpy(expected).float()) < 1e-5
+                beta = beta * layer.lambda_t
+            expected = gate * beta.abs().reshape(HEADS, D_K).mean(-1)
+            assert relative_error(found.scores[..., s], expected.detach()) < 1e-5
 
 
 def test_light_as_released_has_the_same_weights_whatever_the_shortcut():
@@ -127,11 +86,10 @@ def test_light_as_released_has_the_same_weights_whatever_the_shortcut():
     for layer, x, shortcut, o, found in zip(
         layers, maps, shortcuts, outputs, retrievals, strict=True
     ):
-        gate = found.scores[..., -1].repeat_interleave(D_K, 1)[..., None, None]
+        gate = spread(found.scores[..., -1], D_K)
         expected = gate * layer.value(x) + layer.lambda_t[:, None, None] * shortcut
         assert relative_error(o, expected) < 1e-5
-    _, others = run(layers, maps)
-    assert torch.equal(retrievals[-1].scores, others[-1].scores)
+    assert torch.equal(retrievals[-1].scores, run(layers, maps)[1][-1].scores)
     assert "shortcut" in layers[0].scores_label
     output = MRLALight(CHANNELS, head_channels=D_K, recurrence="output")
     assert "shortcut" not in output.scores_label

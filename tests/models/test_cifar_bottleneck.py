@@ -1,28 +1,16 @@
-"""CIFAR ResNets of bottlenecks: the network, its start, its size, and the configs that train it."""
+"""CIFAR ResNets of bottlenecks: the network, its start and its size."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmrla.analysis import complexity
-from mmrla.layers import LayerAttention
 from mmrla.models import MRLAResNetCIFAR
-from tests.conftest import ROOT, relative_error
-from tests.test_configs import (
-    BOTTLENECK,
-    INTERACTIONS,
-    WITH_RELU,
-    WITHIN,
-    load_once,
-    merged,
-    plugins_of,
-)
+from tests.conftest import relative_error
+from tests.models.zoo import attentions
 
 BLOCKS = {20: 2, 56: 6, 110: 12}
 
@@ -36,15 +24,13 @@ class Plain(nn.Module):
         self._add(3, 16, 3)
         self.blocks, width = [], 16
         for stage, out in enumerate((64, 128, 256)):
-            for i in range((depth - 2) // 9):
+            for i in range(BLOCKS[depth]):
                 stride = 2 if stage and not i else 1
-                for a, b, kernel, s in (
-                    (width, out // 4, 1, 1),
-                    (out // 4, out // 4, 3, stride),
-                    (out // 4, out, 1, 1),
-                    *([(width, out, 1, stride)] if width != out else []),
-                ):
-                    self._add(a, b, kernel, s)
+                self._add(width, out // 4, 1)
+                self._add(out // 4, out // 4, 3, stride)
+                self._add(out // 4, out, 1)
+                if width != out:
+                    self._add(width, out, 1, stride)
                 self.blocks.append(width != out)
                 width = out
 
@@ -63,24 +49,23 @@ class Plain(nn.Module):
         return x
 
 
-def ordered(model: MRLAResNetCIFAR) -> dict[str, nn.Module]:
+def ordered(model: MRLAResNetCIFAR) -> list[nn.Module]:
     """Convolutions and norms of ours in the order of :class:`Plain`."""
-    found = {"conv1": model.conv1, "bn1": model.bn1}
-    for name in ("layer1", "layer2", "layer3"):
-        for block in getattr(model, name):
-            parts = [block.conv1, block.bn1, block.conv2, block.bn2, block.conv3, block.bn3]
-            found |= {f"{name}.{len(found)}.{i}": p for i, p in enumerate(parts)}
-            if block.downsample is not None:
-                found |= {f"{name}.{len(found)}.{i}": p for i, p in enumerate(block.downsample)}
+    found = [model.conv1, model.bn1]
+    for block in (b for name in ("layer1", "layer2", "layer3") for b in getattr(model, name)):
+        found += [block.conv1, block.bn1, block.conv2, block.bn2, block.conv3, block.bn3]
+        found += block.downsample or ()
     return found
+
+
+def bottleneck(depth: int, **kwargs) -> MRLAResNetCIFAR:
+    return MRLAResNetCIFAR(depth, block="bottleneck", **kwargs)
 
 
 def test_is_the_network_written_out():
     """Depth 20 with the same weights: outputs, gradients, running statistics; nothing is left."""
-    torch.manual_seed(0)
-    theirs = Plain(20).double()
-    ours = MRLAResNetCIFAR(20, block="bottleneck", layer_attention=None).double()
-    parts = list(ordered(ours).values())
+    theirs, ours = Plain(20).double(), bottleneck(20, layer_attention=None).double()
+    parts = ordered(ours)
     pairs = list(zip(parts[::2], theirs.convs, strict=True))
     pairs += zip(parts[1::2], theirs.norms, strict=True)
     for mine, their in pairs:
@@ -88,12 +73,10 @@ def test_is_the_network_written_out():
             nn.init.uniform_(their.weight, 0.5, 1.5)
             nn.init.normal_(their.bias)
         mine.load_state_dict(their.state_dict())
-    count = sum(p.numel() for p in ours.parameters())
-    assert count == sum(p.numel() for p in theirs.parameters())
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
     x = torch.randn(3, 3, 20, 16, dtype=torch.double)
     for mode in (True, False):
-        ours.train(mode), theirs.train(mode)
-        (got,), expected = ours(x), theirs(x)
+        (got,), expected = ours.train(mode)(x), theirs.train(mode)(x)
         assert got.shape == (3, 256, 5, 4)
         assert relative_error(got, expected) < 1e-12
         weight = torch.randn_like(got)
@@ -129,7 +112,7 @@ def test_size_by_hand(depth):
             if out != width:
                 conv(width, out, 1, size**2)
             width = out
-    model = MRLAResNetCIFAR(depth, block="bottleneck", layer_attention=None)
+    model = bottleneck(depth, layer_attention=None)
     got = complexity(model, torch.rand(1, 3, 32, 32))
     assert (got.params, got.macs) == (params, macs)
     convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -138,13 +121,10 @@ def test_size_by_hand(depth):
 
 def test_start_of_the_protocol():
     """Convolutions normal with std sqrt(2 / (k k C_out)); every gamma is 1."""
-    cfg = merged(ROOT / "configs/cifar/resnet20-bottleneck_plain_cifar10.py")
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        model = MODELS.build(cfg["model"]["backbone"])
+    model = bottleneck(20, layer_attention=None, zero_init_residual=False)
     model.init_weights()
     drawn = []
-    for module in ordered(model).values():
+    for module in ordered(model):
         weight = module.weight
         if weight.dim() == 1:
             assert torch.equal(weight, torch.ones_like(weight))
@@ -158,8 +138,8 @@ def test_start_of_the_protocol():
 
 
 def test_heads_and_layer_attentions():
-    model = MRLAResNetCIFAR(20, block="bottleneck", mrla_drop_path_rate=0.2)
-    layers = [m for m in model.modules() if isinstance(m, LayerAttention)]
+    model = bottleneck(20, mrla_drop_path_rate=0.2)
+    layers = attentions(model)
     assert [m.channels for m in layers] == [64, 64, 128, 128, 256, 256]
     assert {m.head_channels for m in layers} == {32}
     model.train()(torch.randn(2, 3, 32, 32))[0].square().mean().backward()
@@ -179,55 +159,3 @@ def test_heads_and_layer_attentions():
 def test_combinations_that_do_not_exist_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MRLAResNetCIFAR(**kwargs)
-
-
-def attention_of(kind: str) -> tuple[dict | None, float | None]:
-    """What a config of this name trains: the layer attention, and its drop path."""
-    kind = kind.removesuffix("_se").removesuffix("_eca")
-    if kind in ("mrla", "mrla-base"):
-        return dict(type="MRLABase" if "base" in kind else "MRLALight", head_channels=32), 0.2
-    if kind in ("dla", "dla-base"):
-        return dict(type=INTERACTIONS[kind][0], head_channels=16, reduction=4), 0.2
-    if kind == "kcla":
-        return dict(type="KCLA", head_channels=16), 0.2
-    if kind == "dia":
-        return dict(type="DIAUnit", reduction=4), None
-    if kind == "rla-g":
-        return dict(type="RecurrentLayerAggregation", hidden_channels=12), None
-    return None, 0.2
-
-
-def test_configs_are_the_protocol():
-    """All of them: the recipe of today's base, and the network; each kind of network is built."""
-    for name in sorted(BOTTLENECK):
-        depth, kind, classes = re.fullmatch(
-            r"resnet(\d+)-bottleneck_(.+)_cifar(\d+)", name
-        ).groups()
-        cfg = merged(ROOT / f"configs/cifar/{name}.py")
-        basic = load_once(ROOT / f"configs/cifar/_base_/cifar{classes}.py")
-        assert {k: v for k, v in cfg.items() if k in basic and k != "model"} == {
-            k: v for k, v in basic.items() if k != "model"
-        }
-        backbone = dict(cfg["model"]["backbone"])
-        plugins = backbone.pop("plugins", None)
-        act = dict(mrla_act_cfg=dict(type="ReLU")) if kind in WITH_RELU else {}
-        attention, rate = attention_of(kind)
-        assert backbone == dict(
-            type="mmrla.MRLAResNetCIFAR",
-            depth=int(depth),
-            block="bottleneck",
-            zero_init_residual=False,
-            mrla_drop_path_rate=rate,
-            zero_init_mrla=False,
-            layer_attention=attention,
-            **act,
-        )
-        within = WITHIN.get(kind.removeprefix("mrla_"))
-        assert bool(plugins) == bool(within)
-        if classes == "100" or depth == "110" or (depth == "56" and (not within and rate)):
-            continue  # one that is built has the same parts
-        with DefaultScope.overwrite_default_scope("mmpretrain"):
-            model = MODELS.build(cfg["model"]["backbone"])
-        assert model.feat_dim == cfg["model"]["head"]["in_channels"]
-        expected = [within[0]] * within[3] if within else []
-        assert [type(m).__name__ for m in plugins_of(model)] == expected

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
-from tests.conftest import needs_new_compiler, relative_error, stable_id
-from tests.models.test_mrla_resnet import SMALL, randomise
+from tests.conftest import filled, needs_new_compiler, relative_error, stable_id
+from tests.models.zoo import BASE, LIGHT, SMALL, after_step, assert_same
 
-ATTENTIONS = [dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)]
-AGAIN = dict(type="MRLABase", head_channels=8, recompute_values=True)
+ATTENTIONS = [LIGHT, BASE]
+AGAIN = dict(BASE, recompute_values=True)
 TWO_STAGES = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
 
 
@@ -32,24 +32,13 @@ def tails(monkeypatch):
 
 
 def network(depth=18, mode="train", edit=None, **kwargs):
-    model = randomise(MRLAResNet(depth, **{**SMALL, **kwargs})).double()
+    model = filled(MRLAResNet(depth, **{**SMALL, **kwargs})).double()
     model.train(mode == "train")
     if edit is not None:
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 edit(norm)
     return model
-
-
-def results(model, x):
-    """Outputs, gradients and buffers after one step."""
-    torch.manual_seed(5)
-    x = x.clone().requires_grad_()
-    outs = model(x)
-    sum(o.square().mean() for o in outs).backward()
-    named = {f"out{i}": o for i, o in enumerate(outs)} | {"x": x.grad}
-    named |= {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    return named | {k: b.double() for k, b in model.named_buffers()}
 
 
 def momentum(value):
@@ -92,17 +81,15 @@ def test_the_same_network(kwargs, layer_attention, tails, monkeypatch):
     fused = network(layer_attention=layer_attention, **kwargs)
     plain = copy.deepcopy(fused)
     x = torch.randn(3, 3, 33, 47, dtype=torch.float64)
-    got = results(fused, x)
+    got = after_step(fused, x)
     assert len(tails) >= (16 if kwargs.get("depth") == 50 else 8)
     tails.clear()
     monkeypatch.setenv("MMRLA_BACKEND", "naive")
-    expected = results(plain, x)
+    expected = after_step(plain, x)
     assert not tails
-    assert got.keys() == expected.keys()
-    for key in expected:
-        if kwargs.get("with_cp") and ("running" in key or "num_batches" in key):
-            continue  # what is computed again for backward ends earlier: fewer norms move twice
-        assert relative_error(got[key], expected[key].detach()) < 1e-7, key
+    # What is computed again for backward ends earlier: fewer norms move twice.
+    moved = ("running", "num_batches") if kwargs.get("with_cp") else ()
+    assert_same(got, expected, 1e-7, without=moved)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +104,7 @@ def test_the_same_network(kwargs, layer_attention, tails, monkeypatch):
 )
 def test_blocks_that_keep_their_modules(kwargs, tails):
     model = network(**{"layer_attention": ATTENTIONS[0], **kwargs})
-    results(model, torch.randn(2, 3, 33, 33, dtype=torch.float64))
+    after_step(model, torch.randn(2, 3, 33, 33, dtype=torch.float64))
     assert not tails
 
 
@@ -180,29 +167,28 @@ def test_a_group_with_a_layer_that_runs_otherwise(tails):
     """Its value has no recipe: the layers behind it keep theirs."""
     model = network(layer_attention=AGAIN, depth=50)
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
-    expected = results(copy.deepcopy(model), x)
+    expected = after_step(copy.deepcopy(model), x)
     tails.clear()
     model.layer3[2].bn_mrla.register_forward_hook(lambda *a: None)
-    got = results(model, x)
+    got = after_step(model, x)
     assert len(tails) == 15
-    for key in expected:
-        assert relative_error(got[key], expected[key].detach()) < 1e-7, key
+    assert_same(got, expected, 1e-7)
 
 
 @needs_new_compiler
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("layer_attention", [*ATTENTIONS, AGAIN], ids=lambda c: str(c)[10:])
+@pytest.mark.parametrize(
+    ("layer_attention", "train"),
+    [(LIGHT, True), (LIGHT, False), (BASE, True), (BASE, False), (AGAIN, True)],
+    ids=stable_id,
+)
 def test_compiles_to_one_graph(layer_attention, train, monkeypatch):
     monkeypatch.delenv("MMRLA_BACKEND", raising=False)
     model = network(layer_attention=layer_attention, mrla_drop_path_rate=0.3, **TWO_STAGES)
     model.float().train(train)
-    expected = results(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
+    expected = after_step(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
     torch._dynamo.reset()
-    got = results(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
-    for key in expected:
-        # Compiled modules have a prefix in their names.
-        mine = got[key] if key in got else got[f"_orig_mod.{key}"]
-        assert relative_error(mine, expected[key].detach()) < 1e-4, key
+    got = after_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    assert_same(got, expected, 1e-4)
 
 
 @needs_new_compiler
@@ -210,11 +196,11 @@ def test_compiles_to_one_graph(layer_attention, train, monkeypatch):
 @pytest.mark.parametrize("layer_attention", ATTENTIONS, ids=lambda c: c["type"])
 def test_compiles_with_inductor(layer_attention):
     model = network(layer_attention=layer_attention, **TWO_STAGES).float()
-    expected = results(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
+    expected = after_step(copy.deepcopy(model), x := torch.randn(2, 3, 33, 47))
     torch._dynamo.reset()
-    got = results(torch.compile(model, fullgraph=True), x)
+    got = after_step(torch.compile(model, fullgraph=True), x)
     for key in ("out0", "x"):
-        assert relative_error(got[key], expected[key].detach()) < 1e-2, key
+        assert relative_error(got[key], expected[key]) < 1e-2, key
 
 
 @needs_new_compiler
@@ -234,10 +220,7 @@ def test_under_ddp(tmp_path):
         x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
         for layer_attention in ATTENTIONS:
             model = network(layer_attention=layer_attention)
-            expected = results(copy.deepcopy(model), x)
-            got = results(DistributedDataParallel(model), x)
-            for key in expected:
-                mine = got[key] if key in got else got[f"module.{key}"]
-                assert relative_error(mine, expected[key].detach()) < 1e-9, key
+            expected = after_step(copy.deepcopy(model), x)
+            assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)
     finally:
         torch.distributed.destroy_process_group()

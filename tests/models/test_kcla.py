@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmrla.analysis import activation_memory, complexity, record_layer_attention
@@ -17,11 +16,10 @@ from mmrla.models import (
     MRLAVisionTransformer,
 )
 from mmrla.ops.kcla import KCLAState, kcla_tail
-from tests.conftest import golden, needs_new_compiler, relative_error
-from tests.layers import interaction_reference as reference
-from tests.models.test_interactions import check, randomise, stage
+from tests.conftest import filled, golden, needs_new_compiler, relative_error
+from tests.models.test_interactions import stage
+from tests.models.zoo import RELU, after_step, assert_same
 
-RELU = dict(type="ReLU")
 NAMES = {
     "Wq": "query", "Wk": "key", "Wv": "value", "head_att": "gate", "adjust_channel": "crossing.0",
     "u_bn": "crossing.1", "u_Wk": "crossing_key", "bn_attention": "norm",
@@ -71,86 +69,6 @@ def test_the_released_layers():
     assert len(parameters) == 4 * 6 + 4
     for parameter in parameters:
         assert relative_error(parameter.grad, arrays[f"grad.{parameter.released}"]) < 1e-10
-
-
-def by_hand(x, p, blocks, stride, d, carried=None, spans=True, act=F.relu):
-    """A stage of basic blocks: u and z summed up as the paper writes them, head by head."""
-    u = z = None
-    if carried is not None and spans:
-        u, z = carried
-    for t in range(blocks):
-        branch, shortcut = reference.branch_and_shortcut(x, p, str(t), stride if t == 0 else 1)
-        x = F.relu(branch + shortcut)
-        name, heads = f"{t}.mrla", x.shape[1] // d
-        # n_h, as float32 numbers
-        steps = torch.tensor([0.7 ** (2 * h / max(heads - 1, 1) - 1) for h in range(heads)])
-
-        def weight_of(key, steps=steps):
-            lengths = reference.heads(key, d).square().sum(2).sqrt()
-            scaled = [lengths[:, h] / step.double() for h, step in enumerate(steps)]
-            return torch.stack([torch.exp(torch.clamp(s, max=10)) for s in scaled], 1)
-
-        def spread(v):
-            return torch.repeat_interleave(v, d, dim=1)[:, :, None, None]
-
-        if u is not None and t == 0:
-            taps = p[f"{name}.crossing.0.weight"]
-            old = F.conv2d(u / z, taps, stride=stride, groups=u.shape[1] // taps.shape[1])
-            old = reference.batch_norm(old, p, f"{name}.crossing.1")
-            taps = p[f"{name}.crossing_key.weight"]
-            key = F.conv1d(old.mean((2, 3))[:, None], taps, padding=taps.shape[2] // 2)[:, 0]
-            z = spread(weight_of(key))
-            u = old * z
-        query, key = reference.attention_weights(x.mean((2, 3)), p, name)
-        e = spread(weight_of(key))
-        u, z = (e * x, e) if u is None else (u + e * x, z + e)
-        query, key = (reference.heads(v, d) for v in (query, key))
-        along = (query * key).sum(2) / key.square().sum(2).sqrt()
-        gate = spread(1 / (1 + torch.exp(-along @ p[f"{name}.gate.weight"].T)))
-        o = gate * reference.depthwise(u / (z + 1e-3), p[f"{name}.value.weight"])
-        x = x + act(reference.batch_norm(o, p, f"{t}.bn_mrla"))
-    return x, (u, z)
-
-
-@pytest.mark.parametrize("backend", ["fused", "naive"])
-@pytest.mark.parametrize(
-    ("d", "size", "spans"),
-    [(4, (9, 7), True), (8, (6, 5), True), (16, (4, 5), True), (1, (3, 5), True),
-     (4, (5, 8), False)],
-)  # fmt: skip
-def test_two_stages_are_the_equation(d, size, spans, backend, monkeypatch):
-    """Outputs, the state and every gradient, odd sizes, through the lean end of a block and not."""
-    monkeypatch.setenv("MMRLA_BACKEND", backend)
-    cfg = dict(type="KCLA", head_channels=d, spans_stages=spans)
-    first = stage(cfg, 2, 1, mrla_act_cfg=RELU)
-    second = stage(cfg, 3, 2, mrla_act_cfg=RELU, follows=True)
-    if spans:  # 16 channels come in, where `stage` has 8
-        second[0].mrla.cross(16, 2, nn.BatchNorm2d)
-    second[0].conv1 = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
-    second[0].downsample[0] = nn.Conv2d(16, 16, 1, stride=2, bias=False)
-    both = nn.ModuleList([first, randomise(second)]).double().train()
-    block = first[0]
-    fuses = block.mrla.fuses_tail(torch.zeros(()).double(), block.bn2, block.bn_mrla, OpenReLU)
-    assert fuses is (backend == "fused")
-
-    def ours(x):
-        carried = [None]
-        x = first(x, carried)
-        out = second(x, carried if spans else None)
-        state = carried[0]
-        return (out, state.mean, state.weight) if spans else out
-
-    def expected(x, p):
-        split = [{k[2:]: v for k, v in p.items() if k[0] == str(i)} for i in (0, 1)]
-        x, carried = by_hand(x, split[0], 2, 1, d)
-        x, (u, z) = by_hand(x, split[1], 3, 2, d, carried, spans)
-        return (x, u / z, z[:, ::d, 0, 0]) if spans else x
-
-    x = torch.randn(3, 8, *size, dtype=torch.double, requires_grad=True)
-    check(both, x, expected, ours)
-    twin = both.train()  # the running statistics moved once
-    moved = [m.num_batches_tracked.item() for m in twin.modules() if hasattr(m, "running_mean")]
-    assert set(moved) == {1}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -203,12 +121,13 @@ def test_a_relu_behind_a_zero_norm_learns(kind):
 
 
 def test_recomputing_blocks_changes_nothing_in_bfloat16_or_float64():
+    """Float64 with batch statistics of the crossing norms too."""
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.bfloat16, 2e-2)):
         grads = []
         for with_cp in (False, True):
             torch.manual_seed(0)
             model = network(with_cp=with_cp).train()
-            x = torch.randn(2, 3, 32, 32)
+            x = torch.randn(2, 3, 16, 16)
             if dtype == torch.float64:
                 model, x = model.double(), x.double()
             x.requires_grad_()
@@ -225,7 +144,7 @@ def test_recomputing_blocks_changes_nothing_in_bfloat16_or_float64():
 def test_bfloat16_is_close(backend, monkeypatch):
     monkeypatch.setenv("MMRLA_BACKEND", backend)
     model = network().train()
-    x = torch.randn(8, 3, 32, 32)
+    x = torch.randn(8, 3, 16, 16)
     with torch.no_grad():
         expected = model(x)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -236,16 +155,11 @@ def test_bfloat16_is_close(backend, monkeypatch):
 @needs_new_compiler
 def test_compiled_in_one_graph():
     torch._dynamo.reset()
-    model = network(norm_eval=True).train()
-    x = torch.randn(2, 3, 16, 16)
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        out = run(x)[-1]
-        out.square().mean().backward()
-        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert relative_error(b, a) < 1e-3
+    model, x = network(norm_eval=True).train(), torch.randn(2, 3, 16, 16)
+    expected = after_step(model, x)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(after_step(compiled, x), expected, 1e-3)
 
 
 def test_memory_does_not_grow_with_what_came_before():
@@ -289,8 +203,7 @@ def test_parameters_and_work_by_hand():
 
 def test_what_it_attends_to():
     """``o`` is the values of the stage's layers by its scores, and of what crossed the rest."""
-    model = network(depth=56).eval()
-    randomise(model)
+    model = filled(network(depth=56).eval())
     seen = {}
 
     def hook(layer, args, output):

@@ -8,10 +8,10 @@ import torch
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLADistilledVisionTransformer, MRLAEfficientNet, MRLAResNet
 from mmrla.models.backbones.mrla_resnet import MRLABottleneck
+from tests.models.zoo import BASE, LIGHT
 
 HALVES = (torch.bfloat16, torch.float16)
 OLD = torch.__version__.startswith("2.1.")  # no float16 autocast, nor such a norm, on the CPU
-LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
 
 
 def slow(value):
@@ -27,7 +27,7 @@ def assert_finite(*tensors):
         assert tensor.isfinite().all()
 
 
-def images(shape=(2, 3, 64, 64)):
+def images(shape=(2, 3, 48, 48)):
     """Constant, all-zero, one bright pixel, noise, and noise far above and below what is usual."""
     torch.manual_seed(0)
     noise = torch.randn(shape)
@@ -80,16 +80,15 @@ def frozen_resnet(attention):
 
 def vit(attention):
     arch = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64)
-    return MRLADistilledVisionTransformer(arch, img_size=64, layer_attention=attention)
+    return MRLADistilledVisionTransformer(arch, img_size=48, layer_attention=attention)
 
 
 def efficientnet(attention):
     return MRLAEfficientNet("b0", layer_attention=attention)
 
 
-@pytest.mark.parametrize("attention", [LIGHT, BASE], ids=["light", "base"])
 @pytest.mark.parametrize("host", [resnet, frozen_resnet, vit, slow(efficientnet)])
-def test_hosts_on_extreme_images(host, attention):
+def test_hosts_on_extreme_images(host):
     """Layer attention adds nothing that is not finite.
 
     The plain networks do leave the range in float16: a batch norm that divides 1e-6 by sqrt(eps)
@@ -101,10 +100,12 @@ def test_hosts_on_extreme_images(host, attention):
         for i, image in enumerate(images()):
             if host is frozen_resnet and dtype == torch.float16 and image.abs().max() >= 1e4:
                 continue
-            torch.manual_seed(0)
-            plain = not_finite(host(None), image, dtype)
-            torch.manual_seed(0)
-            assert not_finite(host(attention), image, dtype) <= plain, (dtype, i)
+            found = []
+            for attention in (None, LIGHT, BASE):
+                torch.manual_seed(0)
+                found.append(not_finite(host(attention), image, dtype))
+            plain, *with_attention = found
+            assert all(names <= plain for names in with_attention), (dtype, i)
             left_range += [(dtype, i)] if plain else []
     assert {dtype for dtype, _ in left_range} <= {torch.float16}
     assert not {i for _, i in left_range} & {0, 1, 3}  # all-zero, constant, noise
@@ -124,7 +125,7 @@ def test_305_layers(attention, backend, monkeypatch):
         torch.manual_seed(0)
         model = Deep(305, stem_channels=8, base_channels=8, layer_attention=attention).train()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            out = model(torch.randn(2, 3, 64, 64))[-1]
+            out = model(torch.randn(2, 3, 32, 32))[-1]
         assert_finite(out)
         out.float().square().mean().backward()
         grads = [p.grad for p in model.parameters()]

@@ -40,13 +40,10 @@ from mmrla.models import (
     MRLAResNeXt,
     MRLAVisionTransformer,
 )
+from tests.conftest import flat
 
-COMMON = dict(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+COMMON = dict(derandomize=True, deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
 NAN = float("nan")
 LAYERS = (
     MRLALight, MRLABase, MLA, LinearRLA, DWConv, DIAUnit, DLALight, DLABase,
@@ -123,19 +120,13 @@ def assert_clear(error: Exception, names: list[str], drawn: Any) -> None:
     assert len(text) < 1500, f"{drawn}: {error!r}"
 
 
-def outputs_of(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in outputs_of(item)]
-
-
 def assert_learns(network: nn.Module, images: torch.Tensor, count: int | None = None) -> None:
     network.train()
     images = images.requires_grad_()
     result = network(images)
     if count is not None:
         assert len(result) == count
-    tensors = outputs_of(result)
+    tensors = flat(result)
     assert tensors
     assert all(tensor.isfinite().all() for tensor in tensors)
     sum((tensor * tensor.detach().sin()).sum() for tensor in tensors).backward()
@@ -251,26 +242,19 @@ PVT = ANY_HOST | {
 NARROW = dict(stem_channels=8, base_channels=8)
 SMALL_VIT = dict(arch=VIT, img_size=32, patch_size=8)
 HOSTS: dict[str, tuple[type, dict[str, Any], dict[str, st.SearchStrategy]]] = {
-    "MRLAResNet": (MRLAResNet, dict(depth=18, **NARROW), RESNET),
-    "MRLAResNeXt": (
-        MRLAResNeXt,
-        dict(depth=50, groups=2, width_per_group=2, **NARROW),
-        CONVOLUTIONAL | {"groups": counts, "width_per_group": one_of(2, 0, -2) | junk},
-    ),
-    "MRLAResNetCIFAR": (MRLAResNetCIFAR, dict(depth=20), RESNET),
-    "MRLAEfficientNet": (
-        MRLAEfficientNet,
-        dict(arch="b0"),
-        CONVOLUTIONAL | {"arch": one_of("b0", "lite0", "b99") | junk},
-    ),
-    "MRLAVisionTransformer": (MRLAVisionTransformer, SMALL_VIT, TRANSFORMER),
-    "MRLADistilledVisionTransformer": (MRLADistilledVisionTransformer, SMALL_VIT, TRANSFORMER),
-    "MRLACeiT": (MRLACeiT, SMALL_VIT | dict(patch_size=4), TRANSFORMER),
-    "MRLAPyramidVisionTransformerV2": (
-        MRLAPyramidVisionTransformerV2,
-        dict(embed_dims=8, num_layers=(1, 1, 1, 1)),
-        PVT,
-    ),
+    cls.__name__: (cls, small, choices)
+    for cls, small, choices in (
+        (MRLAResNet, dict(depth=18, **NARROW), RESNET),
+        (MRLAResNeXt, dict(depth=50, groups=2, width_per_group=2, **NARROW),
+         CONVOLUTIONAL | {"groups": counts, "width_per_group": one_of(2, 0, -2) | junk}),
+        (MRLAResNetCIFAR, dict(depth=20), RESNET),
+        (MRLAEfficientNet, dict(arch="b0"),
+         CONVOLUTIONAL | {"arch": one_of("b0", "lite0", "b99") | junk}),
+        (MRLAVisionTransformer, SMALL_VIT, TRANSFORMER),
+        (MRLADistilledVisionTransformer, SMALL_VIT, TRANSFORMER),
+        (MRLACeiT, SMALL_VIT | dict(patch_size=4), TRANSFORMER),
+        (MRLAPyramidVisionTransformerV2, dict(embed_dims=8, num_layers=(1, 1, 1, 1)), PVT),
+    )
 }  # fmt: skip
 
 

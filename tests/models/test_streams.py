@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -21,10 +18,11 @@ from mmrla.models import (
     MRLAResNet,
     MRLAVisionTransformer,
 )
-from tests.conftest import generated, needs_new_compiler, relative_error
+from tests.conftest import compare, filled, needs_new_compiler, relative_error
+from tests.models.zoo import ARCH, CEIT, after_step, assert_same
+from tests.reference import stream_vit
 
-DEPTH, HEADS = 5, 2
-ARCH = dict(embed_dims=32, num_layers=DEPTH, num_heads=HEADS, feedforward_channels=48)
+DEPTH, HEADS = ARCH["num_layers"], ARCH["num_heads"]
 FULL, DENSE = dict(type="AttnRes"), dict(type="DenseFormer")
 # 3 and 4 do not divide the 10 sub-layers; 16 is more than there are.
 ATTNRES = [FULL, *(dict(FULL, block_size=size) for size in (2, 3, 4, 16))]
@@ -34,55 +32,17 @@ PRECISE = dict(type="LN", eps=1e-14)
 
 def vit(attention, cls=MRLAVisionTransformer, **kwargs) -> nn.Module:
     """35 patches."""
-    return cls(ARCH, img_size=(40, 56), patch_size=8, layer_attention=attention, **kwargs)
-
-
-def filled(model: nn.Module) -> nn.Module:
-    state = model.state_dict()
-    model.load_state_dict({k: generated(k, tuple(v.shape)) for k, v in state.items()})
-    return model
+    given = dict(arch=ARCH, img_size=(40, 56), patch_size=8) | kwargs
+    return cls(layer_attention=attention, **given)
 
 
 def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 40, 56)
 
 
-def sublayer(x, w, name, norm):
-    """What block ``name``'s attention (norm 1) or MLP (norm 2) gives for its input."""
-    weight, bias = w[f"{name}.ln{norm}.weight"], w[f"{name}.ln{norm}.bias"]
-    x = F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
-    if norm == 2:
-        x = F.linear(x, w[f"{name}.ffn.layers.0.0.weight"], w[f"{name}.ffn.layers.0.0.bias"])
-        return F.linear(F.gelu(x), w[f"{name}.ffn.layers.1.weight"], w[f"{name}.ffn.layers.1.bias"])
-    qkv = F.linear(x, w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"])
-    q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-    x = ((q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return F.linear(x, w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"])
-
-
 def expected(x, w, attention):
-    """All tokens behind the last norm, and the weights of each attention over sources."""
-    x = F.conv2d(x, w["patch_embed.projection.weight"], w["patch_embed.projection.bias"], stride=8)
-    extra = [w[n].expand(len(x), 1, -1) for n in ("cls_token", "dist_token") if n in w]
-    x = torch.cat([*extra, x.flatten(2).transpose(1, 2)], 1) + w["pos_embed"]
-    outputs, scores = [x], []
-    for i in range(DEPTH):
-        if attention["type"] == "DenseFormer":
-            x = x + sublayer(x, w, f"layers.{i}", 1)
-            outputs.append(x + sublayer(x, w, f"layers.{i}", 2))
-            scores.append(w[f"layers.{i}.mrla.alpha"])
-            x = torch.einsum("s,sbnc->bnc", scores[-1], torch.stack(outputs))
-            continue
-        for norm, part in ((1, "attn"), (2, "ffn")):
-            outputs.append(sublayer(x, w, f"layers.{i}", norm))
-            size, count = attention.get("block_size", 1), len(outputs)
-            spans = pairwise([*range(1, count, size), count])
-            sources = torch.stack([outputs[0], *(sum(outputs[a:b]) for a, b in spans)])
-            keys = sources / (sources.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-            logits = torch.einsum("c,sbnc->bns", w[f"layers.{i}.mrla.{part}.query"], keys)
-            scores.append(logits.softmax(-1))
-            x = torch.einsum("bns,sbnc->bnc", scores[-1], sources)
-    return F.layer_norm(x, x.shape[-1:], w["ln1.weight"], w["ln1.bias"], 1e-6), scores
+    size = None if attention["type"] == "DenseFormer" else attention.get("block_size", 1)
+    return stream_vit(x, w, DEPTH, HEADS, 8, size)
 
 
 @pytest.mark.parametrize("cls", [MRLAVisionTransformer, MRLADistilledVisionTransformer])
@@ -90,23 +50,15 @@ def expected(x, w, attention):
 def test_network_is_its_equation(attention, cls):
     """Outputs, every gradient, and what the recorder says was attended to."""
     model = filled(vit(attention, cls, out_type="raw")).double()
-    x = images().double().requires_grad_()
-    w = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
-    leaf = x.detach().clone().requires_grad_()
-    want, scores = expected(leaf, w, attention)
+    x, w = images().double(), {k: p.detach().clone() for k, p in model.named_parameters()}
     with record_layer_attention(model) as rec:
-        (got,) = model(x)
-    assert relative_error(got, want.detach()) < 1e-10
-    grad = torch.randn_like(got)
-    got.backward(grad)
-    want.backward(grad)
+        limits = (1e-10, 1e-9, 1e-8)
+        compare(model, lambda x, w: expected(x, w, attention)[0], x, limits=limits, zero=0)
     with torch.no_grad():  # what was recorded stays as it was
         for parameter in model.parameters():
             parameter.zero_()
-    assert relative_error(x.grad, leaf.grad) < 1e-9
-    for key, parameter in model.named_parameters():
-        assert relative_error(parameter.grad, w[key].grad) < 1e-8, key
     (group,) = rec.groups
+    _, scores = expected(x, w, attention)
     assert not group.scores.requires_grad
     assert len(group.layers) == len(set(group.layers)) == len(scores)
     assert group.sources[0] == "in"
@@ -114,7 +66,7 @@ def test_network_is_its_equation(attention, cls):
     for t, weights in enumerate(scores):
         mean = weights.expand(2, -1) if attention is DENSE else weights.mean(1)
         found = group.scores[:, 0, t]
-        assert relative_error(found[:, : mean.shape[1]].double(), mean.detach()) < 1e-6
+        assert relative_error(found[:, : mean.shape[1]].double(), mean) < 1e-6
         assert found[:, mean.shape[1] :].isnan().all()
 
 
@@ -156,26 +108,25 @@ def test_starts_as_the_plain_network(attention, tmp_path):
     assert all(p.grad.any() for p in added.values())
 
 
-@pytest.mark.parametrize("attention", ALL, ids=str)
-def test_memory_is_one_map_per_source(attention):
+class Autocast(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+def test_memory_is_one_map_per_source():
     """Also under autocast, where the sources themselves are of half the size."""
-
-    class Autocast(nn.Module):
-        def __init__(self, model, enabled):
-            super().__init__()
-            self.model, self.enabled = model, enabled
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
-                return self.model(x)
-
-    for enabled in (False, True):
-        plain, ours = (
-            activation_memory(Autocast(vit(la), enabled), images()) for la in (None, attention)
-        )
-        map_size, sources = 36 * 32 * 4, DEPTH * (1 if attention is DENSE else 2) + 1
-        tokens = sources**2 * 36 * 4 * 3  # weights, scores and scales, a few numbers per token
-        assert plain < ours < plain + sources * map_size + tokens
+    for around in (lambda model: model, Autocast):
+        plain = activation_memory(around(vit(None)), images())
+        for attention in (FULL, dict(FULL, block_size=4), DENSE):
+            ours = activation_memory(around(vit(attention)), images())
+            map_size, sources = 36 * 32 * 4, DEPTH * (1 if attention is DENSE else 2) + 1
+            tokens = sources**2 * 36 * 4 * 3  # weights, scores, scales: a few numbers per token
+            assert plain < ours < plain + sources * map_size + tokens
 
 
 @pytest.mark.parametrize("attention", ALL, ids=str)
@@ -194,16 +145,15 @@ def test_half_precision(attention):
 
 
 @needs_new_compiler
-@pytest.mark.parametrize("attention", [FULL, dict(FULL, block_size=4), DENSE], ids=str)
+@pytest.mark.parametrize("attention", [dict(FULL, block_size=4), DENSE], ids=str)
 def test_compiles_and_exports_in_one_graph(attention):
-    model = filled(vit(attention, drop_path_rate=0.2)).train()
-    model.eval()
+    model = filled(vit(attention, arch=dict(ARCH, num_layers=3), drop_path_rate=0.2)).eval()
     x = images()
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        results.append([step(run, x), *(p.grad.clone() for p in model.parameters())])
-    assert all(relative_error(b, a.detach()) < 1e-4 for a, b in zip(*results, strict=True))
+    want = after_step(model, x)
+    model.zero_grad()
+    assert_same(
+        after_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), want, 1e-4
+    )
     torch._dynamo.reset()
     torch.compile(model.train(), fullgraph=True, backend="eager")(x)
     torch._dynamo.reset()
@@ -227,11 +177,10 @@ def test_of_many_outputs_the_last_is_the_plain_networks():
 
 
 def test_ceit_takes_denseformer():
-    kwargs = dict(arch=ARCH, img_size=64, stem_channels=8, patch_size=2)
-    plain = filled(MRLACeiT(**kwargs, layer_attention=None)).train()
-    model = MRLACeiT(**kwargs, layer_attention=DENSE).train()
+    plain = filled(MRLACeiT(**CEIT, layer_attention=None)).train()
+    model = MRLACeiT(**CEIT, layer_attention=DENSE).train()
     model.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     assert torch.equal(step(model, x), step(plain, x))
     # The class tokens of all blocks are read, so every alpha counts.
     assert all(p.grad.any() for k, p in model.named_parameters() if "alpha" in k)
@@ -282,16 +231,13 @@ def test_timms_networks_compute_the_same(attention):
     name = "vit_tiny_patch16_224_mrla_light"
     other = timm.create_model(name, layer_attention=attention, **kwargs)
     other.load_state_dict(from_mmrla({**state, **head}))
-    x = images()
-    results = []
+    x, want = images(), []
     for checkpointing in (False, True):
         other.set_grad_checkpointing(checkpointing)
         other.zero_grad()
-        out = other(x)
-        assert relative_error(out, model(x)[0].detach()) < 1e-4
-        out.square().mean().backward()
-        results.append([p.grad.clone() for p in other.parameters()])
-    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*results, strict=True))
+        want.append(after_step(other, x))
+        assert relative_error(want[-1]["out0"], model(x)[0].detach()) < 1e-4
+    assert_same(*want, 1e-4)
     with pytest.raises(ValueError, match="must be 0, got 0.1"):
         timm.create_model(name, layer_attention=attention, mrla_drop_path_rate=0.1, **kwargs)
     if attention is not DENSE:
@@ -300,6 +246,7 @@ def test_timms_networks_compute_the_same(attention):
 
 
 SUBLAYER = "AttnRes: it sits after each sub-layer of a transformer, in place of the residual str"
+SWIN = dict(type="mmpretrain.SwinTransformer")
 OUTPUT = "DenseFormer: it sits at a layer's output, which it replaces; there "
 
 
@@ -311,11 +258,7 @@ OUTPUT = "DenseFormer: it sits at a layer's output, which it replaces; there "
         (lambda la: MRLACeiT("tiny", layer_attention=la), FULL, SUBLAYER),
         (lambda la: MRLAEfficientNet("b0", layer_attention=la), DENSE, OUTPUT),
         (lambda la: MRLAPyramidVisionTransformerV2("b0", layer_attention=la), FULL, SUBLAYER),
-        (
-            lambda la: LayerAttentionWrapper(dict(type="mmpretrain.SwinTransformer"), la),
-            FULL,
-            SUBLAYER,
-        ),
+        (lambda la: LayerAttentionWrapper(SWIN, la), FULL, SUBLAYER),
         (lambda la: vit(la, mrla_drop_path_rate=0.1), FULL, "AttnRes adds nothing there.*got 0.1"),
         (vit, dict(FULL, block_size=0), "block_size must be at least 1, got 0"),
     ],

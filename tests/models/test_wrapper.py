@@ -16,8 +16,8 @@ import mmrla.registry
 from mmrla.layers.layer_attention import Carried
 from mmrla.models import LayerAttentionWrapper
 from tests.conftest import needs_new_compiler, relative_error
+from tests.models.zoo import BASE, LIGHT, after_step, assert_same
 
-LIGHT, BASE = dict(type="MRLALight", head_channels=8), dict(type="MRLABase", head_channels=8)
 REGNET = dict(
     type="mmdet.RegNet",
     arch=dict(w0=8, wa=8.0, wm=2.0, group_w=8, depth=7, bot_mul=1.0),  # 1, 1, 3 and 2 layers
@@ -61,14 +61,6 @@ def tensors(outs) -> list[torch.Tensor]:
     return [out for out in outs if isinstance(out, torch.Tensor)]
 
 
-def test_is_registered():
-    built = MODELS.build(
-        dict(type="mmrla.LayerAttentionWrapper", backbone=REGNET, layer_attention=LIGHT)
-    )
-    assert isinstance(built, LayerAttentionWrapper)
-    assert isinstance(built, MODELS.get("mmdet.RegNet"))
-
-
 @pytest.mark.parametrize("attention", [LIGHT, BASE], ids=["light", "base"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name, attention):
@@ -105,25 +97,31 @@ def residual_layers(model: nn.Module) -> list[list[nn.Module]]:
     return [list(getattr(model, name)) for name in model.res_layers]
 
 
-def regnet_by_hand(model: nn.Module, plain: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+class ByHand(nn.Module):
     """The equations: out = y + norm(o_t), state along a stage, shortcuts after the projection.
 
-    ``plain`` computes the layers, the modules of ``model`` the attention.
+    ``plain`` computes the layers, the modules of ``own`` the attention.
     """
-    x = plain.relu(plain.norm1(plain.conv1(image)))
-    outs = []
-    for blocks, owners in zip(residual_layers(plain), residual_layers(model), strict=True):
-        state = None
-        for block, owner in zip(blocks, owners, strict=True):
-            shortcut = x if block.downsample is None else block.downsample(x)
-            y = block.conv1(x)
-            y = block.relu(block.norm1(y))
-            y = block.relu(block.norm2(block.conv2(y)))
-            y = block.relu(block.norm3(block.conv3(y)) + shortcut)
-            o, state = owner.mrla.attention(y, shortcut, state)
-            x = y + owner.mrla.norm(o)
-        outs.append(x)
-    return outs
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own, self.plain = own, MODELS.build(REGNET).double()
+        self.plain.load_state_dict(own.state_dict(), strict=False)
+
+    def forward(self, image):
+        plain, outs = self.plain, []
+        x = plain.relu(plain.norm1(plain.conv1(image)))
+        for blocks, owners in zip(residual_layers(plain), residual_layers(self.own), strict=True):
+            state = None
+            for block, owner in zip(blocks, owners, strict=True):
+                shortcut = x if block.downsample is None else block.downsample(x)
+                y = block.relu(block.norm1(block.conv1(x)))
+                y = block.relu(block.norm2(block.conv2(y)))
+                y = block.relu(block.norm3(block.conv3(y)) + shortcut)
+                o, state = owner.mrla.attention(y, shortcut, state)
+                x = y + owner.mrla.norm(o)
+            outs.append(x)
+        return outs
 
 
 @pytest.mark.parametrize("with_cp", [False, True], ids=["", "with_cp"])
@@ -132,29 +130,19 @@ def regnet_by_hand(model: nn.Module, plain: nn.Module, image: torch.Tensor) -> l
 def test_outputs_gradients_and_statistics(attention, with_cp):
     """Against a loop written out, in double precision and training mode."""
     model = wrapped(dict(REGNET, with_cp=with_cp), layer_attention=attention).double()
-    reference = copy.deepcopy(model)
-    plain = MODELS.build(REGNET).double()
-    for module in (model, reference, plain):
-        module.train()
+    by_hand = ByHand(copy.deepcopy(model)).train()
     image = torch.randn(2, 3, 50, 39, dtype=torch.double)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    outs = model(image.requires_grad_())
-    other = image.detach().clone().requires_grad_()
-    expected = regnet_by_hand(reference, plain, other)
-    weights = [torch.randn_like(o) for o in expected]
-    sum((o * w).sum() for o, w in zip(outs, weights, strict=True)).backward()
-    sum((o * w).sum() for o, w in zip(expected, weights, strict=True)).backward()
-    for got, want in zip(outs, expected, strict=True):
-        assert relative_error(got, want) < 1e-10
-    assert relative_error(image.grad, other.grad) < 1e-8
-    grads = {n: p.grad for n, p in plain.named_parameters()}
-    grads |= {n: p.grad for n, p in reference.named_parameters() if "mrla" in n}
-    scale = max(g.abs().max() for g in grads.values())
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad - grads[name]).abs().max() < 1e-8 * scale, name
-    if not with_cp:  # recomputed layers count a batch twice, as in the ancestor
-        for name, buffer in plain.named_buffers():
-            torch.testing.assert_close(model.get_buffer(name), buffer)
+    got, found = after_step(model.train(), image), after_step(by_hand, image)
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    for key, value in got.items():
+        want = found[key if key in found else f"{'own' if 'mrla' in key else 'plain'}.{key}"]
+        if key.startswith(("out", "x")):
+            assert relative_error(value, want) < (1e-8 if key == "x" else 1e-10)
+        elif "running" in key or "num_batches" in key:
+            # Recomputed layers count a batch twice, as in the ancestor.
+            assert with_cp or relative_error(value, want) < 1e-7, key
+        else:
+            assert (value - want).abs().max() < 1e-8 * scale, key
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -167,15 +155,12 @@ def test_none_is_the_backbone(name):
     model = LayerAttentionWrapper(backbone=BACKBONES[name], layer_attention=None)
     assert torch.equal(torch.get_rng_state(), after_build)
     assert list(model.state_dict()) == list(plain.state_dict())
-    image = torch.randn(2, 3, 64, 64)
     for module in (plain, model):
         module.train()
         torch.manual_seed(4)
-        sum(o.square().sum() for o in tensors(module(image))).backward()
-    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(got, want)
-        assert torch.equal(got.grad, want.grad)
-    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+    image = torch.randn(2, 3, 64, 64)
+    assert_same(after_step(model, image), after_step(plain, image), 0)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 def test_freezes_as_the_ancestor():
@@ -248,6 +233,8 @@ def test_an_exception_leaves_nothing_behind():
 
 def test_copies_and_pickles():
     model = wrapped(REGNET, layer_attention=LIGHT).eval()
+    assert isinstance(model, LayerAttentionWrapper)
+    assert isinstance(model, MODELS.get("mmdet.RegNet"))
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(image)
@@ -266,16 +253,14 @@ def test_compiles_to_one_graph(name, attention):
     cfg.pop("drop_path_rate", None)
     model = wrapped(cfg, layer_attention=attention)
     other = copy.deepcopy(model)
-    outs, expected = torch.compile(model, backend="eager", fullgraph=True)(image), other(image)
-    for got, want in zip(outs, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    sum(o.square().sum() for o in outs).backward()
-    sum(o.square().sum() for o in expected).backward()
+    want = after_step(other, image)
+    got = after_step(torch.compile(model, backend="eager", fullgraph=True), image)
     scale = max(p.grad.abs().max() for p in other.parameters())
-    for (key, got), want in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert (got.grad - want.grad).abs().max() < 1e-5 * scale, key
-    for got, want in zip(model.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(got, want)
+    for key, value in want.items():
+        if value.dim() and key in dict(other.named_parameters()):
+            assert (got[key] - value).abs().max() < 1e-5 * scale, key
+        else:
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["regnet", "swin"])
@@ -328,20 +313,14 @@ class Peeking(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(3, 8, 1)) if i == 0 else nn.ModuleList(
-                nn.Conv2d(8, 8, 1) for _ in range(2)
-            )
-            for i in range(2)
-        )  # fmt: skip
+        layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 8, 1)), layers])
 
     def forward(self, x):
-        x = self.stages[0](x)
-        outs = []
+        outs = [self.stages[0](x)]
         for layer in self.stages[1]:
-            x = layer(x)
-            outs.append(x)
-        return outs
+            outs.append(layer(outs[-1]))
+        return outs[1:]
 
 
 class Twice(Peeking):
@@ -360,63 +339,37 @@ class Between(Peeking):
         return (x,)
 
 
+SMALL_SWIN = dict(BACKBONES["swin-mmpretrain"], pad_small_map=False)
+DEIT = dict(type="mmpretrain.VisionTransformer", arch="deit-tiny")
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
+    ("backbone", "kwargs", "error", "message"),
     [
-        (dict(backbone=None), TypeError, "backbone must be a config"),
-        (dict(backbone=dict(depth=1)), TypeError, "backbone must be a config"),
-        (
-            dict(backbone=REGNET, layers="stage*.*"),
-            ValueError,
-            "no module of RegNet is named 'stage",
-        ),
-        (dict(backbone=REGNET, layers=3), TypeError, "layers must be"),
-        (dict(backbone=REGNET, layers=[3]), TypeError, "layers must be"),
-        (dict(backbone=REGNET, layers=[]), ValueError, "cannot find the layers of RegNet"),
-        (
-            dict(backbone=REGNET, layers="layer1.0.conv2"),
-            ValueError,
-            "layer1.0.conv2 .* not residual",
-        ),
-        (
-            dict(backbone=REGNET, layers=["layer1.0", "layer2"]),
-            ValueError,
-            "layer2 .* not residual",
-        ),
-        (dict(backbone=REGNET, layer_attention=dict(type="No")), ValueError, "unknown layer att"),
-        (dict(backbone=REGNET, layer_attention=dict(LIGHT, head_channels=7)), ValueError, "7"),
-        (dict(backbone=REGNET, mrla_drop_path_rate=1.0), ValueError, "mrla_drop_path_rate"),
-        (
-            dict(backbone=dict(BACKBONES["swin-mmpretrain"], pad_small_map=False), probe_size=8),
-            ValueError,
-            "probe_size",
-        ),
-        (
-            dict(backbone=dict(type="mmdet.CSPDarknet")),
-            ValueError,
-            "cannot find .* CSPDarknet.*stem",
-        ),
-        (dict(backbone=dict(type=Peeking)), ValueError, "only stages.1|reads features"),
-        (dict(backbone=dict(type=Peeking), layers="stages.1.*"), ValueError, "reads features"),
-        (dict(backbone=dict(type=Twice), layers="stages.1.*"), ValueError, "runs 2 times"),
-        (
-            dict(backbone=dict(type=Between), layers="stages.1.*"),
-            ValueError,
-            "does not take the out",
-        ),
-        (
-            dict(
-                backbone=dict(type="mmpretrain.VisionTransformer", arch="deit-tiny"),
-                layers="layers.*",
-            ),
-            ValueError,
-            "without the grid",
-        ),
+        (None, {}, TypeError, "backbone must be a config"),
+        (dict(depth=1), {}, TypeError, "backbone must be a config"),
+        (REGNET, dict(layers="stage*.*"), ValueError, "no module of RegNet is named 'stage"),
+        (REGNET, dict(layers=3), TypeError, "layers must be"),
+        (REGNET, dict(layers=[3]), TypeError, "layers must be"),
+        (REGNET, dict(layers=[]), ValueError, "cannot find the layers of RegNet"),
+        (REGNET, dict(layers="layer1.0.conv2"), ValueError, "layer1.0.conv2 .* not residual"),
+        (REGNET, dict(layers=["layer1.0", "layer2"]), ValueError, "layer2 .* not residual"),
+        (REGNET, dict(layer_attention=dict(type="No")), ValueError, "unknown layer att"),
+        (REGNET, dict(layer_attention=dict(LIGHT, head_channels=7)), ValueError, "7"),
+        (REGNET, dict(mrla_drop_path_rate=1.0), ValueError, "mrla_drop_path_rate"),
+        (SMALL_SWIN, dict(probe_size=8), ValueError, "probe_size"),
+        (dict(type="mmdet.CSPDarknet"), {}, ValueError, "cannot find .* CSPDarknet.*stem"),
+        (dict(type=Peeking), {}, ValueError, "only stages.1|reads features"),
+        (dict(type=Peeking), dict(layers="stages.1.*"), ValueError, "reads features"),
+        (dict(type=Twice), dict(layers="stages.1.*"), ValueError, "runs 2 times"),
+        (dict(type=Between), dict(layers="stages.1.*"), ValueError, "does not take the out"),
+        (DEIT, dict(layers="layers.*"), ValueError, "without the grid"),
     ],
 )
-def test_bad_arguments(kwargs, error, message):
+def test_bad_arguments(backbone, kwargs, error, message):
+    kwargs = dict(probe_size=224, layer_attention=LIGHT) | kwargs
     with pytest.raises(error, match=message):
-        LayerAttentionWrapper(**{"probe_size": 224, "layer_attention": LIGHT, **kwargs})
+        LayerAttentionWrapper(backbone=backbone, **kwargs)
 
 
 def test_named_layers_and_their_norms():

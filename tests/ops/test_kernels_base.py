@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrla.ops.reference import BaseGroup, BaseWeights, Norm, base_tail_reference
 
@@ -317,25 +316,12 @@ def test_in_autograd(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(grad, want[f"{k}.grad_z"]) < 1e-5, k
 
 
-class DeviceOperations(TorchDispatchMode):
-    """Lists torch operations that launch something on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not (func.is_view or func.__name__.startswith(("empty", "set_"))):
-            self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def test_nothing_else_runs_on_the_device() -> None:
     layer = layers_of(USUAL)[0]
-    with ttir.launches_on_cpu(), DeviceOperations() as others:
+    with ttir.launches_on_cpu(), ttir.DeviceOperations() as others:
         out, key, value, saved = base_forward(*layer[:6], [], [], True)
         base_backward(layer.grad, None, *layer[:6], [key], [value], [], saved)
         again, *_, nothing = base_forward(*layer[:6], [], [], False)
-    assert others.names == []
+    assert others.seen == []
     assert nothing == ()
     assert torch.equal(out, again)

@@ -17,8 +17,6 @@ from tests.ops.ttir_numpy import DTYPES, SIZES, Pointer, full, narrow_bf16, wide
 
 MOST_UNMARKED = 2**22
 VIEWS = {"bf16": np.uint16, "i1": np.bool_}
-COMBINE = {"fadd": np.add, "add": np.add, "max": np.maximum, "min": np.minimum,
-           "or": np.bitwise_or, "and": np.bitwise_and, "xor": np.bitwise_xor}  # fmt: skip
 
 
 class KernelFault(RuntimeError):
@@ -85,8 +83,8 @@ class Nowhere:
 class Space:
     """The storages that launches of one context have seen, by address."""
 
-    def __init__(self, strict: bool, overflow: bool, carries: bool):
-        self.strict, self.overflow, self.carries = strict, overflow, carries
+    def __init__(self, strict: bool, carries: bool):
+        self.strict, self.carries = strict, carries
         self.kernels: Counter[str] = Counter()
         self.programs: Counter[str] = Counter()
         self.known: dict[int, Memory] = {}
@@ -123,7 +121,7 @@ class Run:
     """One launch: the program that runs, and the checks of what it touches."""
 
     def __init__(self, space: Space, kernel: Any, name: str, grid: Sequence[int]):
-        self.space, self.kernel, self.name, self.overflow = space, kernel, name, space.overflow
+        self.space, self.kernel, self.name = space, kernel, name
         self.grid = (*(int(n) for n in grid), 1, 1)[:3]
         self.program = (0, 0, 0)
         self.started = self.launch = space.step = space.step + 1
@@ -261,22 +259,3 @@ class Run:
         if np.any(np.asarray(view[at]).view(integers) != bits.view(integers)):
             self.fault(f"stores different values to one element of {memory.name}")
         memory.writer[cells] = self.space.step
-
-    def atomic(
-        self, word: str, kind: str, shape: tuple[int, ...], pointer: Pointer, value: Any,
-        mask: Any = True,
-    ) -> Any:  # fmt: skip
-        """Atomics of several programs may meet, but no plain loads and stores before them."""
-        if kind == "bf16" or word.removeprefix("u") not in COMBINE:
-            raise NotImplementedError(f"atomic {word} on {kind}")
-        memory, used = pointer.memory, full(mask, shape)
-        at, value = full(pointer.at, shape)[used], full(value, shape)[used]
-        self.inside(kind, memory, at)
-        cells = self.claim(memory, SIZES[kind], at)
-        if np.any(memory.writer[cells] >= self.launch):
-            self.fault(f"updates {memory.name} where this launch also stores")
-        view = memory.view(kind)
-        before = np.zeros(shape, view.dtype)
-        before[used] = view[at]
-        COMBINE[word.removeprefix("u")].at(view, at, value)
-        return before[()]

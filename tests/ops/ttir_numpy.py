@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 DTYPES: dict[str, type] = {
     "i1": np.bool_, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64,
@@ -72,7 +71,7 @@ def _checked(operation: np.ufunc) -> Callable:
 
     def apply(run: Any, a: Any, b: Any) -> Any:
         out = operation(a, b)
-        if run.overflow and (operation(a, b, dtype=np.int64) != out).any():
+        if (operation(a, b, dtype=np.int64) != out).any():
             run.fault("a 32-bit integer overflows")
         return out
 
@@ -102,10 +101,6 @@ def select(condition: Any, a: Any, b: Any) -> Any:
     return Pointer(a.memory, np.where(condition, a.at, b.at))
 
 
-def erf(x: Any) -> Any:
-    return torch.erf(torch.from_numpy(np.array(x))).numpy()[()]
-
-
 def steps(low: Any, high: Any, step: Any) -> Iterator[Any]:
     kind = type(low)
     for k in range(int(low), int(high), int(step)):
@@ -119,17 +114,3 @@ def fold(function: Callable, axis: int, *xs: Any) -> list[Any]:
         found = function(*acc, *[np.take(x, k, axis) for x in xs])
         acc = list(found) if isinstance(found, tuple) else [found]
     return acc
-
-
-def scan(function: Callable, axis: int, reverse: bool, *xs: Any) -> list[Any]:
-    """``tt.scan`` by any function."""
-    n = xs[0].shape[axis]
-    rows: dict[int, list[Any]] = {}
-    acc: list[Any] | None = None
-    for k in reversed(range(n)) if reverse else range(n):
-        now = [np.take(x, k, axis) for x in xs]
-        if acc is not None:
-            found = function(*acc, *now)
-            now = list(found) if isinstance(found, tuple) else [found]
-        acc = rows[k] = now
-    return [np.stack([rows[k][j] for k in range(n)], axis) for j in range(len(xs))]

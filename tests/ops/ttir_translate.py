@@ -38,7 +38,7 @@ PLAIN = {
     "arith.maxnumf": "np.fmax({0}, {1})", "arith.minnumf": "np.fmin({0}, {1})",
     "arith.select": "select({0}, {1}, {2})",
     "math.rsqrt": "np.reciprocal(np.sqrt({0}))", "math.absf": "np.abs({0})",
-    "math.absi": "np.abs({0})", "math.fma": "{0} * {1} + {2}", "math.erf": "erf({0})",
+    "math.absi": "np.abs({0})", "math.fma": "{0} * {1} + {2}",
     "tt.precise_sqrt": "np.sqrt({0})", "tt.precise_divf": "{0} / {1}",
     "tt.clampf": "np.minimum(np.maximum({0}, {1}), {2})",
     **{f"math.{n}": f"np.{n}({{0}})"
@@ -178,7 +178,7 @@ class Translator:
         before = before.strip("() ") or after
         if op == "arith.select":
             after = after.rsplit(", ", 1)[-1]
-        elif op in ("scf.for", "scf.if", "scf.while", "tt.reduce", "tt.scan"):
+        elif op in ("scf.for", "scf.if", "tt.reduce"):
             self.region(depth, op, outs, args, rest)
             return
         value = self.expression(op, args, rest, before, after, line)
@@ -186,9 +186,6 @@ class Translator:
             self.constants[outs[0]] = value
         elif op == "scf.yield":
             self.assign(depth, results, args)
-        elif op == "scf.condition":
-            self.assign(depth, results, args[1:])
-            self.emit(depth, f"if not {args[0]}: break")
         elif value:
             self.emit(depth, f"{', '.join(outs)} = {value}" if outs else value)
 
@@ -236,26 +233,13 @@ class Translator:
             "tt.int_to_ptr": lambda: f"run.pointer({element(after)!r}, {args[0]})",
             "tt.load": lambda: f"run.load({pointee!r}, {joined})",
             "tt.store": lambda: f"run.store({pointee!r}, {shape_of(before)}, {joined})",
-            "tt.atomic_rmw": lambda: (
-                f"run.atomic({word!r}, {element(after)!r}, {shape_of(after)}, {joined})"
-            ),
-            "tt.dot": lambda: "np.matmul({}, {}, dtype=np.float32) + {}".format(
-                *self.whole(args, before.split(" * "))[:2], args[2]
-            ),
             "tt.join": lambda: (
                 f"np.stack([full(x, {shape_of(after)[:-1]}) for x in ({joined})], -1)"
             ),
             "tt.split": lambda: f"np.moveaxis(full({args[0]}, {shape_of(before)}), -1, 0)",
-            "tt.gather": lambda: "np.take_along_axis({}, {}.astype(np.int64), {})".format(
-                *self.whole(args, re.findall(r"tensor<[^>]*>", before)), numbers["axis"]
-            ),
             "tt.return": lambda: "return",
             "tt.reduce.return": lambda: f"return {joined}",
-            "tt.scan.return": lambda: f"return {joined}",
-            "tt.assert": lambda: f"np.all({args[0]}) or run.fault('a device_assert fails')",
-            "tt.print": lambda: "",
             "scf.yield": lambda: "",
-            "scf.condition": lambda: "",
             "gpu.barrier": lambda: "run.barrier()",
             "ttg.barrier": lambda: "run.barrier()",
             "ttg.local_barrier": lambda: "run.barrier()",
@@ -320,28 +304,20 @@ class Translator:
                 self.emit(depth + 1, "pass")
                 self.block(depth + 1, outs)
             return
-        if op in ("tt.reduce", "tt.scan"):
+        if op == "tt.reduce":
             self.combine(depth, op, outs, args, rest)
             return
         pairs = re.findall(rf"({VALUE}) = ({VALUE})", rest)
-        loop = pairs.pop(0)[0] if op == "scf.for" else None
+        loop = pairs.pop(0)[0]
         carried = [variable(a) for a, _ in pairs]
         self.assign(depth, carried, [variable(b) for _, b in pairs])
-        if loop:
-            self.emit(depth, f"for {variable(loop)} in steps({', '.join(args[1:4])}):")
-            self.emit(depth + 1, "pass")
-            self.block(depth + 1, carried)
-            self.assign(depth, outs, carried)
-            return
-        self.emit(depth, "while True:")
-        self.block(depth + 1, outs)
-        if self.lines[self.at].startswith("^"):
-            inner = [variable(v) for v in re.findall(rf"({VALUE}): ", self.next_line())]
-            self.assign(depth + 1, inner, outs)
+        self.emit(depth, f"for {variable(loop)} in steps({', '.join(args[1:4])}):")
+        self.emit(depth + 1, "pass")
         self.block(depth + 1, carried)
+        self.assign(depth, outs, carried)
 
     def combine(self, depth: int, op: str, outs: list[str], args: list[str], rest: str) -> None:
-        """A reduction or scan; the usual ones become a ufunc."""
+        """A reduction; the usual ones become a ufunc."""
         start = self.at
         inner = [variable(v) for v in re.findall(rf"({VALUE}): ", self.next_line())]
         known = re.match(r"%\w+ = arith\.(\w+) ", self.lines[self.at])
@@ -353,10 +329,7 @@ class Translator:
         axis = re.search(r"axis = (\d+)", rest)[1]
         kinds = re.findall(r"tensor<[^>]*>", end.split(" -> ")[0])
         xs = self.whole(args, kinds)
-        if op == "tt.scan":
-            reverse = "reverse = true" in rest + end
-            value = f"scan({function}, {axis}, {reverse}, {', '.join(xs)})"
-        elif single and len(args) == 1 and known and known[1] in REDUCE:
+        if single and len(args) == 1 and known and known[1] in REDUCE:
             del self.out[mark:], self.origins[mark:]
             kind = element(kinds[0])
             value = f"np.{REDUCE[known[1]]}.reduce({xs[0]}, axis={axis})"
