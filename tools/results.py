@@ -197,10 +197,8 @@ def train_detector(row: Row, seed: int, folder: Path, data: Path) -> None:
 
 def cpu_name() -> str:
     """The CPU's name (Linux; elsewhere what the interpreter tells)."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", listed.read_text()) if listed.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
@@ -259,8 +257,8 @@ def _seconds(runs: Mapping[str, Mapping[str, Any]], compiled: bool) -> dict[str,
 
 def _time_over_plain(row: Mapping[str, float], plain: Mapping[str, float]) -> float | None:
     """Mean ratio of times over the devices that ran both; None if there is none."""
-    ratios = [row[device] / plain[device] for device in row.keys() & plain.keys()]
-    return mean(ratios) if ratios else None
+    both = row.keys() & plain.keys()
+    return mean(row[device] / plain[device] for device in both) if both else None
 
 
 def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -287,9 +285,8 @@ def table(name: str, experiment: Experiment, runs: Mapping[str, Mapping[str, Any
         cells.append(f"{ratio:.2f}" if ratio else "")
         cells.append(" ".join(f"`{found['digest']}`" for _, found in sorted(of_row.items())))
         lines.append(f"| {' | '.join(cells)} |")
-    if plain_seconds:
-        times = ", ".join(f"{seconds:.0f} s ({on})" for on, seconds in plain_seconds.items())
-        lines += ["", f"A plain run takes, on one thread: {times}."]
+    times = ", ".join(f"{seconds:.0f} s ({on})" for on, seconds in plain_seconds.items())
+    lines += ["", f"A plain run takes, on one thread: {times}."] if times else []
     return "\n".join(lines)
 
 
@@ -312,14 +309,16 @@ def summary(record: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(record: Mapping[str, Any]) -> None:
     """Draw a line per network, mean and spread over seeds, along epochs and time."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colors = colormaps["tab20"].colors
     shown = {name: e for name, e in EXPERIMENTS.items() if any(record[name].values())}
-    figure = Figure(figsize=(9, 3.2 * max(1, len(shown))), layout="constrained")
+    figure = Figure(figsize=(11, 3.2 * max(1, len(shown))), layout="constrained")
     axes = figure.subplots(len(shown), 2, squeeze=False)
     for (name, experiment), (by_epoch, by_time) in zip(shown.items(), axes, strict=True):
         plain = _seconds(record[name][experiment.rows[0].name], experiment.compiled)
-        for row in experiment.rows:
+        for row, color in zip(experiment.rows, colors[::2] + colors[1::2], strict=False):
             runs = list(record[name][row.name].values())
             if not runs:
                 continue
@@ -330,14 +329,15 @@ def draw(record: Mapping[str, Any]) -> None:
             ratio = _time_over_plain(seconds, plain) or math.nan
             spent = [ratio * e / epochs[-1] for e in epochs]
             for axis, x in ((by_epoch, epochs), (by_time, spent)):
-                (line,) = axis.plot(x, centre, marker=".", label=f"{row.name} ({len(runs)})")
-                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values],
-                                  color=line.get_color(), alpha=0.15)  # fmt: skip
+                label = f"{row.name} ({len(runs)})"
+                axis.plot(x, centre, marker=".", color=color, label=label)
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(x, low, high, color=color, alpha=0.15)
         by_epoch.set_xlabel("epoch")
         by_time.set_xlabel("training time, in runs of the plain network")
         by_epoch.set_ylabel(next(iter(experiment.metrics.values())))
         by_epoch.set_title(experiment.title, loc="left", fontsize=10)
-        by_time.legend(fontsize=7)
+        by_time.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=80)
 
