@@ -125,7 +125,7 @@ def test_305_layers(attention, backend, monkeypatch):
         torch.manual_seed(0)
         model = Deep(305, stem_channels=8, base_channels=8, layer_attention=attention).train()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            out = model(torch.randn(2, 3, 32, 32))[-1]
+            out = model(torch.randn(2, 3, 64, 64))[-1]
         assert_finite(out)
         out.float().square().mean().backward()
         grads = [p.grad for p in model.parameters()]

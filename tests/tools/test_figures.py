@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import json
@@ -16,8 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmrla.analysis import activation_memory, complexity, record_layer_attention
-from mmrla.commands import cost, figure
+from mmrla.analysis import record_layer_attention
 from mmrla.engine.inspection import choose_device
 from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
@@ -34,48 +32,6 @@ SMALL = ["model.backbone.depth=18", "model.backbone.stem_channels=16",
          "model.backbone.layer_attention.type=MRLABase",
          "model.backbone.layer_attention.head_channels=16"]  # fmt: skip
 SMALL_LIGHT = [o.replace("MRLABase", "MRLALight") for o in SMALL]
-
-
-@pytest.fixture
-def images(coco_mini):
-    return sorted((coco_mini / "val2017").glob("*.jpg"))[:2]
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys, tmp_path):
-    """Run a command in this process; its numbers by what their file ends in."""
-    # Loggers made here keep the stream that capsys gave them, which is closed for later tests.
-    monkeypatch.setattr("logging.raiseExceptions", False)
-
-    def command(name, *args, fails=None):
-        main = {"resolution": cost, "memory": cost}.get(name, figure).main
-        argv = [name, *map(str, args), "--out", str(tmp_path), "--device", "cpu"]
-        if fails is not None:
-            with pytest.raises(SystemExit) as caught:
-                main(argv)
-            assert caught.value.code == 2
-            error = capsys.readouterr().err
-            assert "Traceback" not in error
-            assert fails in error, error
-            return None
-        main(argv)
-        written = [w for w in capsys.readouterr().out.splitlines() if w.startswith(str(tmp_path))]
-        found = {}
-        for file in map(str, written):
-            if file.endswith(".png"):
-                picture = cv2.imread(file)
-                assert min(picture.shape[:2]) > 300
-                assert picture.std() > 10  # not blank
-            elif file.endswith(".npz"):
-                with np.load(file) as arrays:
-                    found["npz"] = dict(arrays)
-            else:
-                with open(file, newline="") as lines:
-                    found["csv"] = list(csv.DictReader(lines))
-        found["png"] = sum(file.endswith(".png") for file in written)
-        return found
-
-    return command
 
 
 def options(listed):
@@ -207,68 +163,6 @@ def test_query_similarity_with_a_deeper_network(tool, images):
                  "--cfg-options", *deeper)["npz"]  # fmt: skip
     pairs = {f"layer{i}": found[f"layer{i}"].shape[1] for i in (1, 2, 3, 4)}
     assert pairs == {"layer1": 1, "layer2": 2, "layer3": 4, "layer4": 1}
-
-
-def test_flops_vs_resolution(tool):
-    found = tool("resolution", LIGHT, "--sizes", 96, 64, "--cfg-options", *SMALL_LIGHT)
-    rows = found["csv"]
-    assert [int(row["size"]) for row in rows] == [64, 96]
-    network = build_network(str(LIGHT), options=options(SMALL_LIGHT))
-    plain = build_network(str(LIGHT), options=options(SMALL_LIGHT), plain=True)
-    image = torch.rand(1, 3, 96, 96)
-    whole, host = complexity(network.backbone, image), complexity(plain.backbone, image)
-    assert float(rows[1]["whole_gflops"]) == pytest.approx(whole.macs / 1e9)
-    assert float(rows[1]["added_gflops"]) == pytest.approx((whole.macs - host.macs) / 1e9)
-    inside = [float(row["inside_attention_gflops"]) for row in rows]
-    assert inside[1] == pytest.approx(whole.attention_macs / 1e9)
-    # Linear in pixels but for the little that depends on channels alone.
-    assert inside[1] / inside[0] == pytest.approx(96**2 / 64**2, rel=0.02)
-    tool("resolution", LIGHT, "--sizes", 64, fails="--sizes must be two or more")
-    plain_config = ROOT / "configs/cifar/resnet20_plain_cifar10.py"
-    tool("resolution", plain_config, fails="no layer attention to count")
-
-
-def test_memory_vs_depth(tool):
-    @LAYER_ATTENTIONS.register_module(name="Keeps", force=True)
-    class Keeps(LayerAttention):
-        def forward(self, x, shortcut, state):
-            return x.sigmoid(), None
-
-    try:
-        found = tool(
-            "memory",
-            LIGHT,
-            "--depths",
-            34,
-            18,
-            "--size",
-            64,
-            "--types",
-            "Keeps",
-            "MRLALight",
-            "--cfg-options",
-            "model.backbone.layer_attention.head_channels=8",
-        )
-    finally:
-        LAYER_ATTENTIONS._module_dict.pop("Keeps")
-    rows = found["csv"]
-    assert [(int(row["depth"]), row["layer_attention"]) for row in rows] == [
-        (depth, name) for depth in (18, 34) for name in ("plain", "Keeps", "MRLALight")
-    ]
-    network = build_network(
-        str(LIGHT),
-        options={"model.backbone.depth": 34, "model.head.in_channels": 512},
-    )
-    expected = activation_memory(network.backbone, torch.rand(2, 3, 64, 64)) / 2**20
-    assert float(rows[5]["kept_mib_per_image"]) == pytest.approx(expected, abs=0.01)
-    assert float(rows[5]["params_m"]) == pytest.approx(
-        sum(p.numel() for p in network.backbone.parameters()) / 1e6, abs=1e-3
-    )
-    kept = [float(row["kept_mib_per_image"]) for row in rows]
-    assert kept[0] < kept[2] < kept[1]
-    assert all(row["peak_mib"] == "" for row in rows)  # no GPU here
-    tool("memory", "--types", "MRLAHeavy", fails="unknown layer attention 'MRLAHeavy'")
-    tool("memory", DEIT, fails="MRLAVisionTransformer takes no depth")
 
 
 def by_hand(network, layer, inputs, target):
