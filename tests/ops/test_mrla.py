@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mmrla.ops import eca_kernel_size, mrla_base, mrla_light
+from mmrla.ops import eca_kernel_size, mrla_base, mrla_light, reference
 from tests.conftest import golden, relative_error
 from tests.reference import convolved, gated, projected, retrieved
 
@@ -124,6 +124,14 @@ def test_autocast_keeps_logits_in_float32(dtype):
     assert got.dtype == dtype
     assert torch.isfinite(got).all()
     assert relative_error(got.float(), expected) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (16, 16)])
+def test_autocast_keeps_projections_in_float32(shape):
+    means, weight = torch.randn(2, 16), torch.randn(shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = reference.project(means, weight)
+    assert torch.equal(got, reference.project(means, weight))
 
 
 def test_no_previous_is_a_zero_previous():
