@@ -105,8 +105,6 @@ def summary(findings: Iterable[Finding]) -> str:
 def class_names(value: Any, where: str = "classes") -> tuple[str, ...]:
     """The names of classes as mmengine reads them: a sequence, or the path of a file of lines.
 
-    Raises ValueError for a string that is not a file, most likely a single class without its comma.
-
     Raises:
         ValueError: It is a string that is not a file: most likely a single class without its comma.
         TypeError: It is neither.

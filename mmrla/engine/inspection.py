@@ -84,7 +84,7 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name; ``'auto'``: a GPU if there is one. ValueError if it does not exist.
+    """The device of a name; ``'auto'``: a GPU if there is one.
 
     Raises:
         ValueError: There is no such device.

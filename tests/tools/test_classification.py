@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import pickle
 import shutil
@@ -17,6 +16,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import mmrla.registry  # noqa: F401
+from mmrla.cli import load_script
 from mmrla.engine import check_data, set_data_root
 from mmrla.engine.cifar import Trainer, crop_and_flip, load_split, table
 from tests.conftest import ROOT
@@ -247,10 +247,7 @@ def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkey
     root, layout, _ = cifar
     if layout == "official":
         pytest.skip("the other layout is enough")
-    spec = importlib.util.spec_from_file_location("results", ROOT / "tools/results.py")
-    results = importlib.util.module_from_spec(spec)
-    sys.modules["results"] = results
-    spec.loader.exec_module(results)
+    results = load_script("results.py")
     rows = tuple(
         row._replace(options=narrow(row.name != "plain"))
         for row in results.EXPERIMENTS["cifar"].rows

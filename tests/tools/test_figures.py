@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mmrla.analysis import record_layer_attention
+from mmrla.cli import load_script
 from mmrla.engine.inspection import choose_device
 from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
@@ -345,9 +346,7 @@ def test_what_the_docs_show_is_there(name, capsys):
 
 
 def test_what_the_overview_writes_is_up_to_date(tmp_path):
-    spec = importlib.util.spec_from_file_location("overview", ROOT / "tools/analysis/overview.py")
-    overview = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(overview)
+    overview = load_script("analysis/overview.py")
     assert len(overview.facts()) == 3
     for label, value in overview.facts().items():
         assert (ROOT / f"docs/images/{label}.svg").read_text() == overview.badge(label, value)

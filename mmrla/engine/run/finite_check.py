@@ -212,10 +212,10 @@ def first_non_finite(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def require_finite(what: str, tensors: dict[str, Any]) -> None:
-    """Raise NonFiniteError, naming some of them, unless all floating-point tensors are finite.
+    """Check that all floating-point tensors are finite.
 
     Raises:
-        NonFiniteError: The message names the tensors that are not finite.
+        NonFiniteError: Some are not; the message names up to three.
     """
     bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
