@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import json
 import math
-import platform
-import re
 import resource
 import subprocess
 import sys
@@ -27,7 +25,9 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
+from mmrla.analysis.figures import draw_seeds
 from mmrla.analysis.pages import gains, last_values, replace_part, spread
+from mmrla.commands.timing import cpu_name
 from mmrla.datasets import generate_shapes
 from mmrla.engine import set_data_root
 from mmrla.engine.cifar import read_log, run
@@ -195,13 +195,6 @@ def train_detector(row: Row, seed: int, folder: Path, data: Path) -> None:
     (folder / "finished").touch()
 
 
-def cpu_name() -> str:
-    """The CPU's name (Linux; elsewhere what the interpreter tells)."""
-    listed = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", listed.read_text()) if listed.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     """What a finished run's files tell: curve, seconds and digest; None if it is not finished."""
     log = folder / "log.jsonl"
@@ -322,17 +315,11 @@ def draw(record: Mapping[str, Any]) -> None:
             runs = list(record[name][row.name].values())
             if not runs:
                 continue
-            epochs = [point[0] for point in runs[0]["curve"]]
-            values = [[run["curve"][i][1][0] for run in runs] for i in range(len(epochs))]
-            centre = [mean(v) for v in values]
             seconds = _seconds(record[name][row.name], experiment.compiled)
             ratio = _time_over_plain(seconds, plain) or math.nan
-            spent = [ratio * e / epochs[-1] for e in epochs]
-            for axis, x in ((by_epoch, epochs), (by_time, spent)):
-                label = f"{row.name} ({len(runs)})"
-                axis.plot(x, centre, marker=".", color=color, label=label)
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                axis.fill_between(x, low, high, color=color, alpha=0.15)
+            label = f"{row.name} ({len(runs)})"
+            draw_seeds(by_epoch, runs, color, label)
+            draw_seeds(by_time, runs, color, label, ratio / runs[0]["curve"][-1][0])
         by_epoch.set_xlabel("epoch")
         by_time.set_xlabel("training time, in runs of the plain network")
         by_epoch.set_ylabel(next(iter(experiment.metrics.values())))

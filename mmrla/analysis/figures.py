@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
@@ -54,6 +55,28 @@ def save(figure: Figure, path: str | Path) -> Path:
     with mpl.rc_context(STYLE):
         figure.savefig(path, dpi=DPI)
     return path
+
+
+def draw_seeds(
+    axis: Axes, runs: Sequence[Mapping[str, Any]], color: Any, label: str, scale: float = 1.0
+) -> None:
+    """Draw a network's curve: the mean over seeds, and their range as a band.
+
+    Args:
+        axis: Where to draw.
+        runs: Per seed, as in docs/results.json: the first metric of ``curve`` counts.
+        color: Of line and band.
+        label: Of the line.
+        scale: Of the epochs, for another unit.
+    """
+    x = [scale * epoch for epoch, _ in runs[0]["curve"]]
+    values = np.array([[metrics[0] for _, metrics in run["curve"]] for run in runs])
+    centre, low, high = values.mean(0), values.min(0), values.max(0)
+    if len(x) == 1:  # a band has no width there
+        axis.errorbar(x, centre, [centre - low, high - centre], fmt=".", color=color, label=label)
+    else:
+        axis.plot(x, centre, marker=".", color=color, label=label)
+        axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:

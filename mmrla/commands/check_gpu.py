@@ -29,6 +29,7 @@ import torch
 
 from mmrla.commands.gpu_comparison import Check, Outcome, checks_of, compare
 from mmrla.commands.gpu_timing import network_rows, operation_rows
+from mmrla.commands.timing import cpu_name
 from mmrla.ops import fused
 from mmrla.version import __version__
 
@@ -101,7 +102,7 @@ def describe(device: torch.device) -> str:
             f"{found.multi_processor_count} multiprocessors, {found.total_memory / GIB:.1f} GiB"
         )
     else:
-        lines.append(f"- device: {device} ({platform.processor() or platform.machine()})")
+        lines.append(f"- device: {device} ({cpu_name()})")
     lines += [
         f"- torch {torch.__version__}, Triton {_triton_version() or 'none'}, CUDA "
         f"{torch.version.cuda or torch.version.hip or 'none'}, cuDNN "

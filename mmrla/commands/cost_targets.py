@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from mmrla.analysis.figures import bars_figure, lines_figure, lines_of, save
 from mmrla.commands.cost_speed import Row
+from mmrla.commands.timing import cpu_name
 from mmrla.configs import ROOT
 
 
@@ -22,8 +22,7 @@ def device_name(device: torch.device) -> str:
     """``NVIDIA-H200``, or ``cpu-<kind>-<threads>threads``."""
     if device.type == "cuda":
         return re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
-    kind = platform.processor() or platform.machine()
-    return f"cpu-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{torch.get_num_threads()}threads"
+    return f"cpu-{re.sub(r'[^A-Za-z0-9]+', '-', cpu_name())}-{torch.get_num_threads()}threads"
 
 
 def require_parity() -> None:

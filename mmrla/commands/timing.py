@@ -5,8 +5,11 @@ Needs only torch: ``mmrla check-gpu`` runs without the mm packages.
 
 from __future__ import annotations
 
+import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -22,6 +25,24 @@ ATTENTIONS = {
     "light": dict(type="MRLALight", head_channels=32),
     "base": dict(type="MRLABase", head_channels=16),
 }
+
+
+def cpu_name() -> str:
+    """The CPU's name as Linux has it, with the family and model if the name has no number.
+
+    Elsewhere, what the interpreter knows.
+    """
+    try:
+        listed = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        listed = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", listed, re.MULTILINE))
+    name = found.get("model name")
+    if name is None:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= found.keys():
+        return name
+    return f"{name}, family {found['cpu family']}, model {found['model']}"
 
 
 class Classifier(nn.Module):

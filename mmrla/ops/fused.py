@@ -96,7 +96,7 @@ def base_implementation(z: Tensor) -> Any:
     return kernels_base
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A tail's small arguments. Tensors are passed separately, so that autograd sees them."""
 
     norm: Norm
@@ -108,38 +108,43 @@ class _Call(NamedTuple):
         """Tensors with a gradient."""
         return (*self.norm[:2], *self.weights[:-1], *self.out_norm[:2])
 
-    def without_tensors(self) -> _Call:
+    def without_tensors(self) -> Call:
         """The call without tensors, kept by a node in addition to its saved tensors."""
         norm, out_norm = (n._replace(running_mean=None, running_var=None) for n in self[::2])
-        return _Call(norm, self.weights, out_norm, None).with_tensors((None,) * 9, None)
+        nothing = (None,) * len(self.parameters())
+        return Call(norm, self.weights, out_norm, None).with_tensors(nothing, None)
 
-    def with_tensors(self, tensors: tuple[Tensor | None, ...], drop: Tensor | None) -> _Call:
+    def with_tensors(self, tensors: tuple[Tensor | None, ...], drop: Tensor | None) -> Call:
         """The call with other tensors in place of :meth:`parameters` and ``drop``."""
         norm = self.norm._replace(weight=tensors[0], bias=tensors[1])
         count = len(self.weights) - 1
         weights = type(self.weights)(*tensors[2 : 2 + count], self.weights.head_channels)
         out_norm = self.out_norm._replace(weight=tensors[2 + count], bias=tensors[3 + count])
-        return _Call(norm, weights, out_norm, drop)
+        return Call(norm, weights, out_norm, drop)
 
 
 @contextlib.contextmanager
-def _on_device_of(z: Tensor) -> Iterator[None]:
+def on_device_of(z: Tensor) -> Iterator[None]:
     """Run on the device of ``z`` and without autocast: the operations choose their dtypes."""
     device = torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
     with device, torch.autocast(z.device.type, enabled=False):
         yield
 
 
-def _maps(z: Tensor, *others: Tensor) -> list[Tensor]:
+def dense_maps(z: Tensor, *others: Tensor) -> list[Tensor]:
     """Make all maps dense and of one layout, that of ``z`` if it is dense."""
     if not (z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)):
         z = z.contiguous()
     return [z, *(whole_map.laid_out(x, z) for x in others)]
 
 
-def _in_dtypes_of(grads: Any, parameters: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
+def in_dtypes_of(grads: Any, parameters: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
+    """Gradients in the dtypes and shapes of their parameters; None for those without one."""
     for grad, parameter in zip(grads, parameters, strict=True):
-        yield None if parameter is None else grad.to(parameter.dtype).view_as(parameter)
+        if grad is None or parameter is None:
+            yield None
+        else:
+            yield grad.to(parameter.dtype).view_as(parameter)
 
 
 class _Refuse(torch.autograd.Function):
@@ -154,7 +159,7 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError("a fused tail cannot be differentiated twice; MMRLA_BACKEND=naive can")
 
 
-def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """A backward whose results, if a graph of it is asked for, raise when differentiated."""
 
     @functools.wraps(backward)
@@ -171,25 +176,25 @@ def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, 
 class _LightTail(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, keep: bool, z: Tensor, s: Tensor, *parameters: Tensor | None
+        ctx: Any, call: Call, keep: bool, z: Tensor, s: Tensor, *parameters: Tensor | None
     ) -> Tensor:
         ctx.implementation = light_implementation(z)
-        with _on_device_of(z):
+        with on_device_of(z):
             out, saved = ctx.implementation.light_forward(z, s, *call, keep)
         ctx.save_for_backward(z, s, call.drop, *parameters, *saved)
         ctx.call = call.without_tensors()
         return out
 
     @staticmethod
-    @_once
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, s, drop, *rest = ctx.saved_tensors
         parameters, saved = tuple(rest[:8]), rest[8:]
         call = ctx.call.with_tensors(parameters, drop)
-        with _on_device_of(z):
+        with on_device_of(z):
             grad = whole_map.laid_out(grad, z)
             found = ctx.implementation.light_backward(grad, z, s, *call, saved)
-        return None, None, *found[:2], *_in_dtypes_of(found[2:], parameters)
+        return None, None, *found[:2], *in_dtypes_of(found[2:], parameters)
 
 
 def light_tail(
@@ -204,16 +209,17 @@ def light_tail(
 
     Has no second derivative, and no gradient of ``drop``.
     """
-    call = _Call(norm, weights, out_norm, _factors(drop, z))
-    tensors = (*_maps(z, shortcut), *call.parameters())
-    return _LightTail.apply(call, _needs_backward(tensors), *tensors)
+    call = Call(norm, weights, out_norm, drop_factors(drop, z))
+    tensors = (*dense_maps(z, shortcut), *call.parameters())
+    return _LightTail.apply(call, needs_backward(tensors), *tensors)
 
 
-def _needs_backward(tensors: tuple[Tensor | None, ...]) -> bool:
+def needs_backward(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd will ask for a gradient of any of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _factors(drop: Tensor | None, z: Tensor) -> Tensor | None:
+def drop_factors(drop: Tensor | None, z: Tensor) -> Tensor | None:
     """Drop path's factors in the accumulation dtype, without a gradient."""
     return None if drop is None else drop.detach().to(accumulation_dtype(z.dtype))
 
@@ -247,7 +253,7 @@ class _Again:
     """Recomputes a value, and keeps it until its own layer has used it."""
 
     def __init__(self, norm: Norm, weights: BaseWeights) -> None:
-        call = _Call(norm, weights, norm, None).without_tensors()
+        call = Call(norm, weights, norm, None).without_tensors()
         self.norm, self.weights = call.norm, call.weights
         self.sources: tuple[Tensor | None, ...] = ()
         """What the value is computed from, for the layer's link; nodes save it as tensors."""
@@ -289,13 +295,13 @@ class _Group(NamedTuple):
 class _BaseTail(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, group: _Group, sources: tuple[tuple[Tensor | None, ...], ...],
+        ctx: Any, call: Call, group: _Group, sources: tuple[tuple[Tensor | None, ...], ...],
         keep: bool, z: Tensor, s: Tensor, *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         t = len(group.inboxes)
         parameters, keys, values = tensors[:7], tensors[7 : 7 + t], tensors[7 + t :]
         ctx.implementation = base_implementation(z)
-        with _on_device_of(z):
+        with on_device_of(z):
             out, key, value, saved = ctx.implementation.base_forward(
                 z, s, *call, keys, values, keep
             )
@@ -313,7 +319,7 @@ class _BaseTail(torch.autograd.Function):
         return out, key, value
 
     @staticmethod
-    @_once
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:
@@ -322,7 +328,7 @@ class _BaseTail(torch.autograd.Function):
         parameters, keys = tuple(rest[:7]), rest[7 : 7 + t]
         saved, kept = rest[7 + t : 7 + t + ctx.small], iter(rest[7 + t + ctx.small :])
         call = ctx.call.with_tensors(parameters, drop)
-        with _on_device_of(z):
+        with on_device_of(z):
             values = [
                 next(kept) if again is None else again.get([next(kept) for _ in range(7)])
                 for again in group.again[:-1]
@@ -347,7 +353,7 @@ class _BaseTail(torch.autograd.Function):
                 else:
                     inbox.leave(grad_o, factor)
                     grad_values.append(None)
-        small = _in_dtypes_of(found[2:], parameters)
+        small = in_dtypes_of(found[2:], parameters)
         return None, None, None, None, *found[:2], *small, *grad_keys, *grad_values
 
 
@@ -365,10 +371,10 @@ def base_tail(
 
     Has no second derivative, and no gradient of ``drop``.
     """
-    call = _Call(norm, weights, out_norm, _factors(drop, z))
-    z, shortcut, *values = _maps(z, shortcut, *group.values)
+    call = Call(norm, weights, out_norm, drop_factors(drop, z))
+    z, shortcut, *values = dense_maps(z, shortcut, *group.values)
     tensors = (z, shortcut, *call.parameters(), *group.keys, *values)
-    keep = _needs_backward(tensors)
+    keep = needs_backward(tensors)
     inboxes = tuple(
         None if link is None or value.grad_fn is not link.node else link.inbox
         for link, value in zip(group.links, values, strict=True)

@@ -17,12 +17,13 @@ from torch import Tensor
 from mmrla.ops import checks, whole_map
 from mmrla.ops.dispatch import Backend, Op, always
 from mmrla.ops.fused import (
-    _factors,
-    _in_dtypes_of,
-    _maps,
-    _needs_backward,
-    _on_device_of,
-    _once,
+    Call,
+    dense_maps,
+    drop_factors,
+    first_order,
+    in_dtypes_of,
+    needs_backward,
+    on_device_of,
     unsupported_reason,
 )
 from mmrla.ops.reference import (
@@ -148,106 +149,88 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, norms: tuple[Norm, Norm], d: int, keep: bool, z: Tensor, s: Tensor,
-        earlier: Tensor | None, weight: Tensor | None, drop: Tensor | None, key_norms: Tensor,
-        *parameters: Any,
+        ctx: Any, call: Call, keep: bool, z: Tensor, s: Tensor, earlier: Tensor | None,
+        weight: Tensor | None, *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        norm, w, out_norm = _bundles(norms, parameters, key_norms, d)
-        with _on_device_of(z):
-            y, means, *used = whole_map._start(z, s, norm)
+        norm, w, out_norm, drop = call
+        with on_device_of(z):
+            y, means, *used = whole_map.start(z, s, norm)
             share, factor, total = _factors_from(means, w, weight)
             # Of a first layer the mean is its output, which nothing else keeps.
-            mean = y if earlier is None else torch.lerp(earlier, y, _map(share, d, y))
-            o = whole_map._conv(mean, w.value).mul_(_map(factor, d, y))
-            normed, *out_used = whole_map._normalise(o, out_norm)
+            mean = y if earlier is None else torch.lerp(earlier, y, _map(share, w, y))
+            o = whole_map.conv(mean, w.value).mul_(_map(factor, w, y))
+            normed, *out_used = whole_map.normalise(o, out_norm)
             normed = normed.clamp_(min=0)
             if drop is not None:
-                whole_map._drop(normed, drop)
+                whole_map.scale_samples(normed, drop)
             out = normed.add_(y)
         if keep:
             ctx.save_for_backward(
-                z, s, earlier, weight, drop, key_norms, mean, means, *used, *out_used, *parameters
+                z, s, earlier, weight, drop, mean, means, *used, *out_used, *parameters
             )
-        frozen = (n._replace(running_mean=None, running_var=None) for n in norms)
-        ctx.norms, ctx.d = tuple(n._replace(weight=None, bias=None) for n in frozen), d
+        ctx.call = call.without_tensors()
         ctx.set_materialize_grads(False)
         return out, mean, total
 
     @staticmethod
-    @_once
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        z, s, earlier, weight, drop, key_norms, mean, means, *rest = ctx.saved_tensors
-        used, out_used, parameters = rest[:2], rest[2:4], rest[4:]
-        norm, w, out_norm = _bundles(ctx.norms, parameters, key_norms, ctx.d)
+        z, s, earlier, weight, drop, mean, means, *rest = ctx.saved_tensors
+        used, out_used, parameters = rest[:2], rest[2:4], tuple(rest[4:])
+        norm, w, out_norm, _ = ctx.call.with_tensors(parameters, drop)
         grad, grad_mean, grad_total = grads
-        with _on_device_of(z):
+        with on_device_of(z):
             grad = torch.zeros_like(z) if grad is None else whole_map.laid_out(grad, z)
             with torch.enable_grad():
-                leaves = whole_map._with_grad(means, w.query, w.key, w.gate)
+                leaves = whole_map.leaves_of(means, w.query, w.key, w.gate)
                 if weight is not None:
-                    leaves += whole_map._with_grad(weight)
+                    leaves += whole_map.leaves_of(weight)
                 roots = _factors_from(
                     leaves[0], w._replace(query=leaves[1], key=leaves[2], gate=leaves[3]),
                     leaves[4] if weight is not None else None,
                 )  # fmt: skip
-            share, factor = (_map(x.detach(), ctx.d, z) for x in roots[:2])
+            share, factor = (_map(x.detach(), w, z) for x in roots[:2])
             scaled = mean * factor
-            o = whole_map._conv(mean, w.value).mul_(factor)
-            normed = whole_map._normed_again(o, out_norm, *out_used)
+            o = whole_map.conv(mean, w.value).mul_(factor)
+            normed = whole_map.normed_again(o, out_norm, *out_used)
             grad_normed = grad * (normed >= 0)
             if drop is not None:
-                whole_map._drop(grad_normed, drop)
-            grad_o, *grad_out_norm = whole_map._norm_backward(grad_normed, o, out_norm, *out_used)
+                whole_map.scale_samples(grad_normed, drop)
+            grad_o, *grad_out_norm = whole_map.norm_backward(grad_normed, o, out_norm, *out_used)
             # The convolution's transpose commutes with factors of channels.
-            spread, grad_taps = whole_map._conv_backward(grad_o, scaled, w.value)
+            spread, grad_taps = whole_map.conv_backward(grad_o, scaled, w.value)
             room = scaled
-            grad_factor = _per_head(whole_map._dot(spread, mean, room), ctx.d)
+            grad_factor = _per_head(whole_map.pixel_dot(spread, mean, room), w)
             grad_m = spread.mul_(factor)
             if grad_mean is not None:
                 grad_m.add_(whole_map.laid_out(grad_mean, z))
-            y = whole_map._y_again(z, s, norm, *used)
+            y = whole_map.y_again(z, s, norm, *used)
             grad_earlier, grad_y, grad_share = None, grad_m, None
             if earlier is not None:
                 difference = torch.sub(y, earlier)
-                grad_share = _per_head(whole_map._dot(grad_m, difference, room), ctx.d)
+                grad_share = _per_head(whole_map.pixel_dot(grad_m, difference, room), w)
                 grad_y = grad_m * share
                 grad_earlier = grad_m.sub_(grad_y)
-            found = torch.autograd.grad(
-                [r for r, g in zip(roots, (grad_share, grad_factor, grad_total), strict=True)
-                 if g is not None],
-                leaves,
-                [g for g in (grad_share, grad_factor, grad_total) if g is not None],
-            )  # fmt: skip
+            grads = (grad_share, grad_factor, grad_total)
+            given = {r: g for r, g in zip(roots, grads, strict=True) if g is not None}
+            found = torch.autograd.grad(list(given), leaves, list(given.values()))
             grad_y.add_(grad)
-            grad_z, grad_s, *grad_norm = whole_map._start_backward(
+            grad_z, grad_s, *grad_norm = whole_map.start_backward(
                 grad_y, found[0], y, z, norm, *used
             )
-        small = (*grad_norm, *found[1:3], grad_taps, found[3], *grad_out_norm)
+        small = (*grad_norm, *found[1:3], grad_taps, found[3], None, *grad_out_norm)
         return (
-            None, None, None, grad_z, grad_s, grad_earlier, *(found[4:] or [None]), None, None,
-            *_in_dtypes_of(small, tuple(parameters)),
+            None, None, grad_z, grad_s, grad_earlier, *(found[4:] or [None]),
+            *in_dtypes_of(small, parameters),
         )  # fmt: skip
 
 
-def _bundles(
-    norms: tuple[Norm, Norm], parameters: Any, key_norms: Tensor, d: int
-) -> tuple[Norm, KCLAWeights, Norm]:
-    """Norms and weights with what autograd sees of them."""
-    weight, bias, query, key, value, gate, out_weight, out_bias = parameters
-    norm, out_norm = norms
-    return (
-        norm._replace(weight=weight, bias=bias),
-        KCLAWeights(query, key, value, gate, key_norms, d),
-        out_norm._replace(weight=out_weight, bias=out_bias),
-    )
+def _map(x: Tensor, w: KCLAWeights, like: Tensor) -> Tensor:
+    return per_channel(x, w.head_channels).to(like.dtype)
 
 
-def _map(x: Tensor, d: int, like: Tensor) -> Tensor:
-    return per_channel(x, d).to(like.dtype)
-
-
-def _per_head(x: Tensor, d: int) -> Tensor:
-    return x.unflatten(1, (-1, d)).sum(2)
+def _per_head(x: Tensor, w: KCLAWeights) -> Tensor:
+    return x.unflatten(1, (-1, w.head_channels)).sum(2)
 
 
 def _lean_tail(
@@ -260,16 +243,13 @@ def _lean_tail(
     state: KCLAState | None = None,
 ) -> tuple[Tensor, KCLAState]:
     """See :func:`kcla_tail_reference`. Has no second derivative, and no gradient of ``drop``."""
+    call = Call(norm, weights, out_norm, drop_factors(drop, z))
     earlier, weight = (None, None) if state is None else state
-    parameters = (*norm[:2], *weights[:4], *out_norm[:2])
-    z, shortcut = _maps(z, shortcut)
+    z, shortcut = dense_maps(z, shortcut)
     if earlier is not None:
         earlier = whole_map.laid_out(earlier.to(z.dtype), z)
-    keep = _needs_backward((z, shortcut, earlier, weight, *parameters))
-    out, mean, total = _Tail.apply(
-        (norm, out_norm), weights.head_channels, keep, z, shortcut, earlier, weight,
-        _factors(drop, z), weights.key_norms, *parameters,
-    )  # fmt: skip
+    tensors = (z, shortcut, earlier, weight, *call.parameters())
+    out, mean, total = _Tail.apply(call, needs_backward(tensors), *tensors)
     return out, KCLAState(mean, total)
 
 

@@ -33,7 +33,7 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
-def _normalise(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """``norm(x)``, and the mean and inverse standard deviation that it used, ``[C]``."""
     wide = accumulation_dtype(x.dtype)
     running_mean, running_var = norm.running_mean, norm.running_var
@@ -56,10 +56,10 @@ def _running(norm: Norm, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     return norm.running_mean.to(wide), torch.rsqrt(norm.running_var.to(wide) + norm.eps)
 
 
-def _norm_backward(
+def norm_backward(
     grad: Tensor, x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, weight and bias of :func:`_normalise`."""
+    """Gradients of ``x``, weight and bias of :func:`normalise`."""
     weight = None if norm.weight is None else norm.weight.to(mean.dtype)
     grad_x, grad_weight, grad_bias = aten.native_batch_norm_backward(
         grad, x, weight, mean, inverse.pow(-2) - norm.eps, mean, inverse, norm.batch, norm.eps,
@@ -68,12 +68,12 @@ def _norm_backward(
     return laid_out(grad_x, x), grad_weight, grad_bias
 
 
-def _y_again(z: Tensor, s: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
+def y_again(z: Tensor, s: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
     """``relu(norm(z) + s)`` with the statistics that forward used."""
-    return _normed_again(z, norm, mean, inverse).add_(s).relu_()
+    return normed_again(z, norm, mean, inverse).add_(s).relu_()
 
 
-def _normed_again(x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
+def normed_again(x: Tensor, norm: Norm, mean: Tensor, inverse: Tensor) -> Tensor:
     """``norm(x)`` with the statistics that forward used."""
     weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
     variance = inverse.pow(-2) - norm.eps
@@ -84,8 +84,8 @@ def value_again(
     z: Tensor, s: Tensor, norm: Norm, w: BaseWeights, mean: Tensor, inverse: Tensor
 ) -> Tensor:
     """A layer's value, from the arguments of forward and the statistics that its norm used."""
-    y = _y_again(z, s, norm, mean, inverse)
-    return laid_out(_conv(y, w.value), z)
+    y = y_again(z, s, norm, mean, inverse)
+    return laid_out(conv(y, w.value), z)
 
 
 def statistics_of(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -128,22 +128,22 @@ def _add(x: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:
     return x
 
 
-def _on_map(x: Tensor, like: Tensor) -> Tensor:
+def on_map(x: Tensor, like: Tensor) -> Tensor:
     """``[B]``, ``[C]`` or ``[B, C]`` as a factor of maps like ``like``."""
     return x.to(like.dtype)[..., None, None]
 
 
-def _drop(x: Tensor, drop: Tensor) -> Tensor:
+def scale_samples(x: Tensor, drop: Tensor) -> Tensor:
     """``drop * x`` in place; ``drop`` is ``[B]``."""
     return x.mul_(drop.to(x.dtype)[:, None, None, None])
 
 
-def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+def pixel_dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """``sum_hw a * b``, ``[B, C]``; ``room`` is a map to write the products to."""
-    return _pixel_sums(torch.mul(a, b, out=room))
+    return pixel_sums(torch.mul(a, b, out=room))
 
 
-def _pixel_sums(x: Tensor) -> Tensor:
+def pixel_sums(x: Tensor) -> Tensor:
     """``sum_hw x``, ``[B, C]``, in float32 or wider."""
     wide = accumulation_dtype(x.dtype)
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.numel() < 2**21:
@@ -167,9 +167,9 @@ def _finish(
     y: Tensor, o: Tensor, out_norm: Norm, drop: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y + drop * out_norm(o)``, and the mean and inverse standard deviation used."""
-    normed, mean, inverse = _normalise(o, out_norm)
+    normed, mean, inverse = normalise(o, out_norm)
     if drop is not None:
-        _drop(normed, drop)
+        scale_samples(normed, drop)
     return normed.add_(y), mean, inverse
 
 
@@ -184,19 +184,19 @@ def _finish_frozen(
     mean, inverse = _running(out_norm, accumulation_dtype(y.dtype))
     scale = inverse if out_norm.weight is None else inverse * out_norm.weight
     for factor, x in terms:
-        _add(y, _on_map(factor * scale, y), x)
+        _add(y, on_map(factor * scale, y), x)
     shift = -mean * scale if out_norm.bias is None else out_norm.bias - mean * scale
-    return _add(y, _on_map(shift, y)), mean, inverse
+    return _add(y, on_map(shift, y)), mean, inverse
 
 
-def _start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y``, its channel means, and the statistics that the norm used."""
-    y, mean, inverse = _normalise(z, norm)
+    y, mean, inverse = normalise(z, norm)
     y = laid_out(y, z).add_(s).relu_()
-    return y, _pixel_sums(y) / y[0, 0].numel(), mean, inverse
+    return y, pixel_sums(y) / y[0, 0].numel(), mean, inverse
 
 
-def _start_backward(
+def start_backward(
     grad_y: Tensor, grad_means: Tensor, y: Tensor, z: Tensor, norm: Norm, mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -204,9 +204,9 @@ def _start_backward(
 
     ``grad_means`` is the gradient of y's channel means, ``[B, C]``.
     """
-    _add(grad_y, _on_map(grad_means / z[0, 0].numel(), grad_y))
+    _add(grad_y, on_map(grad_means / z[0, 0].numel(), grad_y))
     grad_s = aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
-    grad_z, grad_weight, grad_bias = _norm_backward(grad_s, z, norm, mean, inverse)
+    grad_z, grad_weight, grad_bias = norm_backward(grad_s, z, norm, mean, inverse)
     return grad_z, grad_s, grad_weight, grad_bias
 
 
@@ -221,14 +221,14 @@ def _conv_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if slow else x.dtype
 
 
-def _conv(x: Tensor, weight: Tensor) -> Tensor:
+def conv(x: Tensor, weight: Tensor) -> Tensor:
     """The depthwise convolution."""
     dtype = _conv_dtype(x)
     out = F.conv2d(x.to(dtype), weight.to(dtype), padding=1, groups=x.shape[1])
     return out.to(x.dtype)
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the depthwise convolution's input and weight."""
     one, dtype = [1, 1], _conv_dtype(x)
     grad_x, grad_weight, _ = aten.convolution_backward(
@@ -238,7 +238,7 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     return laid_out(grad_x.to(x.dtype), x), grad_weight
 
 
-def _with_grad(*tensors: Tensor) -> list[Tensor]:
+def leaves_of(*tensors: Tensor) -> list[Tensor]:
     """Leaves with the values of ``tensors``, for a small graph inside a hand-written backward."""
     return [t.detach().requires_grad_() for t in tensors]
 
@@ -252,10 +252,10 @@ def light_forward(
     Returns:
         The output, and what :func:`light_backward` needs beside the arguments.
     """
-    y, means, *used = _start(z, s, norm)
+    y, means, *used = start(z, s, norm)
     logits = light_logits(project(means, w.query), project(means, w.key), w.head_channels)
     gate = torch.sigmoid(logits)
-    value = _conv(y, w.value)
+    value = conv(y, w.value)
     keeps_o = keep and not _is_half(z)
     if out_norm.batch or drop is not None or keeps_o:
         o = _light_o(value, s, gate, w, in_place=not keep or keeps_o)
@@ -274,7 +274,7 @@ def _light_o(value: Tensor, s: Tensor, gate: Tensor, w: LightWeights, in_place: 
     """``gate * value + lambda * s``."""
     factor = per_channel(gate, w.head_channels).to(value.dtype)
     o = torch.mul(value, factor, out=value if in_place else None)
-    return _add(o, _on_map(w.lambda_t, o), s)
+    return _add(o, on_map(w.lambda_t, o), s)
 
 
 def light_backward(
@@ -289,32 +289,32 @@ def light_backward(
     """
     means, mean, inverse, out_mean, out_inverse, o = saved
     with torch.enable_grad():
-        means, query, key = _with_grad(means, w.query, w.key)
+        means, query, key = leaves_of(means, w.query, w.key)
         logits = light_logits(project(means, query), project(means, key), w.head_channels)
     gate = torch.sigmoid(logits.detach())
     value = o if _is_half(o) else None
     if value is not None:
         o = _light_o(value, s, gate, w, in_place=False)
-    grad_normed = grad if drop is None else _drop(grad.clone(), drop)
-    grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
+    grad_normed = grad if drop is None else scale_samples(grad.clone(), drop)
+    grad_o, *grad_out_norm = norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
     room = torch.empty_like(o)
     if value is None:
-        with_s = _dot(grad_o, s, room)
+        with_s = pixel_dot(grad_o, s, room)
         grad_lambda = with_s.sum(0)
-        with_value = _dot(grad_o, o, room) - w.lambda_t.to(mean.dtype) * with_s
+        with_value = pixel_dot(grad_o, o, room) - w.lambda_t.to(mean.dtype) * with_s
     else:
         grad_lambda = _channel_dot(grad_o, s, mean)
-        with_value = _dot(grad_o, value, room) * gate.repeat_interleave(w.head_channels, dim=1)
+        with_value = pixel_dot(grad_o, value, room) * gate.repeat_interleave(w.head_channels, dim=1)
     per_head = with_value.unflatten(1, (-1, w.head_channels)).sum(-1)
     grad_means, *grad_projections = torch.autograd.grad(
         logits, (means, query, key), per_head * (1 - gate)
     )
     grad_value = torch.mul(grad_o, per_channel(gate, w.head_channels).to(o.dtype), out=room)
-    y = _y_again(z, s, norm, mean, inverse)
-    grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
+    y = y_again(z, s, norm, mean, inverse)
+    grad_y, grad_taps = conv_backward(grad_value, y, w.value)
     grad_y.add_(grad)
-    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
-    grad_s = grad_o.mul_(_on_map(w.lambda_t, o)).add_(grad_sum)
+    grad_z, grad_sum, *grad_norm = start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
+    grad_s = grad_o.mul_(on_map(w.lambda_t, o)).add_(grad_sum)
     return (
         grad_z, grad_s, *grad_norm, *grad_projections, grad_taps, grad_lambda, *grad_out_norm,
     )  # fmt: skip
@@ -329,13 +329,13 @@ def base_forward(
     Returns:
         The output, the layer's key and value, and what :func:`base_backward` needs beside them.
     """
-    y, means, *used = _start(z, s, norm)
+    y, means, *used = start(z, s, norm)
     key = project(means, w.key)
-    value = laid_out(_conv(y, w.value), z)
+    value = laid_out(conv(y, w.value), z)
     weights = layer_weights(project(means, w.query), (*keys, key), w.head_channels)
     factors = weights.repeat_interleave(w.head_channels, dim=2)
     if out_norm.batch or drop is not None or keep:
-        o = _retrieved((*values, value), [_on_map(f, z) for f in factors])
+        o = _retrieved((*values, value), [on_map(f, z) for f in factors])
         out, *out_used = _finish(y, o, out_norm, drop)
         kept = (o,) if keys else ()  # in a group's first layer, it is the value
         return out, key, value, (means, *used, *out_used, *kept) if keep else ()
@@ -360,15 +360,15 @@ def base_backward(
     """
     means, mean, inverse, out_mean, out_inverse, *kept = saved
     with torch.enable_grad():
-        means, query, key, *earlier = _with_grad(means, w.query, w.key, *keys[:-1])
+        means, query, key, *earlier = leaves_of(means, w.query, w.key, *keys[:-1])
         own = project(means, key)
         weights = layer_weights(project(means, query), (*earlier, own), w.head_channels)
     factors = weights.detach().repeat_interleave(w.head_channels, dim=2)
-    o = kept[0] if kept else _retrieved(values, [_on_map(f, z) for f in factors])
-    grad_normed = grad if drop is None else _drop(grad.clone(), drop)
-    grad_o, *grad_out_norm = _norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
+    o = kept[0] if kept else _retrieved(values, [on_map(f, z) for f in factors])
+    grad_normed = grad if drop is None else scale_samples(grad.clone(), drop)
+    grad_o, *grad_out_norm = norm_backward(grad_normed, o, out_norm, out_mean, out_inverse)
     room = torch.empty_like(o)
-    dots = torch.stack([_dot(grad_o, value, room) for value in values])
+    dots = torch.stack([pixel_dot(grad_o, value, room) for value in values])
     with torch.enable_grad():
         per_head = dots.unflatten(2, (-1, w.head_channels)).sum(-1)
         outputs, grads = [weights], [per_head]
@@ -377,13 +377,13 @@ def base_backward(
         grad_means, *grad_projections = torch.autograd.grad(
             outputs, (means, query, key, *earlier), grads
         )
-    grad_value = torch.mul(grad_o, _on_map(factors[-1], o), out=room)
+    grad_value = torch.mul(grad_o, on_map(factors[-1], o), out=room)
     for left, factor in later:
-        _add(grad_value, _on_map(factor, o), left)
-    y = _y_again(z, s, norm, mean, inverse)
-    grad_y, grad_taps = _conv_backward(grad_value, y, w.value)
+        _add(grad_value, on_map(factor, o), left)
+    y = y_again(z, s, norm, mean, inverse)
+    grad_y, grad_taps = conv_backward(grad_value, y, w.value)
     grad_y.add_(grad)
-    grad_z, grad_sum, *grad_norm = _start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
+    grad_z, grad_sum, *grad_norm = start_backward(grad_y, grad_means, y, z, norm, mean, inverse)
     return (
         grad_z, grad_sum, *grad_norm, *grad_projections[:2], grad_taps, *grad_out_norm,
         grad_projections[2:], grad_o, factors,

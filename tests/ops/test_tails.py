@@ -247,5 +247,5 @@ def test_statistics_of_a_network_without_triton_are_torch_s_own():
     case = Case(LightWeights, (2, 8, 6, 6), 4, torch.float32, CPU)
     z, s = case.leaves["z"], case.leaves["shortcut"]
     norm = Norm(case.leaves["norm.weight"], case.leaves["norm.bias"], None, None)
-    y, *_ = whole_map._start(z, s, norm)
+    y, *_ = whole_map.start(z, s, norm)
     assert torch.equal(y, reference.residual_relu(z, s, norm))

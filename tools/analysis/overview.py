@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from mmrla.analysis.figures import save
-from mmrla.analysis.pages import gains, spread
+from mmrla.analysis.figures import draw_seeds, save
+from mmrla.analysis.pages import gains, last_values, spread
 from mmrla.configs import ROOT
 
 LAYERS = 5
@@ -114,17 +114,11 @@ FAMILY = (
 def draw_result(axis: Axes, runs: dict[str, dict[str, Any]]) -> None:
     """Top-1 along epochs, the mean over seeds and their range."""
     for name, colour in COLOURS.items():
-        found = list(runs[name].values())
-        if not found:
+        if not (last := last_values(runs[name])):
             continue
-        epochs = [point[0] for point in found[0]["curve"]]
-        values = [[run["curve"][i][1][0] for run in found] for i in range(len(epochs))]
-        centre = [mean(v) for v in values]
-        axis.plot(epochs, centre, color=colour, marker=".")
-        axis.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=colour,
-                          alpha=0.2, linewidth=0)  # fmt: skip
         label = name if name == "plain" else f"MRLA-{name}"
-        axis.plot([], [], color=colour, marker=".", label=f"{label} {centre[-1]:.1f}")
+        label = f"{label} {mean(last.values()):.1f}"
+        draw_seeds(axis, list(runs[name].values()), colour, label)
     seeds = f"{len(runs['plain'])} seed{'s' * (len(runs['plain']) > 1)}"
     axis.set_title(f"CIFAR-10, 10,000 images, ResNet-20,\n{seeds}: mean and range",
                    fontsize=9, loc="left")  # fmt: skip
