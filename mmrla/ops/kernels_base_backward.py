@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's backward: sums for norm and softmax, and the gradients of the block."""
 
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, assignment"
 """Kernels of MRLA-base's forward: value, softmax over the layers, retrieval, output."""
 
 # mypy: disable-error-code="no-untyped-def, assignment"
