@@ -108,25 +108,25 @@ def export_onnx(
         redirect_stderr(StringIO()),  # torch prints whole graphs that it gives up on
     ):
         warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                network, (images, *inputs.values()), str(path), input_names=["images", *inputs],
-                output_names=getattr(network, "output_names", None), opset_version=OPSET,
-                dynamo=True, dynamic_shapes=(axes,) if dynamic else None, verbose=False,
-                external_data=False,
+        try:  # inside torch.onnx.export, a branch on the size may become an assert that it drops
+            program = torch.export.export(
+                network, (images, *inputs.values()), strict=False,
+                dynamic_shapes=(axes,) if dynamic else None,
             )  # fmt: skip
-        except torch.onnx.errors.OnnxExporterError as error:
+        except Exception as error:  # of many types, some of them private
             if not dynamic:
                 raise
             module = getattr(network, "module", network)
             host = type(getattr(module, "backbone", module)).__name__
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
             raise ValueError(
                 f"{host} cannot be exported with batch, H and W left open; ask for one size "
-                f"(--static). torch says: {' '.join(str(cause).split())[:300]}"
+                f"(--static). torch says: {' '.join(str(error).split())[:300]}"
             ) from error
+        torch.onnx.export(
+            program, (), str(path), input_names=["images", *inputs],
+            output_names=getattr(network, "output_names", None), opset_version=OPSET,
+            dynamo=True, verbose=False, external_data=False,
+        )  # fmt: skip
     return path
 
 
