@@ -25,6 +25,8 @@ SHARED = Path(os.environ.get("MMRLA_SHARED", ROOT.parent / "shared"))
 needs_new_compiler = pytest.mark.skipif(
     not hasattr(torch.library, "custom_op"), reason="torch.compile before torch 2.4"
 )
+# Half precisions on the CPU: for float16, torch 2.1 has neither autocast nor a batch norm there.
+HALVES = (torch.bfloat16, torch.float16)[: 1 if torch.__version__.startswith("2.1.") else 2]
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +84,19 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape, f"{got.shape=} {expected.shape=}"
     scale = expected.abs().max().clamp(min=1e-30)
     return ((got.detach() - expected).abs().max() / scale).item()
+
+
+def kept_for_backward(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes of each storage that ``run()`` keeps for backward, by the storage's address."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return {address: t.untyped_storage().nbytes() for address, t in saved.items()}
 
 
 def compare(

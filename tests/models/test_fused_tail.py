@@ -13,7 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
-from tests.conftest import filled, needs_new_compiler, relative_error, stable_id
+from tests.conftest import (
+    HALVES,
+    filled,
+    kept_for_backward,
+    needs_new_compiler,
+    relative_error,
+    stable_id,
+)
 from tests.models.zoo import BASE, LIGHT, SMALL, after_step, assert_same
 
 ATTENTIONS = [LIGHT, BASE]
@@ -118,10 +125,8 @@ def test_a_hook_sees_its_module(tails):
     assert len(tails) == 6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_autocast(dtype, tails):
-    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
-        pytest.skip("this torch has no float16 autocast on the CPU")
     for layer_attention in ATTENTIONS:
         model = network(layer_attention=layer_attention).float()
         x = torch.randn(2, 3, 33, 47)
@@ -142,13 +147,8 @@ def test_autocast(dtype, tails):
 def kept(model, x):
     """Bytes of distinct storages kept for backward, parameters left out."""
     mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (seen.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t
-    ):
-        out = model(x)
-    del out
-    return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in mine)
+    found = kept_for_backward(lambda: model(x))
+    return sum(size for address, size in found.items() if address not in mine)
 
 
 def test_memory_kept_for_backward():

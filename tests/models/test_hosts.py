@@ -20,7 +20,7 @@ from mmrla.models import (
     SimpleFeaturePyramid,
     warm_start,
 )
-from tests.conftest import filled, flat, needs_new_compiler
+from tests.conftest import HALVES, filled, flat, needs_new_compiler
 from tests.models.zoo import (
     CEIT,
     HOSTS,
@@ -38,7 +38,6 @@ from tests.models.zoo import (
     step,
 )
 
-OLD = torch.__version__.startswith("2.1.")  # no float16 autocast on the CPU
 RESNETS = ("resnet", "resnext", "resnet20")
 ANCESTORS = [*HOSTS, "resnet50", "resnext50", "lite0", "vit-featmap", "ceit-featmap"]
 EFFECTS = [*HOSTS, "lite0", "vit-featmap", "ceit-featmap"]
@@ -85,8 +84,7 @@ def test_a_training_step(name, attention):
     model = build(name, attention, **more)
     model.init_weights()
     x = torch.randn(3, 3, 40, 32)
-    halves = (torch.bfloat16, torch.float16)[: 1 if OLD else 2] if attention in MRLA else ()
-    for dtype in (None, *halves):
+    for dtype in (None, *(HALVES if attention in MRLA else ())):
         model.zero_grad()
         outs = step(model.train(), x, dtype)
         assert all(o.isfinite().all() for o in outs)

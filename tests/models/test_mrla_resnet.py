@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 
@@ -17,7 +18,15 @@ from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet, MRLAResNeXt
 from mmrla.models.backbones.mrla_resnet import LayerAttentionStage, MRLABottleneck
 from mmrla.registry import MODELS
-from tests.conftest import filled, from_released, generated, golden, relative_error, stable_id
+from tests.conftest import (
+    filled,
+    from_released,
+    generated,
+    golden,
+    kept_for_backward,
+    relative_error,
+    stable_id,
+)
 from tests.models.zoo import BASE, INTERACTIONS, LIGHT, MRLA, RELU, SMALL, weights_left_out
 
 SOURCES = ["fixture", "shared"]
@@ -177,13 +186,8 @@ def test_checkpointing_recomputes_the_layer_attention():
     saved = []
     for with_cp in (False, True):
         model = MRLAResNet(18, with_cp=with_cp, **SMALL, layer_attention=LIGHT)
-        kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t),  # noqa: B023
-            lambda t: t,
-        ):
-            model(image().requires_grad_())
-        saved.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        run = functools.partial(model, image().requires_grad_())
+        saved.append(sum(kept_for_backward(run).values()))
     assert saved[1] < 0.5 * saved[0]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from mmrla.ops.reference import LightWeights, Norm, light_tail_reference
 from tests.conftest import relative_error
 
-pytest.importorskip("triton")
 ttir = pytest.importorskip("tests.ops.ttir", exc_type=ImportError)
 from mmrla.ops.kernels_light import light_backward, light_forward  # noqa: E402
 
