@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mmrla  # noqa: F401  # before mm packages, for which it stands in for mmcv's operations
@@ -51,6 +52,15 @@ def _default_scope() -> Iterator[None]:
         registry.DefaultScope._instance_dict.clear()
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """This process is a group of one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def overlay_environment(folder: Path) -> Path:
     """The interpreter of an environment that sees what is installed here and writes elsewhere."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -73,9 +83,9 @@ def stable_id(value: object) -> str:
 
 
 def flat(outputs: object) -> list[Tensor]:
-    """The tensors of a network's outputs."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
+    """The tensors of a network's outputs; a state that is None has none."""
+    if outputs is None or isinstance(outputs, Tensor):
+        return [] if outputs is None else [outputs]
     return [tensor for out in outputs for tensor in flat(out)]
 
 

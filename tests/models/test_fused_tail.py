@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -213,14 +212,10 @@ def test_exports():
             assert relative_error(got, expected.detach()) < 1e-5
 
 
-def test_under_ddp(tmp_path):
-    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
-        for layer_attention in ATTENTIONS:
-            model = network(layer_attention=layer_attention)
-            expected = after_step(copy.deepcopy(model), x)
-            assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_under_ddp():
+    x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
+    for layer_attention in ATTENTIONS:
+        model = network(layer_attention=layer_attention)
+        expected = after_step(copy.deepcopy(model), x)
+        assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)

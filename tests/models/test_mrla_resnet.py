@@ -7,7 +7,6 @@ import zlib
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.registry import DefaultScope
 from mmpretrain.models import ImageClassifier
 from mmpretrain.models import ResNet as PlainResNet
 from mmpretrain.models import ResNeXt as PlainResNeXt
@@ -27,6 +26,7 @@ from tests.conftest import (
     relative_error,
     stable_id,
 )
+from tests.helpers import build
 from tests.models.zoo import BASE, INTERACTIONS, LIGHT, MRLA, RELU, SMALL, weights_left_out
 
 SOURCES = ["fixture", "shared"]
@@ -191,21 +191,6 @@ def test_checkpointing_recomputes_the_layer_attention():
     assert saved[1] < 0.5 * saved[0]
 
 
-def test_frozen_stages_and_norm_eval_hold_for_the_layer_attention():
-    model = MRLAResNet(18, **SMALL, layer_attention=LIGHT, frozen_stages=2, norm_eval=True)
-    model.train()
-    for key, parameter in model.named_parameters():
-        frozen = key.startswith(("conv1", "bn1", "layer1", "layer2"))
-        assert parameter.requires_grad is not frozen, key
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms
-    assert not any(norm.training for norm in norms)
-    assert "layer3.0.bn_mrla.weight" in model.state_dict()
-    before = {k: v.clone() for k, v in model.named_buffers()}
-    model(image())
-    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
-
-
 @pytest.mark.parametrize(
     ("norm_cfg", "name", "cls"),
     [
@@ -237,10 +222,6 @@ def test_drop_path_of_the_attention_branch():
         0.2
     }
     assert isinstance(alone.layer4[-1].drop_path, nn.Identity)
-    # Survivors are scaled, so that a sample either gets 0 or 1 / 0.8 of the branch.
-    branch = alone.layer4[-1].mrla_drop_path.train()(torch.ones(1000, 1, 1, 1))
-    assert set(branch.flatten().tolist()) == {0.0, 1.25}
-    assert 0.75 < (branch > 0).float().mean() < 0.85
 
 
 def test_initialisation():
@@ -270,11 +251,8 @@ def test_default_is_light_and_types_take_prefix_and_class():
 
 @pytest.mark.parametrize("scope", ["mmdet", "mmpretrain", "mmengine"])
 def test_builds_from_the_prefix_in_any_scope(scope):
-    from mmengine.registry import MODELS as ROOT_MODELS
-
-    with DefaultScope.overwrite_default_scope(scope):
-        cfg = dict(type="mmrla.MRLAResNet", depth=18, **SMALL, layer_attention=LIGHT)
-        assert isinstance(ROOT_MODELS.build(cfg), MRLAResNet)
+    cfg = dict(type="mmrla.MRLAResNet", depth=18, **SMALL, layer_attention=LIGHT)
+    assert isinstance(build(cfg, scope), MRLAResNet)
 
 
 # --- bad input ---
