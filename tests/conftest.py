@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mmrla  # noqa: F401  # before mm packages, for which it stands in for mmcv's operations
@@ -25,6 +26,8 @@ SHARED = Path(os.environ.get("MMRLA_SHARED", ROOT.parent / "shared"))
 needs_new_compiler = pytest.mark.skipif(
     not hasattr(torch.library, "custom_op"), reason="torch.compile before torch 2.4"
 )
+# Half precisions on the CPU: for float16, torch 2.1 has neither autocast nor a batch norm there.
+HALVES = (torch.bfloat16, torch.float16)[: 1 if torch.__version__.startswith("2.1.") else 2]
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +52,15 @@ def _default_scope() -> Iterator[None]:
         registry.DefaultScope._instance_dict.clear()
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """This process is a group of one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def overlay_environment(folder: Path) -> Path:
     """The interpreter of an environment that sees what is installed here and writes elsewhere."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -71,9 +83,9 @@ def stable_id(value: object) -> str:
 
 
 def flat(outputs: object) -> list[Tensor]:
-    """The tensors of a network's outputs."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
+    """The tensors of a network's outputs; a state that is None has none."""
+    if outputs is None or isinstance(outputs, Tensor):
+        return [] if outputs is None else [outputs]
     return [tensor for out in outputs for tensor in flat(out)]
 
 
@@ -82,6 +94,19 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape, f"{got.shape=} {expected.shape=}"
     scale = expected.abs().max().clamp(min=1e-30)
     return ((got.detach() - expected).abs().max() / scale).item()
+
+
+def kept_for_backward(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes of each storage that ``run()`` keeps for backward, by the storage's address."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return {address: t.untyped_storage().nbytes() for address, t in saved.items()}
 
 
 def compare(

@@ -17,8 +17,8 @@ from mmrla.models import (  # noqa: E402
     MRLAVisionTransformer,
 )
 from mmrla.timm import from_mmrla, to_mmrla  # noqa: E402
-from tests.conftest import relative_error  # noqa: E402
-from tests.test_timm import create, fill, image  # noqa: E402
+from tests.conftest import filled, relative_error  # noqa: E402
+from tests.test_timm import create, image  # noqa: E402
 
 
 def test_starts_from_plain_weights(tmp_path):
@@ -87,7 +87,7 @@ def test_computes_what_the_host_does(name, attention, monkeypatch):
         block = host.arch_settings[kwargs["depth"]][0]
         monkeypatch.setitem(host.arch_settings, kwargs["depth"], (block, LAYERS))
     config = attention and dict(type=attention)
-    theirs = fill(host(**kwargs, layer_attention=config)).double().train()
+    theirs = filled(host(**kwargs, layer_attention=config)).double().train()
     given = dict(layer_attention=attention) if attention else {}
     ours = timm.create_model(f"{name}_mrla_base" if attention else name, **small, **given)
     ours = ours.double().train()

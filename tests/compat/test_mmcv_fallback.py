@@ -40,10 +40,8 @@ def assert_same(got, expected, leaves):
     """Outputs, and the gradients of leaves."""
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(got)
-    mine = torch.autograd.grad(got, leaves, grad)
-    theirs = torch.autograd.grad(expected, leaves, grad)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    mine, theirs = (torch.autograd.grad(out, leaves, grad) for out in (got, expected))
+    torch.testing.assert_close(mine, theirs)
 
 
 # --- nms ---
@@ -252,12 +250,12 @@ def test_deform_conv(modulated):
     offset, mask = leaf(2, 2 * 2 * 9, 3, 3), leaf(2, 2 * 9, 3, 3)
     geometry = (2, 1, 1, 2, 2)  # stride, padding, dilation, groups, deform groups
     if modulated:
-        got = ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *geometry)
         leaves = [x, offset, mask, weight, bias]
-        expected = deform_reference(x, offset, mask, weight, bias, *geometry)
+        got = ops.modulated_deform_conv2d(*leaves, *geometry)
+        expected = deform_reference(*leaves, *geometry)
     else:
-        got = ops.deform_conv2d(x, offset, weight, *geometry)
         leaves = [x, offset, weight]
+        got = ops.deform_conv2d(*leaves, *geometry)
         expected = deform_reference(x, offset, None, weight, None, *geometry)
     assert_same(got, expected, leaves)
 

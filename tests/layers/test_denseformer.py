@@ -21,7 +21,5 @@ def test_denseformer_weighs_all_outputs_so_far(shape):
     maps = torch.stack([embedded, *outputs])
     expected = [torch.einsum("i,i...->...", la.alpha, maps[: i + 2]) for i, la in enumerate(layers)]
     probes = [torch.randn_like(o) for o in found]
-    pairs = [*zip(found, expected, strict=True)]
-    pairs += zip(*(torch.autograd.grad(o, inputs, probes) for o in (found, expected)), strict=True)
-    for ours, reference in pairs:
-        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    ours, reference = ((*o, *torch.autograd.grad(o, inputs, probes)) for o in (found, expected))
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)

@@ -8,7 +8,6 @@ from math import sqrt
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck
 
 from mmrla.layers import MLA, DWConv, LinearRLA, MRLABase, MRLALight
 from mmrla.ops import linear_rla, mla
@@ -105,22 +104,6 @@ def test_linear_rla_of_features_far_below_zero_is_finite():
     assert not o.any()
     assert x.grad.isfinite().all()
     assert layer.retrieval(x, x, None).scores.isfinite().all()
-
-
-def test_gradcheck_of_the_operations():
-    def double(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    def step(*args):
-        o, (u, z) = linear_rla(*args, 2)
-        return o, u, z
-
-    z = torch.rand(1, 2, 2, dtype=torch.float64) + 0.5
-    args = double(1, 4), double(1, 4), double(1, 4, 2, 3), double(1, 2, 2, 2, 2, 3)
-    assert gradcheck(lambda q, k, v, u: step(q, k, v, (u, z)), args)
-    args = (*(double(1, 1, 3) for _ in range(2)), double(4, 1, 3, 3))
-    xs = [double(1, 4, 2, 3) for _ in range(3)]
-    assert gradcheck(lambda *a: mla(a[3:], *a[:3], 2), (*args, *xs))
 
 
 # MRLA-light: Eq. 7, 8 and the options of Table 4.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -13,7 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
-from tests.conftest import filled, needs_new_compiler, relative_error, stable_id
+from tests.conftest import (
+    HALVES,
+    filled,
+    kept_for_backward,
+    needs_new_compiler,
+    relative_error,
+    stable_id,
+)
 from tests.models.zoo import BASE, LIGHT, SMALL, after_step, assert_same
 
 ATTENTIONS = [LIGHT, BASE]
@@ -118,10 +124,8 @@ def test_a_hook_sees_its_module(tails):
     assert len(tails) == 6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_autocast(dtype, tails):
-    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
-        pytest.skip("this torch has no float16 autocast on the CPU")
     for layer_attention in ATTENTIONS:
         model = network(layer_attention=layer_attention).float()
         x = torch.randn(2, 3, 33, 47)
@@ -142,13 +146,8 @@ def test_autocast(dtype, tails):
 def kept(model, x):
     """Bytes of distinct storages kept for backward, parameters left out."""
     mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (seen.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t
-    ):
-        out = model(x)
-    del out
-    return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in mine)
+    found = kept_for_backward(lambda: model(x))
+    return sum(size for address, size in found.items() if address not in mine)
 
 
 def test_memory_kept_for_backward():
@@ -213,14 +212,10 @@ def test_exports():
             assert relative_error(got, expected.detach()) < 1e-5
 
 
-def test_under_ddp(tmp_path):
-    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
-        for layer_attention in ATTENTIONS:
-            model = network(layer_attention=layer_attention)
-            expected = after_step(copy.deepcopy(model), x)
-            assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_under_ddp():
+    x = torch.randn(2, 3, 33, 47, dtype=torch.float64)
+    for layer_attention in ATTENTIONS:
+        model = network(layer_attention=layer_attention)
+        expected = after_step(copy.deepcopy(model), x)
+        assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)

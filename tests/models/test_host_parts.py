@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmrla.checkpoints import load_into
@@ -16,13 +15,14 @@ from mmrla.models import (
     MRLADistilledVisionTransformer,
     MRLAEfficientNet,
     MRLAPyramidVisionTransformerV2,
+    MRLAResNet,
     MRLAResNetCIFAR,
     MRLAVisionTransformer,
     SimpleFeaturePyramid,
 )
 from tests import reference
 from tests.conftest import compare, filled, flat, relative_error
-from tests.models.zoo import CEIT, KINDS, PVT, VIT, build, weights_left_out
+from tests.models.zoo import CEIT, KINDS, PVT, VIT, build, count, starting_from
 
 LIMITS = dict(limits=(1e-9, 1e-7, 1e-6), zero=1e-12)
 
@@ -43,29 +43,11 @@ def around(inner: nn.Module, run):
     )
 
 
-class Last(nn.Module):
-    """A network of which the last map counts alone, so that a stage's own norm counts once."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return flat(self.inner(x))[-1]
-
-
-def against(model: nn.Module, x: torch.Tensor, expected) -> None:
-    def unprefixed(x, w):
-        return expected(x, {key.removeprefix("inner."): value for key, value in w.items()})
-
-    compare(Last(model), unprefixed, x, **LIMITS)
-
-
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_ceit_is_what_its_paper_writes(kind):
     model = filled(build("ceit", kind and dict(type=kind), img_size=64))
     x = torch.randn(2, 3, 64, 64)
-    against(model, x, lambda x, w: reference.ceit(x, w, 5, 2, patch=2, kind=kind, d=16))
+    compare(model, lambda x, w: reference.ceit(x, w, 5, 2, 2, kind, d=16), x, **LIMITS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,14 +71,16 @@ def test_efficientnet_attends_behind_every_layer_with_a_shortcut(kind):
                 x, state = reference.on_map(x, shortcut, state, weights, name, 8, norm, kind)
         return inner.layers[6](x)
 
-    against(model, torch.randn(3, 3, 64, 96), around(inner, run))
+    compare(model, around(inner, run), torch.randn(3, 3, 64, 96), **LIMITS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["pvtv2", "vit", "distilled"])
 def test_transformers_attend_behind_every_block(name, kind):
     """Around the ancestor's own blocks, on a grid that is no square."""
-    more = dict(img_size=(48, 32), out_type="raw") if name != "pvtv2" else {}
+    more = dict(img_size=(48, 32), out_type="raw")
+    if name == "pvtv2":
+        more = dict(out_indices=(3,))
     model, inner = (filled(build(name, dict(type=kind), **more)).double() for _ in range(2))
     inner.train()
     for part in (*model.modules(), *inner.modules()):
@@ -127,7 +111,7 @@ def test_transformers_attend_behind_every_block(name, kind):
         return inner.norm1(x) if hasattr(inner, "norm1") else inner.ln1(x)
 
     x = torch.randn(2, 3, 64, 32) if name == "pvtv2" else torch.randn(2, 3, 48, 32)
-    against(model, x, around(inner, run_pvt if name == "pvtv2" else run_vit))
+    compare(model, around(inner, run_pvt if name == "pvtv2" else run_vit), x, **LIMITS)
 
 
 # Millions of parameters with a classifier: what the attention adds (light and base alike), and the
@@ -142,12 +126,11 @@ PUBLISHED = [
       for arch, width, total in (("b0", 256, 3.7), ("b1", 512, 14.0), ("b2", 512, 25.4))),
     *((MRLAResNetCIFAR, dict(depth=depth, layer_attention=None), 0, total)
       for depth, total in ((20, 0.3), (56, 0.9), (110, 1.7))),
+    # Table 1 of MRLA's paper.
+    (MRLAResNet, dict(depth=50, layer_attention=dict(type="DIAUnit")), 2048, 28.4),
+    (MRLAResNet, dict(depth=50, layer_attention=dict(type="RecurrentLayerAggregation")),
+     2048 + 32, 25.9),
 ]  # fmt: skip
-
-
-def count(cls, **kwargs) -> int:
-    with weights_left_out():
-        return sum(p.numel() for p in cls(**kwargs).parameters())
 
 
 def test_sizes_are_the_published():
@@ -165,15 +148,8 @@ def test_sizes_are_the_published():
 @pytest.mark.parametrize(("kind", "total"), [("MRLALight", 5_749_792), ("MRLABase", 5_742_880)])
 def test_deit_tiny_has_the_released_number_of_parameters(kind, total):
     attention = dict(type=kind, head_channels=16)
-    model = dict(
-        type="mmpretrain.ImageClassifier",
-        backbone=dict(
-            type="mmrla.MRLAVisionTransformer", arch="deit-tiny", layer_attention=attention
-        ),
-        head=dict(type="mmpretrain.VisionTransformerClsHead", num_classes=1000, in_channels=192),
-    )
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        assert sum(p.numel() for p in MODELS.build(model).parameters()) == total
+    backbone = count(MRLAVisionTransformer, arch="deit-tiny", layer_attention=attention)
+    assert backbone + (192 + 1) * 1000 == total
 
 
 def test_position_embeddings_fit_other_grids():
@@ -215,10 +191,12 @@ def test_shared_stochastic_depth():
             assert getattr(block.mrla.drop_path, "drop_prob", 0) == pytest.approx(own)
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "vit", "pvtv2"])
+@pytest.mark.parametrize("name", ["resnet", "efficientnet", "vit", "pvtv2"])
 def test_drop_path_drops_samples_of_the_attention_in_training_alone(name):
     model = build(name, dict(type="MRLALight"), mrla_drop_path_rate=0.4)
-    branch = next(m for k, m in model.named_modules() if k.endswith("mrla.drop_path"))
+    branch = next(
+        m for k, m in model.named_modules() if k.endswith(("mrla.drop_path", "mrla_drop_path"))
+    )
     x = torch.ones(1000, 1, 1, 1)
     assert torch.equal(branch.eval()(x), x)
     survivors = branch.train()(x).flatten()
@@ -256,12 +234,11 @@ def test_pretrained_weights_are_all_there(name, form, tmp_path):
     state = source.state_dict()
     if form == "classifier":
         state = {f"backbone.{k}": v for k, v in state.items()} | {"head.x": torch.zeros(1)}
-    torch.save(state, tmp_path / "weights.pth")
-    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth"))
+    cfg = starting_from(
+        state, tmp_path, "mmengine.Pretrained" if form == "prefixed" else "Pretrained"
+    )
     if form == "classifier":
         cfg["prefix"] = "backbone."
-    if form == "prefixed":
-        cfg["type"] = "mmengine.Pretrained"
     model = build(name, "light", init_cfg=[cfg] if form == "list" else cfg)
     model.init_weights()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())

@@ -20,7 +20,7 @@ from mmrla.models import (
     SimpleFeaturePyramid,
     warm_start,
 )
-from tests.conftest import filled, flat, needs_new_compiler
+from tests.conftest import HALVES, filled, flat, needs_new_compiler
 from tests.models.zoo import (
     CEIT,
     HOSTS,
@@ -35,10 +35,10 @@ from tests.models.zoo import (
     attentions,
     build,
     plain,
+    starting_from,
     step,
 )
 
-OLD = torch.__version__.startswith("2.1.")  # no float16 autocast on the CPU
 RESNETS = ("resnet", "resnext", "resnet20")
 ANCESTORS = [*HOSTS, "resnet50", "resnext50", "lite0", "vit-featmap", "ceit-featmap"]
 EFFECTS = [*HOSTS, "lite0", "vit-featmap", "ceit-featmap"]
@@ -50,10 +50,11 @@ def test_without_layer_attention_it_is_its_ancestor(name):
     theirs, ours = filled(plain(name)), build(name, None)
     state = theirs.state_dict()
     assert list(ours.state_dict()) == list(state)
-    for kind in MRLA:
-        found = build(name, kind).state_dict()
-        assert state.keys() <= found.keys()
-        assert all("mrla" in key for key in found.keys() - state.keys())
+    shapes = {k: v.shape for k, v in state.items()}
+    for kind in (*MRLA, *(INTERACTIONS if name in RESNETS else ())):
+        found = {k: v.shape for k, v in build(name, kind).state_dict().items()}
+        assert shapes.items() <= found.items()
+        assert all("mrla" in key for key in found.keys() - shapes.keys())
     ours.load_state_dict(state)
     for size in ((64, 64), (33, 70)):
         x = torch.randn(2, 3, *size)
@@ -85,8 +86,7 @@ def test_a_training_step(name, attention):
     model = build(name, attention, **more)
     model.init_weights()
     x = torch.randn(3, 3, 40, 32)
-    halves = (torch.bfloat16, torch.float16)[: 1 if OLD else 2] if attention in MRLA else ()
-    for dtype in (None, *halves):
+    for dtype in (None, *(HALVES if attention in MRLA else ())):
         model.zero_grad()
         outs = step(model.train(), x, dtype)
         assert all(o.isfinite().all() for o in outs)
@@ -131,7 +131,7 @@ def test_started_as_identity_it_is_the_plain_network_and_grows_in(host, attentio
 def test_init_weights_starts_as_the_plain_network_unless_told(host, tmp_path):
     without = build(host, None)
     without.init_weights()
-    torch.save({"state_dict": without.state_dict()}, tmp_path / "plain.pth")
+    cfg = starting_from(without.state_dict(), tmp_path, "Pretrained")
     x = torch.randn(2, 3, 32, 32)
 
     def starts_as_plain(**more) -> bool:
@@ -144,7 +144,6 @@ def test_init_weights_starts_as_the_plain_network_unless_told(host, tmp_path):
     assert starts_as_plain()
     assert not starts_as_plain(zero_init_mrla=False)
     # A plain checkpoint holds nothing for the layer attentions.
-    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "plain.pth"))
     assert starts_as_plain(init_cfg=cfg)
     with pytest.raises(TypeError, match="zero_init_mrla must be a bool, got 1"):
         build(host, "crla", zero_init_mrla=1)
@@ -161,9 +160,7 @@ STARTS = ["efficientnet", "lite0", "vit", "distilled", "ceit", "pvtv2"]
 )  # fmt: skip
 def test_warm_start_is_the_plain_network_and_all_of_mrla_moves(name, kind, tmp_path):
     theirs = filled(build(name, None)).eval()
-    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
-    start = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
-    model = build(name, kind, init_cfg=start)
+    model = build(name, kind, init_cfg=starting_from(theirs.state_dict(), tmp_path))
     model.init_weights()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -192,8 +189,7 @@ def test_warm_start_of_interactions(attention, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(warm_start, "print_log", lambda text, *args, **kwargs: said.append(text))
     theirs = filled(MRLAResNet(18, **SMALL, layer_attention=None)).eval()
-    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
-    init_cfg = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
+    init_cfg = starting_from(theirs.state_dict(), tmp_path)
     cfg = INTERACTIONS[attention]
     model = MRLAResNet(18, **SMALL, layer_attention=cfg, init_cfg=init_cfg, frozen_stages=1)
     model.init_weights()
@@ -210,9 +206,7 @@ def test_warm_start_of_interactions(attention, tmp_path, monkeypatch):
 
 def test_warm_start_of_plain_ceit(tmp_path):
     theirs = filled(CeiT(**CEIT))
-    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
-    start = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
-    model = CeiT(**CEIT, init_cfg=start)
+    model = CeiT(**CEIT, init_cfg=starting_from(theirs.state_dict(), tmp_path))
     model.init_weights()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in theirs.state_dict().items())
 
@@ -233,13 +227,17 @@ def test_recomputing_a_block_changes_nothing(host, attention):
     assert_same(*found, 1e-8)
 
 
-@pytest.mark.parametrize("attention", INTERACTIONS)
-def test_frozen_stages_of_interactions(attention):
-    model = build("resnet", attention, frozen_stages=2).train()
+@pytest.mark.parametrize("norm_eval", [False, True])
+@pytest.mark.parametrize("attention", ["light", *INTERACTIONS])
+def test_frozen_stages_and_norm_eval_hold_for_the_layer_attention(attention, norm_eval):
+    model = build("resnet", attention, frozen_stages=2, norm_eval=norm_eval).train()
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad is not key.startswith(("conv1", "bn1", "layer1", "layer2"))
+    before = {k: v.clone() for k, v in model.named_buffers()}
     step(model, torch.randn(2, 3, 32, 32))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    moved = {k.split(".")[0] for k, v in model.named_buffers() if not torch.equal(v, before[k])}
+    assert moved <= (set() if norm_eval else {"layer3", "layer4", "mrla_output"})
 
 
 @pytest.mark.parametrize("attention", [*TYPES, *INTERACTIONS])
@@ -268,8 +266,7 @@ def test_the_fused_tail_runs_where_it_can_and_agrees_with_the_plain_path(attenti
         assert layer.fuses_tail(z, model.layer1[0].last_norm, norm) == (fused and not backend)
         torch.manual_seed(6)
         found.append(after_step(model, torch.randn(3, 3, 32, 40, dtype=torch.float64)))
-    for key, b in found[1].items():
-        assert (found[0][key] - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-3), key
+    assert_same(*found, 1e-9, floor=1e-3)
 
 
 @needs_new_compiler
@@ -282,8 +279,7 @@ def test_compiled_in_one_graph(attention):
     expected = after_step(model, x)
     model.zero_grad()
     got = after_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
-    for key, want in expected.items():
-        assert (got[key] - want).abs().max() <= 1e-3 * want.abs().max().clamp(min=1e-3), key
+    assert_same(got, expected, 1e-3, floor=1e-3)
 
 
 def test_real_image(coco_mini):
@@ -346,7 +342,6 @@ def light(d):
         (lambda: build("ceit", None, layer_cfgs=[{}]), "CeiT has no layer_cfgs"),
         (lambda: build("distilled", None, with_cls_token=False), "has a class token, got"),
         (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "frozen_stages must be from -1 to 3, got 4"),
-        (lambda: MRLAResNetCIFAR(21), r"\[20, 56, 110\], got 21"),
         (lambda: MRLAVisionTransformer(**VIT, with_cls_token=False), "with_cls_token must be True"),
         (lambda: SimpleFeaturePyramid(32, scales=(8.0,)), "4, 2, 1 and 0.5, got 8.0"),
         (lambda: SimpleFeaturePyramid(32, num_outs=2), "got 2 with"),

@@ -20,9 +20,9 @@ from tests.conftest import filled, golden, needs_new_compiler, relative_error
 from tests.models.test_interactions import stage
 from tests.models.zoo import RELU, after_step, assert_same
 
-NAMES = {
-    "Wq": "query", "Wk": "key", "Wv": "value", "head_att": "gate", "adjust_channel": "crossing.0",
-    "u_bn": "crossing.1", "u_Wk": "crossing_key", "bn_attention": "norm",
+RELEASED = {
+    "query": "Wq", "key": "Wk", "value": "Wv", "gate": "head_att", "crossing.0": "adjust_channel",
+    "crossing.1": "u_bn", "crossing_key": "u_Wk", "norm": "bn_attention",
 }  # fmt: skip
 
 
@@ -49,10 +49,8 @@ def test_the_released_layers():
     for t, layer in enumerate(layers, 1):
         layer.double()
         for key, parameter in layer.named_parameters():
-            released = {v: k for k, v in NAMES.items()}[
-                key.removeprefix("mrla.").rpartition(".")[0]
-            ]
-            name = f"layer{t}.{released}.{key.rpartition('.')[2]}"
+            part, _, kind = key.removeprefix("mrla.").rpartition(".")
+            name = f"layer{t}.{RELEASED[part]}.{kind}"
             parameter.data = arrays[f"param.{name}"]
             parameter.released = name
         xs.append(arrays[f"x{t}"].requires_grad_())
@@ -98,10 +96,11 @@ def test_both_ends_agree_in_any_mode(frozen):
         assert (got - want).abs().max() <= 1e-10 * want.abs().max().clamp(min=1e-3)
 
 
-def network(cls=MRLAResNetCIFAR, depth=20, **kwargs):
-    host = dict(block="bottleneck") if cls is MRLAResNetCIFAR else {}
-    cfg = dict(type="KCLA", head_channels=16, **kwargs.pop("options", {}))
-    return cls(depth, layer_attention=cfg, mrla_act_cfg=RELU, **host, **kwargs)
+def network(depth=20, options=(), **kwargs):
+    cfg = dict(options, type="KCLA", head_channels=16)
+    return MRLAResNetCIFAR(
+        depth, block="bottleneck", layer_attention=cfg, mrla_act_cfg=RELU, **kwargs
+    )
 
 
 @pytest.mark.parametrize("kind", ["KCLA", "DLABase"])

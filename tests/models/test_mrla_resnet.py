@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.registry import DefaultScope
 from mmpretrain.models import ImageClassifier
 from mmpretrain.models import ResNet as PlainResNet
 from mmpretrain.models import ResNeXt as PlainResNeXt
@@ -17,7 +17,16 @@ from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet, MRLAResNeXt
 from mmrla.models.backbones.mrla_resnet import LayerAttentionStage, MRLABottleneck
 from mmrla.registry import MODELS
-from tests.conftest import filled, from_released, generated, golden, relative_error, stable_id
+from tests.conftest import (
+    filled,
+    from_released,
+    generated,
+    golden,
+    kept_for_backward,
+    relative_error,
+    stable_id,
+)
+from tests.helpers import build
 from tests.models.zoo import BASE, INTERACTIONS, LIGHT, MRLA, RELU, SMALL, weights_left_out
 
 SOURCES = ["fixture", "shared"]
@@ -177,29 +186,9 @@ def test_checkpointing_recomputes_the_layer_attention():
     saved = []
     for with_cp in (False, True):
         model = MRLAResNet(18, with_cp=with_cp, **SMALL, layer_attention=LIGHT)
-        kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t),  # noqa: B023
-            lambda t: t,
-        ):
-            model(image().requires_grad_())
-        saved.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        run = functools.partial(model, image().requires_grad_())
+        saved.append(sum(kept_for_backward(run).values()))
     assert saved[1] < 0.5 * saved[0]
-
-
-def test_frozen_stages_and_norm_eval_hold_for_the_layer_attention():
-    model = MRLAResNet(18, **SMALL, layer_attention=LIGHT, frozen_stages=2, norm_eval=True)
-    model.train()
-    for key, parameter in model.named_parameters():
-        frozen = key.startswith(("conv1", "bn1", "layer1", "layer2"))
-        assert parameter.requires_grad is not frozen, key
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms
-    assert not any(norm.training for norm in norms)
-    assert "layer3.0.bn_mrla.weight" in model.state_dict()
-    before = {k: v.clone() for k, v in model.named_buffers()}
-    model(image())
-    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
 
 
 @pytest.mark.parametrize(
@@ -233,10 +222,6 @@ def test_drop_path_of_the_attention_branch():
         0.2
     }
     assert isinstance(alone.layer4[-1].drop_path, nn.Identity)
-    # Survivors are scaled, so that a sample either gets 0 or 1 / 0.8 of the branch.
-    branch = alone.layer4[-1].mrla_drop_path.train()(torch.ones(1000, 1, 1, 1))
-    assert set(branch.flatten().tolist()) == {0.0, 1.25}
-    assert 0.75 < (branch > 0).float().mean() < 0.85
 
 
 def test_initialisation():
@@ -266,11 +251,8 @@ def test_default_is_light_and_types_take_prefix_and_class():
 
 @pytest.mark.parametrize("scope", ["mmdet", "mmpretrain", "mmengine"])
 def test_builds_from_the_prefix_in_any_scope(scope):
-    from mmengine.registry import MODELS as ROOT_MODELS
-
-    with DefaultScope.overwrite_default_scope(scope):
-        cfg = dict(type="mmrla.MRLAResNet", depth=18, **SMALL, layer_attention=LIGHT)
-        assert isinstance(ROOT_MODELS.build(cfg), MRLAResNet)
+    cfg = dict(type="mmrla.MRLAResNet", depth=18, **SMALL, layer_attention=LIGHT)
+    assert isinstance(build(cfg, scope), MRLAResNet)
 
 
 # --- bad input ---

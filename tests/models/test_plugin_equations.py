@@ -222,25 +222,7 @@ def test_branch_plugin_is_its_equation(cfg, attend):
     model = MRLAResNet(50, layer_attention=None, plugins=[dict(cfg=cfg)], **SMALL)
     block = model.layer1[1]
     # Blocks change their input in place only through relu, so a leaf may come in.
-    compare_all(
-        _Alone(block), lambda x, w: bottleneck(x, _inner(w), attend(_inner(w))),
-        torch.randn(4, 32, 5, 6),
-    )  # fmt: skip
-
-
-class _Alone(nn.Module):
-    """A block without its state."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)[0]
-
-
-def _inner(w: dict) -> dict:
-    return {key.removeprefix("block."): value for key, value in w.items()}
+    compare_all(block, lambda x, w: bottleneck(x, w, attend(w)), torch.randn(4, 32, 5, 6))
 
 
 # --- against the mm packages -----------------------------------------------------------------

@@ -22,7 +22,7 @@ from mmrla.models import (
     MRLAResNeXt,
 )
 from tests.conftest import ROOT, filled, relative_error
-from tests.models.zoo import BASE, LIGHT, SMALL, after_step, assert_same, weights_left_out
+from tests.models.zoo import BASE, LIGHT, SMALL, after_step, assert_same, count, starting_from
 
 AA = dict(type="mmrla.AttentionAugmentedConv", num_heads=2, min_key_channels=3, size=(4, 5))
 # One of each, small enough to test, at its own place.
@@ -66,8 +66,8 @@ def test_every_parameter_gets_a_gradient(cls, depth, kwargs, name):
     size = (21, 17) if cls is MRLAResNetCIFAR else (65, 49)
     sum(out.square().mean() for out in model(torch.randn(3, 3, *size))).backward()
     per_block = "blocks" not in PLUGINS[name]
-    count = sum(model.stage_blocks) if per_block else len(model.stage_blocks)
-    assert len(plugins_of(model)) == count
+    places = sum(model.stage_blocks) if per_block else len(model.stage_blocks)
+    assert len(plugins_of(model)) == places
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
@@ -178,11 +178,8 @@ def test_parameters_are_the_published(name):
     cfg = Config.fromfile(ROOT / "configs" / "imagenet" / f"resnet50_{name}_in1k.py")
     kwargs = dict(cfg.model.backbone)
     assert kwargs.pop("type") == "mmrla.MRLAResNet"
-    with weights_left_out():
-        model = MRLAResNet(**kwargs)
-    head = 2048 * 1000 + 1000
-    count = sum(p.numel() for p in model.parameters()) + head
-    assert abs(count / 1e6 - PUBLISHED[name]) < 0.004 * PUBLISHED[name]
+    total = count(MRLAResNet, **kwargs) + (2048 + 1) * 1000
+    assert total / 1e6 == pytest.approx(PUBLISHED[name], rel=0.004)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -190,8 +187,7 @@ def test_parameters_are_the_published(name):
 
 def started(name: str, state: dict, path, kind: str = "mmrla.WarmStart", **kwargs) -> nn.Module:
     """Initialised from a checkpoint."""
-    torch.save(state, path / "weights.pth")
-    init_cfg = dict(type=kind, checkpoint=str(path / "weights.pth"))
+    init_cfg = starting_from(state, path, kind)
     kwargs = dict(layer_attention=None, plugins=[PLUGINS[name]], init_cfg=init_cfg) | kwargs
     model = MRLAResNet(18, **kwargs, **SMALL)
     model.zero_init_residual = "Pretrained" not in kind  # the ancestor's rule, not plugins'

@@ -8,18 +8,12 @@ import torch
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLADistilledVisionTransformer, MRLAEfficientNet, MRLAResNet
 from mmrla.models.backbones.mrla_resnet import MRLABottleneck
+from tests.conftest import HALVES
 from tests.models.zoo import BASE, LIGHT
-
-HALVES = (torch.bfloat16, torch.float16)
-OLD = torch.__version__.startswith("2.1.")  # no float16 autocast, nor such a norm, on the CPU
 
 
 def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
-
-
-def dtypes():
-    return HALVES[:1] if OLD else HALVES
 
 
 def assert_finite(*tensors):
@@ -40,7 +34,7 @@ def images(shape=(2, 3, 48, 48)):
 @pytest.mark.parametrize("cls", [MRLALight, MRLABase])
 def test_layers_on_extreme_activations(cls, scale):
     """As a layer meets them: x in half precision, queries of 1e4, logits of 1e8."""
-    for dtype in dtypes():
+    for dtype in HALVES:
         torch.manual_seed(0)
         layers = [cls(16, head_channels=8) for _ in range(3)]
         # Positive means, so that queries are as large as activations.
@@ -96,7 +90,7 @@ def test_hosts_on_extreme_images(host):
     layers then take images of 1e4 out of float16: not tried.
     """
     left_range = []
-    for dtype in dtypes():
+    for dtype in HALVES:
         for i, image in enumerate(images()):
             if host is frozen_resnet and dtype == torch.float16 and image.abs().max() >= 1e4:
                 continue
@@ -121,7 +115,7 @@ class Deep(MRLAResNet):
 @pytest.mark.parametrize("attention", [LIGHT, BASE], ids=["light", "base"])
 def test_305_layers(attention, backend, monkeypatch):
     monkeypatch.setenv("MMRLA_BACKEND", backend)
-    for dtype in (None, *dtypes()):
+    for dtype in (None, *HALVES):
         torch.manual_seed(0)
         model = Deep(305, stem_channels=8, base_channels=8, layer_attention=attention).train()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):

@@ -87,11 +87,17 @@ LAYER_ARGUMENTS: dict[str, st.SearchStrategy] = {
 }
 
 
-def arguments_of(cls: type) -> list[str]:
+def choices_of(cls: type) -> dict[str, st.SearchStrategy]:
     known = [n for n in inspect.signature(cls).parameters if n != "channels"]
     missing = [name for name in known if name not in LAYER_ARGUMENTS]
     assert not missing, f"{cls.__name__}: no values to try for {missing}"
-    return [*known, "no_such_argument"]
+    return {name: LAYER_ARGUMENTS[name] for name in (*known, "no_such_argument")}
+
+
+def small_of(choices: dict[str, Any]) -> dict[str, Any]:
+    """What makes a layer fit few channels, of the arguments that it has."""
+    small = dict(head_channels=4, reduction=2, hidden_channels=4)
+    return {name: value for name, value in small.items() if name in choices}
 
 
 def drawn(data: st.DataObject, choices: dict[str, st.SearchStrategy], most: int) -> dict[str, Any]:
@@ -106,11 +112,8 @@ def layer_attentions(data: st.DataObject) -> Any:
     if data.draw(st.integers(0, 9)) == 0:
         return data.draw(junk | one_of(dict(type="MRLAHeavy"), dict(type=nn.ReLU)))
     cls = data.draw(one_of(*LAYERS))
-    choices = {name: LAYER_ARGUMENTS[name] for name in arguments_of(cls)}
-    given = {"head_channels": 4} if "head_channels" in choices else {}
-    given |= {"reduction": 2} if "reduction" in choices else {}
-    given |= {"hidden_channels": 4} if "hidden_channels" in choices else {}
-    return {"type": cls.__name__, **given, **drawn(data, choices, 2)}
+    choices = choices_of(cls)
+    return {"type": cls.__name__, **small_of(choices), **drawn(data, choices, 2)}
 
 
 def assert_clear(error: Exception, names: list[str], drawn: Any) -> None:
@@ -141,19 +144,13 @@ def assert_learns(network: nn.Module, images: torch.Tensor, count: int | None = 
     "cls", [c for c in LAYERS if c.placement == "after"], ids=lambda cls: cls.__name__
 )
 def test_layer_attentions(cls):
-    choices = {name: LAYER_ARGUMENTS[name] for name in arguments_of(cls)}
-    choices["channels"] = st.sampled_from([8, 16]) | junk
-
+    choices = choices_of(cls) | {"channels": st.sampled_from([8, 16]) | junk}
     learned: list[bool] = []
 
     @settings(max_examples=50, **COMMON)
     @given(data=st.data())
     def check(data):
-        kwargs = {"channels": 8, **drawn(data, choices, 3)}
-        if "head_channels" in choices:
-            kwargs.setdefault("head_channels", 4)
-        if "reduction" in choices:
-            kwargs.setdefault("reduction", 2)
+        kwargs = {"channels": 8, **small_of(choices), **drawn(data, choices, 3)}
         try:
             layer = cls(**kwargs)
         except (ValueError, TypeError) as error:

@@ -19,7 +19,7 @@ from mmrla.models import (
     MRLAVisionTransformer,
 )
 from tests.conftest import compare, filled, needs_new_compiler, relative_error
-from tests.models.zoo import ARCH, CEIT, after_step, assert_same
+from tests.models.zoo import ARCH, CEIT, after_step, assert_same, starting_from
 from tests.reference import stream_vit
 
 DEPTH, HEADS = ARCH["num_layers"], ARCH["num_heads"]
@@ -89,8 +89,7 @@ def step(model, x):
 def test_starts_as_the_plain_network(attention, tmp_path):
     """Plain weights load, and outputs and the gradients of all of them are the plain network's."""
     plain = filled(vit(None, norm_cfg=PRECISE))
-    torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    start = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
+    start = starting_from(plain.state_dict(), tmp_path)
     model = vit(attention, norm_cfg=PRECISE, init_cfg=start)
     model.init_weights()
     if attention is not DENSE:
@@ -108,22 +107,13 @@ def test_starts_as_the_plain_network(attention, tmp_path):
     assert all(p.grad.any() for p in added.values())
 
 
-class Autocast(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(x)
-
-
-def test_memory_is_one_map_per_source():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_memory_is_one_map_per_source(autocast):
     """Also under autocast, where the sources themselves are of half the size."""
-    for around in (lambda model: model, Autocast):
-        plain = activation_memory(around(vit(None)), images())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = activation_memory(vit(None), images())
         for attention in (FULL, dict(FULL, block_size=4), DENSE):
-            ours = activation_memory(around(vit(attention)), images())
+            ours = activation_memory(vit(attention), images())
             map_size, sources = 36 * 32 * 4, DEPTH * (1 if attention is DENSE else 2) + 1
             tokens = sources**2 * 36 * 4 * 3  # weights, scores, scales: a few numbers per token
             assert plain < ours < plain + sources * map_size + tokens

@@ -14,8 +14,9 @@ from torch import nn
 import mmrla.registry
 from mmrla.layers.layer_attention import Carried
 from mmrla.models import LayerAttentionWrapper
-from tests.conftest import needs_new_compiler, relative_error
-from tests.models.zoo import BASE, LIGHT, after_step, assert_same
+from tests.conftest import flat, needs_new_compiler, relative_error
+from tests.helpers import build, same
+from tests.models.zoo import BASE, LIGHT, after_step, assert_same, starting_from
 
 REGNET = dict(
     type="mmdet.RegNet",
@@ -56,10 +57,6 @@ def parts(backbone: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in backbone.named_modules() if n.rpartition(".")[2] == "mrla"}
 
 
-def tensors(outs) -> list[torch.Tensor]:
-    return [out for out in outs if isinstance(out, torch.Tensor)]
-
-
 @pytest.mark.parametrize("attention", [LIGHT, BASE], ids=["light", "base"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name, attention):
@@ -76,9 +73,9 @@ def test_backbones(name, attention):
     assert all("mrla" in key for key in missing)
     image = torch.randn(2, 3, 70, 61)
     model.train(), plain.train()
-    outs = model(image)
-    assert [o.shape for o in tensors(outs)] == [o.shape for o in tensors(plain(image))]
-    sum((o * torch.randn_like(o)).sum() for o in tensors(outs)).backward()
+    outs = flat(model(image))
+    assert [o.shape for o in outs] == [o.shape for o in flat(plain(image))]
+    sum((o * torch.randn_like(o)).sum() for o in outs).backward()
     without = [
         n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
     ]
@@ -88,8 +85,7 @@ def test_backbones(name, attention):
     assert attention is BASE or zero == []
     model.eval()
     with torch.no_grad():
-        first, second = model(image), model(image)
-    assert all(map(torch.equal, tensors(first), tensors(second)))
+        assert all(map(torch.equal, flat(model(image)), flat(model(image))))
 
 
 def residual_layers(model: nn.Module) -> list[list[nn.Module]]:
@@ -185,21 +181,19 @@ def test_warm_start_computes_the_plain_network(tmp_path):
     """From a checkpoint of the ancestor; fresh parts of frozen stages stay trainable."""
     plain = MODELS.build(REGNET)
     plain.eval()
-    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
-    init = dict(type="mmrla.WarmStart", checkpoint=str(tmp_path / "plain.pth"))
+    init = starting_from({"state_dict": plain.state_dict()}, tmp_path)
     model = wrapped(dict(REGNET, init_cfg=init, frozen_stages=1), layer_attention=LIGHT)
     model.init_weights()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for got, want in zip(model.eval()(image), plain(image), strict=True):
-            torch.testing.assert_close(got, want)
+        torch.testing.assert_close(model.eval()(image), plain(image))
     model.train()
     assert all(p.requires_grad for part in parts(model).values() for p in part.parameters())
     # Pretrained, as the ancestor reads it.
-    init = dict(type="Pretrained", checkpoint=str(tmp_path / "plain.pth"))
+    init["type"] = "Pretrained"
     model = wrapped(dict(REGNET, init_cfg=init), layer_attention=LIGHT)
     model.init_weights()
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
+    assert same(plain, model)
 
 
 def test_an_exception_leaves_nothing_behind():
@@ -262,26 +256,19 @@ def test_compiles_to_one_graph(name, attention):
             torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", ["regnet", "swin"])
-def test_distributed(name, tmp_path):
+def test_distributed(name):
     """DDP raises in the second step where a parameter had no part in the first."""
-    import torch.distributed as dist
-
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = wrapped(BACKBONES[name], layer_attention=LIGHT)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            sum(o.square().mean() for o in parallel(torch.randn(2, 3, 64, 64))).backward()
-    finally:
-        dist.destroy_process_group()
+    model = wrapped(BACKBONES[name], layer_attention=LIGHT)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        sum(o.square().mean() for o in parallel(torch.randn(2, 3, 64, 64))).backward()
 
 
 @pytest.mark.parametrize(("name", "widths"), [("regnet", [8, 16, 32, 64]), ("swin", [16, 32])])
 def test_a_detector_trains_a_step(name, widths):
     from mmdet.structures import DetDataSample
-    from mmengine.registry import DefaultScope
     from mmengine.structures import InstanceData
 
     cfg = mmrla.get_config("retinanet_r50_mrla_1x").model
@@ -290,8 +277,7 @@ def test_a_detector_trains_a_step(name, widths):
     )
     cfg.neck.update(in_channels=widths, start_level=0, out_channels=32)
     cfg.bbox_head.update(in_channels=32, feat_channels=32, num_classes=3, stacked_convs=1)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        detector = MODELS.build(cfg)
+    detector = build(cfg, "mmdet")
     sample = DetDataSample(
         metainfo=dict(img_shape=(64, 96), pad_shape=(64, 96), batch_input_shape=(64, 96))
     )
@@ -321,6 +307,5 @@ def test_traces(name):
     traced = torch.jit.trace(training, image, check_trace=False)
     training.load_state_dict(reference.state_dict())  # tracing ran it
     traced(image), reference(image)
-    for (key, got), want in zip(training.named_buffers(), reference.buffers(), strict=True):
-        torch.testing.assert_close(got, want, msg=key)
+    torch.testing.assert_close(dict(training.named_buffers()), dict(reference.named_buffers()))
     assert get_model_complexity_info(model, (3, 64, 64))["flops"] > 0

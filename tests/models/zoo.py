@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,13 +165,25 @@ def after_step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return found | {name(k): b.double().clone() for k, b in model.named_buffers()}
 
 
-def assert_same(got: dict, expected: dict, limit: float, without: tuple[str, ...] = ()) -> None:
-    """Of two :func:`after_step`; 0 for bit for bit."""
+def assert_same(
+    got: dict,
+    expected: dict,
+    limit: float,
+    without: tuple[str, ...] = (),
+    floor: float = 1e-30,
+) -> None:
+    """Of two :func:`after_step`, relative to the largest value or ``floor``; 0 for bit for bit."""
     assert got.keys() == expected.keys()
     for key, want in expected.items():
         if not any(part in key for part in without):
             error = (got[key].double() - want.double()).abs().max()
-            assert error <= limit * want.abs().max().clamp(min=1e-30), key
+            assert error <= limit * want.abs().max().clamp(min=floor), key
+
+
+def starting_from(state: dict, folder: Path, kind: str = "mmrla.WarmStart") -> dict[str, Any]:
+    """The ``init_cfg`` that starts from a checkpoint with the state."""
+    torch.save(state, folder / "weights.pth")
+    return dict(type=kind, checkpoint=str(folder / "weights.pth"))
 
 
 @contextlib.contextmanager
@@ -180,3 +193,9 @@ def weights_left_out() -> Iterator[None]:
         for name in ("uniform_", "normal_"):
             patch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
         yield
+
+
+def count(cls: type, **kwargs: Any) -> int:
+    """Parameters of a network."""
+    with weights_left_out():
+        return sum(p.numel() for p in cls(**kwargs).parameters())

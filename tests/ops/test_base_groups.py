@@ -10,16 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from mmrla.ops import (
-    BaseGroup,
-    BaseWeights,
-    LightWeights,
-    fused,
-)
-from tests.conftest import relative_error
+from mmrla.ops import BaseGroup, BaseWeights, LightWeights, fused
+from tests.conftest import kept_for_backward, relative_error
 from tests.ops.test_tails import arguments
-
-# MRLA-base's groups
 
 
 class Group:
@@ -189,13 +182,7 @@ def test_a_change_of_what_values_come_from_is_noticed():
 
 def kept_maps(run, size):
     """Distinct storages kept for backward, in maps."""
-    seen = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (seen.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t
-    ):
-        out = run()
-    del out
-    return sum(t.untyped_storage().nbytes() for t in seen.values()) / (8 * size)
+    return sum(kept_for_backward(run).values()) / (8 * size)
 
 
 def test_memory():

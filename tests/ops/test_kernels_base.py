@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmrla.ops.reference import BaseGroup, BaseWeights, Norm, base_tail_reference
 
-pytest.importorskip("triton")
 ttir = pytest.importorskip("tests.ops.ttir", exc_type=ImportError)
 from mmrla.ops import fused, kernels_base  # noqa: E402
 from mmrla.ops.kernels_base import base_backward, base_forward  # noqa: E402

@@ -20,15 +20,11 @@ from mmrla.ops import (
     whole_map,
 )
 from mmrla.ops.verify import Case
-from tests.conftest import relative_error, stable_id
+from tests.conftest import HALVES, relative_error, stable_id
 
 CPU = torch.device("cpu")
 SHAPES = [((2, 24, 7, 7), 8), ((2, 16, 1, 1), 16), ((2, 12, 13, 17), 4), ((3, 8, 1, 5), 1)]
 KINDS = [(LightWeights, 1), (BaseWeights, 1), (BaseWeights, 4)]
-
-
-def fused_base(*args, recompute=False):
-    return fused.base_tail(*args, recompute=recompute)
 
 
 @pytest.mark.parametrize("batch", list(itertools.product((True, False), repeat=2)), ids=str)
@@ -46,11 +42,9 @@ def test_equal_plain_torch(kind, layers, batch):
             assert max(again.values()) < 1e-9, again
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("kind", "layers"), KINDS, ids=stable_id)
 def test_narrow_dtypes(kind, layers, dtype):
-    if dtype == torch.float16 and torch.__version__.startswith("2.1."):
-        pytest.skip("torch 2.1 has no batch norm for float16 on the CPU")
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 3e-2}[dtype]
     for last in (False, True):
         case = Case(kind, (2, 16, 9, 11), 8, dtype, CPU, last, drop=last, layers=layers)
