@@ -104,7 +104,7 @@ class DLABase(_Dynamic, MRLABase):
             keys, factors, means, values, cell = state
             cell = self.cell(pooled(x), cell)
             # All refreshed in one go: the DSU's hidden state is that of this layer for each.
-            old = torch.cat([keys, means])
+            old = torch.cat([keys, means]).to(cell[0].dtype)
             at_layer = tuple(part.repeat(len(old), 1) for part in cell)
             scale = self.cell(old.flatten(0, 1), at_layer)[0].unflatten(0, (-1, batch))
             key_scale, value_scale = scale.chunk(2)

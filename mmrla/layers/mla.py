@@ -6,7 +6,6 @@ https://openreview.net/forum?id=pvgEL1yS3Ql, section 3.2.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmrla.layers.layer_attention import Retrieval
@@ -44,7 +43,7 @@ class MLA(QueryKeyValue):
     ) -> tuple[Tensor, MLAState]:
         """See :class:`LayerAttention`; the state holds the features of the group."""
         features = (*(state or ()), x)
-        if torch.jit.is_tracing():  # see query_key_of
+        if self.calls_parts:
             means = [channel_means(feature) for feature in features]
             query = self.called(self.query, means[-1])
             keys = [self.called(self.key, mean) for mean in means]

@@ -102,7 +102,7 @@ class MRLALight(QueryKeyValue):
             # DDP sees every parameter used.
             previous = x.new_zeros(1).expand_as(x)
         lambda_t = None if previous is None else lambda_t
-        if torch.jit.is_tracing():  # see query_key_of
+        if self.calls_parts:
             o = gated_value(
                 *self.query_key_of(x), self.value_of(x), previous, lambda_t, self.head_channels,
                 self.value_act,

@@ -19,13 +19,14 @@ def is_plain(*modules: nn.Module) -> bool:
 
 def norm_of(norm: nn.BatchNorm2d) -> Norm:
     """The parameters ``norm`` uses now; in training it counts the batch, as its forward does."""
-    moves = norm.training and norm.running_mean is not None
+    tracks = norm.track_running_stats or not norm.training
+    running_mean, running_var = (norm.running_mean, norm.running_var) if tracks else (None, None)
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    if moves and norm.num_batches_tracked is not None:
+    if norm.training and running_mean is not None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
     return Norm(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum, norm.eps,
-        norm.training or norm.running_mean is None,
+        norm.weight, norm.bias, running_mean, running_var, momentum, norm.eps,
+        norm.training or running_mean is None,
     )  # fmt: skip

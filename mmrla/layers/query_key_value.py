@@ -78,13 +78,19 @@ class QueryKeyValue(LayerAttention):
         """The value's convolution, ``[C, 1, 3, 3]``, or None where the value is x."""
         return None if self.value is None else self.value.weight
 
-    def query_key_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key of ``x``, ``[B, C]`` each.
+    @property
+    def calls_parts(self) -> bool:
+        """Whether query, key and value are called as modules; else their weights are enough.
 
-        During torch.jit tracing, query and key are called as modules, because FLOP counters
-        (``mmengine.analysis``) attribute operations to the module being called.
+        They are for their hooks, which make the weights in ``torch.nn.utils.prune``, and during
+        torch.jit tracing, because FLOP counters (``mmengine.analysis``) attribute operations to the
+        module being called.
         """
-        if not torch.jit.is_tracing():
+        return torch.jit.is_tracing() or not is_plain(self)
+
+    def query_key_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key of ``x``, ``[B, C]`` each."""
+        if not self.calls_parts:
             return query_key(x, self.query.weight, self.key.weight)
         means = channel_means(x)
         return self.called(self.query, means), self.called(self.key, means)

@@ -71,6 +71,9 @@ def unsupported_reason(z: Tensor, *args: Any, **kwargs: Any) -> str | None:
         return "torch.jit.trace records plain operations alone"
     if is_compiling():
         return "torch.compile and torch.export fuse plain operations themselves"
+    in_func = torch._C._functorch.peek_interpreter_stack() is not None
+    if in_func or torch.autograd.forward_ad._current_level >= 0:
+        return "torch.func and forward-mode derivatives need plain operations"
     if autocast_dtype(z) != z.dtype:
         return f"under autocast to {autocast_dtype(z)} z must have that dtype, got {z.dtype}"
     if args and uses_triton(z):

@@ -193,7 +193,7 @@ def start(z: Tensor, s: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Ten
     """``y``, its channel means, and the statistics that the norm used."""
     y, mean, inverse = normalise(z, norm)
     y = laid_out(y, z).add_(s).relu_()
-    return y, pixel_sums(y) / y[0, 0].numel(), mean, inverse
+    return y, pixel_sums(y) / y.shape[2:].numel(), mean, inverse
 
 
 def start_backward(
@@ -204,7 +204,7 @@ def start_backward(
 
     ``grad_means`` is the gradient of y's channel means, ``[B, C]``.
     """
-    _add(grad_y, on_map(grad_means / z[0, 0].numel(), grad_y))
+    _add(grad_y, on_map(grad_means / z.shape[2:].numel(), grad_y))
     grad_s = aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
     grad_z, grad_weight, grad_bias = norm_backward(grad_s, z, norm, mean, inverse)
     return grad_z, grad_s, grad_weight, grad_bias

@@ -57,7 +57,7 @@ class _LayerAttentionBlock:
         shortcut = x if self.downsample is None else self.downsample(x)
         if self._fuses_tail(z, shortcut, norm, act):
             scale = None
-            if self.training and not isinstance(self.mrla_drop_path, nn.Identity):
+            if not isinstance(self.mrla_drop_path, nn.Identity) and self.mrla_drop_path.training:
                 scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
             out, state = self.mrla.tail(z, shortcut, state, norm, self.bn_mrla, scale)
         else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from math import sqrt
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
-from mmrla.layers import MLA, DWConv, LinearRLA, MRLABase, MRLALight
+from mmrla.layers import KCLA, MLA, DLABase, DLALight, DWConv, LinearRLA, MRLABase, MRLALight
 from mmrla.ops import linear_rla, mla
 from mmrla.ops.linear_rla import feature_map_of
 from tests.conftest import relative_error
@@ -229,6 +230,20 @@ def test_eq_8_is_a_weighted_sum_over_all_earlier_layers():
                 mine = torch.autograd.grad(o.sum(), first, retain_graph=True)[0]
                 theirs = torch.autograd.grad(expected.sum(), first)[0]
                 assert relative_error(mine, theirs) < 1e-11
+
+
+@pytest.mark.parametrize("cls", [MRLALight, MRLABase, MLA, LinearRLA, DLALight, DLABase, KCLA])
+def test_hooks_of_the_parts_run(cls):
+    """``torch.nn.utils.prune`` makes weights in hooks: after loading, stale ones are left else."""
+    first, second = cls(16, 8), cls(16, 8)
+    for layer, name in product((first, second), ("query", "key", "value")):
+        prune.random_unstructured(getattr(layer, name), "weight", 1)
+    second.load_state_dict(first.state_dict())
+    maps = torch.randn(2, 2, 16, 5, 6)
+    for layer in (first, second):
+        _, layer.state = layer(*maps, None)
+    expected, got = (layer(*maps.flip(0), layer.state)[0] for layer in (first, second))
+    assert torch.equal(got, expected)
 
 
 def test_dwconv_is_the_value_alone():

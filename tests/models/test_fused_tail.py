@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrla.layers import MRLABase, MRLALight
 from mmrla.models import MRLAResNet
+from mmrla.ops.dispatch import forced_backend
 from tests.conftest import (
     HALVES,
     filled,
@@ -64,6 +65,11 @@ def alternate(norm):
     norm.track_running_stats = False
 
 
+def switch_off(norm):
+    """Batch statistics that leave the running ones as they are."""
+    norm.track_running_stats = False
+
+
 @pytest.mark.parametrize("layer_attention", [*ATTENTIONS, AGAIN], ids=lambda c: str(c)[10:])
 @pytest.mark.parametrize(
     "kwargs",
@@ -78,6 +84,7 @@ def alternate(norm):
         dict(edit=momentum(0.3)),
         dict(edit=freeze),
         dict(edit=alternate, mode="eval"),
+        dict(edit=switch_off),
         dict(with_cp=True),
     ],
     ids=stable_id,
@@ -119,9 +126,43 @@ def test_a_hook_sees_its_module(tails):
     seen = []
     model.layer1[0].bn_mrla.register_forward_hook(lambda *a: seen.append(1))
     model.layer2[1].mrla.register_forward_hook(lambda *a: seen.append(1))
+    model.layer3[0].relu.register_forward_hook(lambda *a: seen.append(1))  # called twice
     model(torch.randn(2, 3, 33, 33, dtype=torch.float64))
-    assert len(seen) == 2
-    assert len(tails) == 6
+    assert len(seen) == 4
+    assert len(tails) == 5
+
+
+def test_drop_path_follows_its_own_mode(tails):
+    """A frozen stage is in eval; its layer attention, new beside plain weights, may train."""
+    model = network(layer_attention=LIGHT, mrla_drop_path_rate=0.5, mode="eval")
+    x = torch.randn(4, 3, 33, 33, dtype=torch.float64)
+    whole = model(x)
+    for block in (block for block in model.modules() if hasattr(block, "mrla_drop_path")):
+        block.mrla_drop_path.train()
+    dropped = []
+    for backend in ("fused", "naive"):
+        torch.manual_seed(0)
+        with forced_backend(backend):
+            dropped.append(model(x))
+    assert len(tails) == 16
+    assert relative_error(dropped[0][-1], dropped[1][-1]) < 1e-9
+    assert relative_error(dropped[0][-1], whole[-1]) > 1e-2
+
+
+def test_empty_batches_and_function_transforms():
+    model = network(layer_attention=LIGHT, mode="eval")
+    assert model(torch.zeros(0, 3, 32, 32).double())[-1].shape == (0, 64, 1, 1)
+    parameters = dict(model.named_parameters())
+
+    def loss(values, x):
+        return torch.func.functional_call(model, values, (x[None],))[-1].sum()
+
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x)[-1].sum().backward()
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            assert relative_error(per_sample[name].sum(0), parameter.grad) < 1e-9, name
 
 
 @pytest.mark.parametrize("dtype", HALVES)

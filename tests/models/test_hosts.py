@@ -250,6 +250,7 @@ def test_half_precision_is_finite_and_close(attention):
     assert got.isfinite().all()
     assert (got.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval().bfloat16()(x.bfloat16())[-1].isfinite().all()
 
 
 @pytest.mark.parametrize("attention", TYPES)

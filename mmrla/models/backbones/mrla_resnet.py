@@ -127,7 +127,8 @@ class LayerAttentionBlock(PluginBlock):
             return self.relu(self.drop_path(branch) + shortcut), state
         if not watched and self._fuses_tail(z, shortcut):
             scale = None
-            if not isinstance(self.mrla_drop_path, nn.Identity) and self.training:
+            # Its own mode: with frozen stages, a block in eval may have attention that trains.
+            if not isinstance(self.mrla_drop_path, nn.Identity) and self.mrla_drop_path.training:
                 scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
             assert self.mrla is not None
             return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
@@ -155,7 +156,7 @@ class LayerAttentionBlock(PluginBlock):
             and not self._ends_with_plugins()
             and type(self.relu) is nn.ReLU
             and isinstance(self.drop_path, nn.Identity)
-            and is_plain(self.drop_path, self.mrla_act, self.mrla_drop_path)
+            and is_plain(self.relu, self.drop_path, self.mrla_act, self.mrla_drop_path)
             and z.dtype == shortcut.dtype
             and self.mrla.fuses_tail(z, self.last_norm, self.mrla_norm, type(self.mrla_act))
         )
