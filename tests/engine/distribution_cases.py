@@ -20,9 +20,8 @@ from mmrla.models import MRLAResNet
 from tests.conftest import flat
 from tests.helpers import filled, same
 from tests.models.test_wrapper import BACKBONES, wrapped
-from tests.models.zoo import HOSTS, INTERACTIONS, TYPES
+from tests.models.zoo import HOSTS, INTERACTIONS, KINDS, TYPES, build
 
-KINDS = ("MRLALight", "MRLABase")
 # In each host some that end before its last stage or block, its last, and several.
 OUT_INDICES = {
     "resnet": [(0,), (1,), (2,), (3,), (0, 2), (0, 1, 2, 3)],
@@ -34,14 +33,6 @@ OUT_INDICES = {
     "ceit": [(0,), (2,), (4,), (1, 3, 4)],
     "pvtv2": [(0,), (1,), (3,), (0, 1), (0, 1, 2, 3)],
 }
-
-
-def build(host: str, attention: dict | None, **more) -> nn.Module:
-    cls, kwargs, heads = HOSTS[host]
-    with_heads = attention is not None and attention["type"] in (*KINDS, "MLA", "LinearRLA")
-    if with_heads and host in ("resnet", "resnext"):
-        attention = dict(head_channels=heads) | attention
-    return cls(**{**kwargs, **more}, layer_attention=attention)
 
 
 def fill(model: nn.Module) -> nn.Module:
