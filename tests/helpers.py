@@ -46,6 +46,16 @@ def build(cfg: Any, scope: str, registry: Any = MODELS) -> Any:
         return registry.build(cfg)
 
 
+def classifier(
+    backbone: dict, channels: int = 2048, head: str = "LinearClsHead", classes: int = 1000
+) -> Any:
+    """mmpretrain's, around a backbone that puts out maps, or tokens for a head of a ViT."""
+    neck = None if "Vision" in head else dict(type="GlobalAveragePooling")
+    head = dict(type=head, num_classes=classes, in_channels=channels)
+    cfg = dict(type="ImageClassifier", backbone=backbone, neck=neck, head=head)
+    return build(cfg, "mmpretrain")
+
+
 def save_weights(cfg: Any, path: Path, **meta: object) -> str:
     """A checkpoint of a config's network with random weights."""
     torch.manual_seed(0)
