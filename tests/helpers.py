@@ -41,6 +41,11 @@ def python(
     return done.stdout + done.stderr if both or not ok else done.stdout
 
 
+def cfg_options(changes: dict) -> list[str]:
+    """What a command is told so that it changes its config."""
+    return ["--cfg-options", *(f"{key}={value}" for key, value in changes.items())]
+
+
 def build(cfg: Any, scope: str, registry: Any = MODELS) -> Any:
     with DefaultScope.overwrite_default_scope(scope):
         return registry.build(cfg)
