@@ -72,6 +72,12 @@ def save_weights(cfg: Any, path: Path, **meta: object) -> str:
     return str(path)
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What all files below a folder hold, by their paths from there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def same(a: Any, b: Any, prefix: str = "") -> bool:
     """Whether what ``a`` holds, a module or its state, is in ``b`` under the prefix."""
     a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
