@@ -212,7 +212,7 @@ def test_what_is_skipped_is_named():
     assert got.skipped == {"mul": 1, "erf": 1, "sub": 1}  # none for the product of sizes
 
 
-def really_kept(model, x, buffers=False):
+def really_kept(model, x):
     """As :func:`activation_memory`, with a real forward."""
     kept, alive = {}, []
 
@@ -223,7 +223,7 @@ def really_kept(model, x, buffers=False):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(x)
-    for tensor in (*model.parameters(), *(() if buffers else model.buffers())):
+    for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values()) / len(x)
 

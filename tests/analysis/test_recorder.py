@@ -18,6 +18,7 @@ from mmrla.models import (
 )
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import needs_new_compiler, relative_error
+from tests.helpers import DEMO
 
 LIGHT = dict(type="MRLALight", head_channels=8)
 OUTPUT = dict(type="MRLALight", head_channels=8, recurrence="output")
@@ -267,9 +268,8 @@ def test_in_a_detector_on_a_real_image(mode, coco_mini):
     from mmengine.structures import InstanceData
 
     from mmrla.engine.network import build_network
-    from tests.conftest import ROOT
 
-    network = build_network(str(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"), size=96)
+    network = build_network(str(DEMO), size=96)
     model = network.model.train(mode == "loss")
     inputs, _ = network.read(sorted((coco_mini / "val2017").glob("*.jpg"))[0])
     size = tuple(inputs.shape[-2:])

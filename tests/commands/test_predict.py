@@ -93,7 +93,7 @@ def test_a_classifier(images, tmp_path, monkeypatch):
     assert (cv2.imread(str(picture)) != plain).mean() > 0.01
 
 
-def test_arrays_of_cifar_are_rgb(images, tmp_path, monkeypatch):
+def test_arrays_of_cifar_are_rgb(tmp_path, monkeypatch):
     """CIFAR's pipeline reads no file; the data set gives RGB, so a file must be turned."""
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs/cifar/resnet20_mrla-base_cifar10.py"
