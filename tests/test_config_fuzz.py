@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -141,47 +142,26 @@ SECTIONS = [
 ]  # fmt: skip
 
 
-def misspelt_key_is_named(draw, data: Path, capsys) -> None:
-    from hypothesis import strategies as st
-
-    section = draw(st.sampled_from(SECTIONS))
-    cfg = Config.fromfile(DEMO)
-    keys = sorted(key for key in at(cfg, section) if not key.startswith("_"))
-    key = draw(st.sampled_from(keys))
-    place = draw(st.integers(0, len(key) - 1))
-    how = draw(st.sampled_from(["dropped", "doubled", "other"]))
-    middle = {"dropped": "", "doubled": key[place] * 2, "other": "q"}[how]
-    wrong = key[:place] + middle + key[place + 1 :]
-    if not wrong or wrong in keys:
-        return
-    line = error_of(capsys, DEMO, data, f"{section}.{wrong}=1")
-    assert wrong in line, line
-
-
-def at(cfg: Config, section: str):
-    for name in section.split("."):
-        cfg = cfg[name]
-    return cfg
-
-
-def run_fuzz(examples: int, data: Path, capsys) -> None:
+@pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
+def test_misspelt_keys(examples, data, capsys):
     hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
 
     @hypothesis.settings(
         max_examples=examples, derandomize=True, deadline=None, database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    @hypothesis.given(draw=hypothesis.strategies.data())
-    def check(draw):
-        misspelt_key_is_named(draw.draw, data, capsys)
+    @hypothesis.given(source=st.data())
+    def check(source):
+        section = source.draw(st.sampled_from(SECTIONS))
+        keys = sorted(k for k in attrgetter(section)(Config.fromfile(DEMO)) if k[0] != "_")
+        key = source.draw(st.sampled_from(keys))
+        place = source.draw(st.integers(0, len(key) - 1))
+        how = source.draw(st.sampled_from(["dropped", "doubled", "other"]))
+        middle = {"dropped": "", "doubled": key[place] * 2, "other": "q"}[how]
+        wrong = key[:place] + middle + key[place + 1 :]
+        if wrong and wrong not in keys:
+            line = error_of(capsys, DEMO, data, f"{section}.{wrong}=1")
+            assert wrong in line, line
 
     check()
-
-
-def test_misspelt_keys(data, capsys):
-    run_fuzz(15, data, capsys)
-
-
-@pytest.mark.slow
-def test_misspelt_keys_at_length(data, capsys):
-    run_fuzz(300, data, capsys)
