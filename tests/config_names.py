@@ -8,10 +8,10 @@ import runpy
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 import mmrla.registry  # noqa: F401
 from tests.conftest import ROOT
+from tests.helpers import build
 
 CONFIGS = ROOT / "configs"
 # Layer interactions beside MRLA: type, and reduction on ImageNet. A ReLU follows some norms.
@@ -170,5 +170,4 @@ def plugins_of(model) -> list:
 
 
 def backbone_of(cfg: Config, **more):
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return MODELS.build({**cfg.model.backbone, **more})
+    return build({**cfg.model.backbone, **more}, "mmpretrain")

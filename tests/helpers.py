@@ -41,9 +41,24 @@ def python(
     return done.stdout + done.stderr if both or not ok else done.stdout
 
 
+def cfg_options(changes: dict) -> list[str]:
+    """What a command is told so that it changes its config."""
+    return ["--cfg-options", *(f"{key}={value}" for key, value in changes.items())]
+
+
 def build(cfg: Any, scope: str, registry: Any = MODELS) -> Any:
     with DefaultScope.overwrite_default_scope(scope):
         return registry.build(cfg)
+
+
+def classifier(
+    backbone: dict, channels: int = 2048, head: str = "LinearClsHead", classes: int = 1000
+) -> Any:
+    """mmpretrain's, around a backbone that puts out maps, or tokens for a head of a ViT."""
+    neck = None if "Vision" in head else dict(type="GlobalAveragePooling")
+    head = dict(type=head, num_classes=classes, in_channels=channels)
+    cfg = dict(type="ImageClassifier", backbone=backbone, neck=neck, head=head)
+    return build(cfg, "mmpretrain")
 
 
 def save_weights(cfg: Any, path: Path, **meta: object) -> str:
@@ -55,6 +70,12 @@ def save_weights(cfg: Any, path: Path, **meta: object) -> str:
     state = build(model, cfg.default_scope).state_dict()
     torch.save(dict(state_dict=state, meta=meta), path)
     return str(path)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What all files below a folder hold, by their paths from there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def same(a: Any, b: Any, prefix: str = "") -> bool:

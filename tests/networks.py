@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseDataPreprocessor, BaseModel, BaseModule
-from torch import Tensor, nn
+from torch import nn
 
 from mmrla.models import MRLAResNet
 
@@ -63,6 +64,11 @@ class Detector(BaseModule):
         self.roi_head.bbox_head = Head(classes, init_cfgs.get("bbox_head"))
 
 
-def noise(count: int = 8, size: int = 32) -> list[Tensor]:
+def samples() -> list[dict]:
+    """Eight images of noise with labels and the names of files."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(3, size, size, generator=generator) for _ in range(count)]
+    images = [torch.randn(3, 32, 32, generator=generator) for _ in range(8)]
+    return [
+        dict(inputs=image, data_samples=SimpleNamespace(label=i % 4, img_path=f"images/{i}.jpg"))
+        for i, image in enumerate(images)
+    ]

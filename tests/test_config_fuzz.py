@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,7 @@ from mmengine.registry import DefaultScope
 
 from mmrla.cli import main
 from mmrla.datasets import generate_shapes
-from tests.conftest import ROOT
-
-DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
+from tests.helpers import DEMO, refusal
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +20,16 @@ def data(tmp_path_factory) -> Path:
     return generate_shapes(tmp_path_factory.mktemp("fuzz") / "data", num_train=2, num_val=1)
 
 
-def dry_run(config: object, data: Path, *options: str) -> int:
-    DefaultScope._instance_dict.clear()
+def dry_run(config: object, data: Path, *options: str) -> list[str]:
+    """The words of a command."""
     words = ["train", str(config), "--data-root", str(data), "--dry-run"]
-    try:
-        main([*words, *(["--cfg-options", *options] if options else [])])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return [*words, *(["--cfg-options", *options] if options else [])]
 
 
-def error_of(text: str) -> str:
-    """The one line of an error, in what a command wrote to stderr."""
+def error_of(capsys, *arguments: object) -> str:
+    """The one line by which :func:`dry_run` is refused."""
+    DefaultScope._instance_dict.clear()
+    text = refusal(capsys, *dry_run(*arguments))
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(line) < 1000
@@ -41,7 +38,7 @@ def error_of(text: str) -> str:
 
 def test_the_config_itself_is_fine(data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert dry_run(DEMO, data) == 0
+    main(dry_run(DEMO, data))
     printed = capsys.readouterr()
     assert "error" not in printed.err
     last = printed.out.splitlines()[-1]
@@ -57,10 +54,9 @@ def test_options_that_hold_dicts_and_loaders_without_workers(data, capsys):
         "param_scheduler=[{'type': 'MultiStepLR', 'milestones': [1, 2]}]",
     ]  # fmt: skip
     assert Config.fromfile(DEMO).train_dataloader.persistent_workers
-    assert dry_run(DEMO, data, *options) == 0
+    main(dry_run(DEMO, data, *options))
     for wrong in ("param_scheduler=[{type: MultiStepLR}]", "param_scheduler"):
-        assert dry_run(DEMO, data, wrong) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
+        message = refusal(capsys, *dry_run(DEMO, data, wrong)).splitlines()[-1]
         assert "[{'type': 'LinearLR', 'end': 500}]" in message or "KEY=VALUE" in message
 
 
@@ -68,8 +64,7 @@ def test_a_visualizer_that_is_not_installed(data, capsys, monkeypatch):
     for name in ("torch.utils.tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, name, None)
     option = "visualizer.vis_backends=[{'type': 'TensorboardVisBackend'}]"
-    assert dry_run(DEMO, data, option) == 2
-    assert "tensorboard" in error_of(capsys.readouterr().err)
+    assert "tensorboard" in error_of(capsys, DEMO, data, option)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +103,7 @@ def test_a_visualizer_that_is_not_installed(data, capsys, monkeypatch):
     ids=lambda value: value if "=" in value else "",
 )
 def test_options(option, named, data, capsys):
-    assert dry_run(DEMO, data, option) == 2
-    assert named in error_of(capsys.readouterr().err)
+    assert named in error_of(capsys, DEMO, data, option)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +129,7 @@ def test_options(option, named, data, capsys):
 def test_files(text, named, data, tmp_path, capsys):
     config = tmp_path / "config.py"
     config.write_text(text)
-    assert dry_run(config, data) == 2
-    line = error_of(capsys.readouterr().err)
+    line = error_of(capsys, config, data)
     assert named in line
     if text:
         assert str(config) in line
@@ -149,48 +142,26 @@ SECTIONS = [
 ]  # fmt: skip
 
 
-def misspelt_key_is_named(draw, data: Path, capsys) -> None:
-    from hypothesis import strategies as st
-
-    section = draw(st.sampled_from(SECTIONS))
-    cfg = Config.fromfile(DEMO)
-    keys = sorted(key for key in at(cfg, section) if not key.startswith("_"))
-    key = draw(st.sampled_from(keys))
-    place = draw(st.integers(0, len(key) - 1))
-    how = draw(st.sampled_from(["dropped", "doubled", "other"]))
-    middle = {"dropped": "", "doubled": key[place] * 2, "other": "q"}[how]
-    wrong = key[:place] + middle + key[place + 1 :]
-    if not wrong or wrong in keys:
-        return
-    assert dry_run(DEMO, data, f"{section}.{wrong}=1") == 2, f"{section}.{wrong}"
-    line = error_of(capsys.readouterr().err)
-    assert wrong in line, line
-
-
-def at(cfg: Config, section: str):
-    for name in section.split("."):
-        cfg = cfg[name]
-    return cfg
-
-
-def run_fuzz(examples: int, data: Path, capsys) -> None:
+@pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
+def test_misspelt_keys(examples, data, capsys):
     hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
 
     @hypothesis.settings(
         max_examples=examples, derandomize=True, deadline=None, database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    @hypothesis.given(draw=hypothesis.strategies.data())
-    def check(draw):
-        misspelt_key_is_named(draw.draw, data, capsys)
+    @hypothesis.given(source=st.data())
+    def check(source):
+        section = source.draw(st.sampled_from(SECTIONS))
+        keys = sorted(k for k in attrgetter(section)(Config.fromfile(DEMO)) if k[0] != "_")
+        key = source.draw(st.sampled_from(keys))
+        place = source.draw(st.integers(0, len(key) - 1))
+        how = source.draw(st.sampled_from(["dropped", "doubled", "other"]))
+        middle = {"dropped": "", "doubled": key[place] * 2, "other": "q"}[how]
+        wrong = key[:place] + middle + key[place + 1 :]
+        if wrong and wrong not in keys:
+            line = error_of(capsys, DEMO, data, f"{section}.{wrong}=1")
+            assert wrong in line, line
 
     check()
-
-
-def test_misspelt_keys(data, capsys):
-    run_fuzz(15, data, capsys)
-
-
-@pytest.mark.slow
-def test_misspelt_keys_at_length(data, capsys):
-    run_fuzz(300, data, capsys)

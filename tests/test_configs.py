@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 
 from mmrla.layers import LayerAttention
@@ -41,6 +40,7 @@ from tests.config_names import (
     transform_types,
     without,
 )  # fmt: skip
+from tests.helpers import build
 
 
 def test_every_promised_config_is_there():
@@ -272,13 +272,12 @@ def test_ablation_trains(name):
     cfg = load(f"ablation/{name}_in1k")
     if cfg.model.backbone.type.endswith("VisionTransformer"):
         cfg.model.backbone.img_size = 64
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        cfg.model.data_preprocessor = cfg.data_preprocessor
-        model = MODELS.build(cfg.model).train()
-        samples = [DataSample().set_gt_label(i) for i in (1, 2)]
-        images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
-        data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
-        model.loss(data["inputs"], data["data_samples"])["loss"].backward()
+    cfg.model.data_preprocessor = cfg.data_preprocessor
+    model = build(cfg.model, "mmpretrain").train()
+    samples = [DataSample().set_gt_label(i) for i in (1, 2)]
+    images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
+    data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
+    model.loss(data["inputs"], data["data_samples"])["loss"].backward()
     assert not [k for k, p in model.named_parameters() if p.grad is None]
     layer = next(m for m in model.modules() if isinstance(m, LayerAttention))
     assert type(layer).__name__ == cfg.model.backbone.layer_attention.type

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 from mmrla.layers import LayerAttention
 from tests.config_names import (
@@ -24,6 +23,7 @@ from tests.config_names import (
     WITH_RELU,
     load,
 )  # fmt: skip
+from tests.helpers import build
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -106,8 +106,7 @@ def test_other_detectors_train(name, tmp_path):
     for part in ("encoder", "decoder"):
         if part in cfg:
             cfg[part].num_layers = 1
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(cfg)
+    model = build(cfg, "mmdet")
     model.init_weights()
     model.train()
     boxes = torch.tensor([[8.0, 8, 60, 50], [70, 30, 120, 90]])
@@ -145,8 +144,7 @@ def test_builds_from_anywhere(name, tmp_path, monkeypatch):
     cfg.dump(str(tmp_path / "copy.py"))
     copied = Config.fromfile(str(tmp_path / "copy.py"))
     assert copied.model == cfg.model
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        backbone = MODELS.build(copied.model).backbone
+    backbone = build(copied.model, "mmdet").backbone
     attention = copied.model.backbone.layer_attention
     mrla = [m for m in backbone.modules() if isinstance(m, LayerAttention)]
     layers = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import importlib.util
 import itertools
 import os
 import re
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -35,6 +33,7 @@ from mmrla.checkpoints import to_released
 from mmrla.datasets import generate_shapes
 from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
+from tests.datasets.bad_sets import write_image
 from tests.datasets.test_voc import write_voc
 from tests.helpers import build
 from tests.zygote import run_command
@@ -167,11 +166,6 @@ def test_every_block_is_known():
 # Commands
 
 
-def image(path: Path, side: int = 32) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
-
-
 @pytest.fixture(scope="session")
 def data(coco_mini, tmp_path_factory) -> Path:
     """What the pages call data/."""
@@ -181,11 +175,11 @@ def data(coco_mini, tmp_path_factory) -> Path:
     for split in ("train", "val", "test"):
         for label in range(1000):
             (folder / f"imagenet/{split}/n{label:08d}").mkdir(parents=True)
-        image(folder / f"imagenet/{split}/n00000000/0.JPEG")
+        write_image(folder / f"imagenet/{split}/n00000000/0.JPEG")
         for name in CIFAR10.METAINFO["classes"]:
-            image(folder / f"cifar10/{split}/{name}/0.png")
+            write_image(folder / f"cifar10/{split}/{name}/0.png", 32, 32)
         for name in ("ant", "bee", "cat"):
-            image(folder / f"insects/{split}/{name}/0.jpg")
+            write_image(folder / f"insects/{split}/{name}/0.jpg")
         write_voc(folder / "bccd", split, [("WBC", (4, 5, 40, 30), 0)])
         (folder / f"bccd/ImageSets/Main/{split}.txt").write_text(split)
     generate_shapes(folder / "mine", num_train=2, num_val=2)
@@ -209,7 +203,7 @@ def checkout(data, tmp_path, monkeypatch) -> Path:
     (tmp_path / "configs/bolts.py").write_text(own.text)
     generate_shapes(tmp_path / "work_dirs/first/data", num_train=2, num_val=2)
     for name in ("image.jpg", "cat.jpg", "dog.jpg", "photos/1.jpg", "photos/2.jpg"):
-        image(tmp_path / name, 64)
+        write_image(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

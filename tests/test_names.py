@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 
 import pytest
 
@@ -167,7 +166,6 @@ def test_programs_that_do_not_import_mmrla(tmp_path):
     hidden = "import sys; sys.exit('mmrla' in sys.modules)"
     (file,) = (tmp_path / "env").glob("lib/python*/site-packages/mmrla-startup.pth")
     file.write_text(file.read_text().replace("mmrla", "mmrla_gone"))
-    done = subprocess.run([own, "-c", hidden], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert python("-c", hidden, cwd=tmp_path, python=own, both=True) == ""
     assert run("-m", "mmrla.startup", "off").startswith("off: ")
     assert not file.exists()

@@ -2,46 +2,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmdet.models import PyramidVisionTransformerV2
 from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
+from mmpretrain.models import EfficientNet
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
 from mmrla.layers import LayerAttention
+from mmrla.models import MRLAResNet
 from mmrla.ops import eca_kernel_size
-from mmrla.registry import MODELS
-from tests.conftest import ROOT
+from tests.helpers import classifier
 
 LIGHT = dict(type="MRLALight", head_channels=32)
 BASE = dict(type="MRLABase", head_channels=16)
-CIFAR = ROOT / "configs" / "cifar"
-
-
-def classifier(depth, layer_attention):
-    return MODELS.build(
-        dict(
-            type="mmpretrain.ImageClassifier",
-            backbone=dict(type="mmrla.MRLAResNet", depth=depth, layer_attention=layer_attention),
-            neck=dict(type="mmpretrain.GlobalAveragePooling"),
-            head=dict(type="mmpretrain.LinearClsHead", num_classes=1000, in_channels=2048),
-        )
-    )
+HALF = dict(stem_channels=32, base_channels=32)
 
 
 def deit(arch="deit-tiny", **backbone):
-    return MODELS.build(
-        dict(
-            type="mmpretrain.ImageClassifier",
-            backbone={"type": "mmrla.MRLAVisionTransformer", "arch": arch, "patch_size": 16}
-            | backbone,
-            head=dict(
-                type="mmpretrain.VisionTransformerClsHead",
-                num_classes=1000,
-                in_channels=192 if arch == "deit-tiny" else 384,
-            ),
-        )
-    )
+    cfg = dict(type="mmrla.MRLAVisionTransformer", arch=arch, patch_size=16) | backbone
+    return classifier(cfg, 192 if arch == "deit-tiny" else 384, "VisionTransformerClsHead")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +38,8 @@ def deit(arch="deit-tiny", **backbone):
 )
 def test_figures_of_the_released_networks(depth, layer_attention, params, gmacs):
     """To the last digit that is known: exact for the plain networks, else 3 decimals."""
-    model = classifier(depth, layer_attention).train()
+    backbone = dict(type="mmrla.MRLAResNet", depth=depth, layer_attention=layer_attention)
+    model = classifier(backbone).train()
     got = complexity(model, torch.rand(1, 3, 224, 224))
     assert got.params == sum(p.numel() for p in model.parameters())
     if layer_attention is None:
@@ -74,66 +56,54 @@ def test_figures_of_the_released_networks(depth, layer_attention, params, gmacs)
 # work that is counted (GAP, query and key, their product, value, what follows), and the
 # element-wise part of it.
 TERMS = {
-    "MLA": lambda t, c, n, k: (t * n + (1 + t) * k * c + t * c + t * 9 * n + t * n, 0),
+    # The gate times V, and lambda o_{t-1}.
+    "MRLALight": (LIGHT, lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + 2 * n, 2 * n)),
+    # The weighted sum of t values.
+    "MRLABase": (BASE, lambda t, c, n, k: (n + 2 * k * c + t * c + 9 * n + t * n, 0)),
+    "MLA": (
+        dict(type="MLA", head_channels=8),
+        lambda t, c, n, k: (t * n + (1 + t) * k * c + t * c + t * 9 * n + t * n, 0),
+    ),
     # U and its product with phi(Q): d * n each; phi(Q) Z is element-wise.
-    "LinearRLA": lambda t, c, n, k: (n + 2 * k * c + 9 * n + 2 * 8 * n + c, c),
-    "DWConv": lambda t, c, n, k: (9 * n, 0),
-    "projection": lambda t, c, n, k: (n + 2 * c * c + c + 9 * n + 2 * n, 2 * n),
-    "value_conv": lambda t, c, n, k: (n + 2 * k * c + c + 2 * n, 2 * n),
-    "recurrence": lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + n, n),
-    "fixed_lambda": lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + 2 * n, 2 * n),
+    "LinearRLA": (
+        dict(type="LinearRLA", head_channels=8),
+        lambda t, c, n, k: (n + 2 * k * c + 9 * n + 2 * 8 * n + c, c),
+    ),
+    "DWConv": (dict(type="DWConv"), lambda t, c, n, k: (9 * n, 0)),
+    "projection": (
+        dict(LIGHT, projection="fc"),
+        lambda t, c, n, k: (n + 2 * c * c + c + 9 * n + 2 * n, 2 * n),
+    ),
+    "value_conv": (
+        dict(LIGHT, value_conv=False),
+        lambda t, c, n, k: (n + 2 * k * c + c + 2 * n, 2 * n),
+    ),
+    "recurrence": (
+        dict(LIGHT, recurrence=None),
+        lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + n, n),
+    ),
+    "fixed_lambda": (
+        dict(LIGHT, fixed_lambda=1),
+        lambda t, c, n, k: (n + 2 * k * c + c + 9 * n + 2 * n, 2 * n),
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    ("layer_attention", "terms"),
-    [
-        (dict(type="MLA", head_channels=8), "MLA"),
-        (dict(type="LinearRLA", head_channels=8), "LinearRLA"),
-        (dict(type="DWConv"), "DWConv"),
-        (dict(LIGHT, projection="fc"), "projection"),
-        (dict(LIGHT, value_conv=False), "value_conv"),
-        (dict(LIGHT, recurrence=None), "recurrence"),
-        (dict(LIGHT, fixed_lambda=1), "fixed_lambda"),
-    ],
-)
-def test_the_other_attentions_are_counted_term_by_term(layer_attention, terms):
-    backbone = MODELS.build(
-        dict(type="mmrla.MRLAResNet", depth=18, layer_attention=layer_attention)
-    )
-    got = complexity(backbone, torch.rand(1, 3, 64, 96))
-    expected, elementwise = 0, 0
+@pytest.mark.parametrize("name", TERMS)
+def test_attention_is_counted_term_by_term(name):
+    """With numbers from the equations, and beside the plain network with the norms behind it."""
+    layer_attention, terms = TERMS[name]
+    x = torch.rand(1, 3, 64, 96)
+    got = complexity(MRLAResNet(18, layer_attention=layer_attention), x)
+    expected = elementwise = norms = 0
     for channels, pixels in ((64, 384), (128, 96), (256, 24), (512, 6)):
         for t in (1, 2):
-            work, part = TERMS[terms](t, channels, channels * pixels, eca_kernel_size(channels))
-            expected, elementwise = expected + work, elementwise + part
+            n = channels * pixels
+            work, part = terms(t, channels, n, eca_kernel_size(channels))
+            expected, elementwise, norms = expected + work, elementwise + part, norms + 2 * n
     assert got.attention_macs == expected
     assert got.elementwise_macs == elementwise
-
-
-@pytest.mark.parametrize("layer_attention", [LIGHT, BASE])
-def test_all_of_the_attention_is_counted(layer_attention):
-    """Term by term, with numbers from the equations."""
-    backbone = MODELS.build(
-        dict(type="mmrla.MRLAResNet", depth=18, layer_attention=layer_attention)
-    )
-    got = complexity(backbone, torch.rand(1, 3, 64, 96))
-    expected = elementwise = 0
-    for stage, (channels, pixels) in enumerate([(64, 384), (128, 96), (256, 24), (512, 6)]):
-        n = channels * pixels
-        k = backbone.get_submodule(f"layer{stage + 1}.0.mrla").query.kernel_size[0]
-        for t in (1, 2):
-            layers = 1 if layer_attention is LIGHT else t
-            # GAP, Conv1D twice, q k of all heads, 3x3 depthwise
-            expected += n + 2 * k * channels + channels * layers + 9 * n
-            # gate V, lambda o_{t-1}; or the weighted sum
-            expected += 2 * n if layer_attention is LIGHT else t * n
-            elementwise += 2 * n if layer_attention is LIGHT else 0
-    assert got.attention_macs == expected
-    assert got.elementwise_macs == elementwise
-    norms = 2 * 2 * sum(c * p for c, p in [(64, 384), (128, 96), (256, 24), (512, 6)])
-    plain = MODELS.build(dict(type="mmrla.MRLAResNet", depth=18, layer_attention=None))
-    without = complexity(plain, torch.rand(1, 3, 64, 96)).macs
+    without = complexity(MRLAResNet(18, layer_attention=None), x).macs
     assert got.macs - without == expected - elementwise + norms
 
 
@@ -153,9 +123,7 @@ COUNTED = [
 @pytest.mark.parametrize("kind", COUNTED, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_mmengines_counter_sees_every_part(kind):
     """Its figure is ours, and query, key and value have rows of their own in its table."""
-    model = MODELS.build(
-        dict(type="mmrla.MRLAResNet", depth=18, base_channels=32, layer_attention=kind)
-    ).eval()
+    model = MRLAResNet(18, base_channels=32, layer_attention=kind).eval()
     x = torch.rand(1, 3, 64, 96)
     info = get_model_complexity_info(model, inputs=(x,), show_arch=False)
     # what mmengine has no rule for besides is element-wise
@@ -184,15 +152,8 @@ def test_mmengines_counter_sees_every_part(kind):
     [
         (lambda: deit(layer_attention=None), 1.258),
         (lambda: deit("deit-small", type="mmpretrain.VisionTransformer"), 4.608),
-        (lambda: MODELS.build(dict(type="mmpretrain.EfficientNet", arch="b0")), 0.400),
-        (
-            lambda: MODELS.build(
-                dict(
-                    type="mmdet.PyramidVisionTransformerV2", embed_dims=32, num_layers=[2, 2, 2, 2]
-                )
-            ),
-            0.572,
-        ),
+        (lambda: EfficientNet("b0"), 0.400),
+        (lambda: PyramidVisionTransformerV2(embed_dims=32, num_layers=[2, 2, 2, 2]), 0.572),
     ],
 )
 def test_attention_among_tokens_is_counted(model, gmacs):
@@ -251,7 +212,7 @@ def test_what_is_skipped_is_named():
     assert got.skipped == {"mul": 1, "erf": 1, "sub": 1}  # none for the product of sizes
 
 
-def really_kept(model, x, buffers=False):
+def really_kept(model, x):
     """As :func:`activation_memory`, with a real forward."""
     kept, alive = {}, []
 
@@ -262,26 +223,20 @@ def really_kept(model, x, buffers=False):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(x)
-    for tensor in (*model.parameters(), *(() if buffers else model.buffers())):
+    for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values()) / len(x)
-
-
-def resnet(**kwargs):
-    return MODELS.build(dict(type="mmrla.MRLAResNet", depth=18, base_channels=32, **kwargs))
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: resnet(stem_channels=32, layer_attention=None),
-        lambda: resnet(stem_channels=32, layer_attention=LIGHT, mrla_drop_path_rate=0.2),
-        lambda: resnet(stem_channels=32, layer_attention=BASE, with_cp=True),
-        lambda: resnet(stem_channels=32, layer_attention=BASE, frozen_stages=2, norm_eval=True),
+        lambda: MRLAResNet(18, **HALF, layer_attention=None),
+        lambda: MRLAResNet(18, **HALF, layer_attention=LIGHT, mrla_drop_path_rate=0.2),
+        lambda: MRLAResNet(18, **HALF, layer_attention=BASE, with_cp=True),
+        lambda: MRLAResNet(18, **HALF, layer_attention=BASE, frozen_stages=2, norm_eval=True),
         lambda: deit(drop_path_rate=0.1, img_size=64),
-        lambda: MODELS.build(
-            dict(type="mmdet.PyramidVisionTransformerV2", embed_dims=32, num_layers=[1, 1, 1, 1])
-        ),
+        lambda: PyramidVisionTransformerV2(embed_dims=32, num_layers=[1, 1, 1, 1]),
     ],
 )
 def test_activation_memory_is_that_of_a_real_forward(model):
@@ -302,7 +257,7 @@ def test_activation_memory_is_that_of_a_real_forward(model):
 
 def test_activation_memory_of_resnet50():
     """82.1 MiB an image was measured of torchvision's, with the buffers of batch norms in it."""
-    model = classifier(50, None)
+    model = classifier(dict(type="mmrla.MRLAResNet", depth=50, layer_attention=None))
     got = activation_memory(model, torch.rand(2, 3, 224, 224))
     statistics = sum(
         b.nbytes for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")

@@ -18,6 +18,7 @@ from mmrla.models import (
 )
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import needs_new_compiler, relative_error
+from tests.helpers import DEMO
 
 LIGHT = dict(type="MRLALight", head_channels=8)
 OUTPUT = dict(type="MRLALight", head_channels=8, recurrence="output")
@@ -184,10 +185,9 @@ def test_leaves_the_model_as_it_was():
     assert len(rec.groups[0].scores) == count  # nothing more outside
 
 
-def test_a_layer_attention_of_ones_own():
+def test_a_layer_attention_of_ones_own(monkeypatch):
     """What retrieval needs of earlier layers beyond state goes along as memory."""
 
-    @LAYER_ATTENTIONS.register_module(name="MeanOfOwn", force=True)
     class MeanOf(LayerAttention):
         def forward(self, x, shortcut, state):
             return x, None
@@ -199,13 +199,13 @@ def test_a_layer_attention_of_ones_own():
             scores = x.new_full((len(x), 1, count), 1 / count)
             return Retrieval(x.mean((2, 3))[:, None], scores, count)
 
-    model = resnet(dict(type="MeanOfOwn"), 34).eval()
+    monkeypatch.setitem(LAYER_ATTENTIONS._module_dict, "MeanOf", MeanOf)
+    model = resnet(dict(type="MeanOf"), 34).eval()
     with record_layer_attention(model) as rec:
         model(torch.randn(1, 3, 32, 32))
     third = rec.groups[2]
     assert third.name == "layer3"
     assert torch.allclose(third.scores[0, 0, 5], torch.full((6,), 1 / 6))
-    LAYER_ATTENTIONS._module_dict.pop("MeanOfOwn")
 
 
 def test_errors():
@@ -268,9 +268,8 @@ def test_in_a_detector_on_a_real_image(mode, coco_mini):
     from mmengine.structures import InstanceData
 
     from mmrla.engine.network import build_network
-    from tests.conftest import ROOT
 
-    network = build_network(str(ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"), size=96)
+    network = build_network(str(DEMO), size=96)
     model = network.model.train(mode == "loss")
     inputs, _ = network.read(sorted((coco_mini / "val2017").glob("*.jpg"))[0])
     size = tuple(inputs.shape[-2:])

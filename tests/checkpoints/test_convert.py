@@ -15,7 +15,7 @@ from mmrla.checkpoints.efficientnet import _from_torchvision
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.registry import MODELS
 from tests.conftest import generated, golden, relative_error
-from tests.helpers import assert_equal, build, filled
+from tests.helpers import assert_equal, classifier, filled
 
 ATTENTION = {
     "light": dict(type="MRLALight", head_channels=32),
@@ -29,13 +29,6 @@ def released_resnet(name: str, source: str) -> tuple[dict[str, torch.Tensor], di
     keys = list(map(str, g.names["keys"]))
     shapes = map(json.loads, map(str, g.names["shapes"]))
     return {k: generated(k, tuple(s)) for k, s in zip(keys, shapes, strict=True)}, g
-
-
-def classifier(backbone: dict, channels: int = 2048, head: str = "LinearClsHead", classes=1000):
-    neck = None if "Vision" in head else dict(type="GlobalAveragePooling")
-    head = dict(type=head, num_classes=classes, in_channels=channels)
-    cfg = dict(type="ImageClassifier", backbone=backbone, neck=neck, head=head)
-    return build(cfg, "mmpretrain").eval()
 
 
 def resnet(depth: int, attention: dict | None, kind: str = "MRLAResNet"):
@@ -58,7 +51,7 @@ def filled_by(model, converted: dict):
     report = load_into(model, converted)
     assert not report.missing
     assert not report.unexpected
-    return model
+    return model.eval()
 
 
 @pytest.mark.parametrize(

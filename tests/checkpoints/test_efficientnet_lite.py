@@ -8,9 +8,10 @@ from mmengine.config import Config
 from torch.nn import functional as F
 
 from mmrla import cli
-from mmrla.checkpoints import convert_state_dict, detect, load_into, to_released
+from mmrla.checkpoints import convert_state_dict, detect, to_released
 from mmrla.checkpoints.files import CheckpointError
 from mmrla.models import MRLAEfficientNet
+from tests.checkpoints.test_convert import filled_by
 from tests.conftest import ROOT, generated, relative_error
 from tests.helpers import assert_equal, build
 
@@ -91,11 +92,7 @@ def test_classifier_computes_what_the_checkpoint_says(size):
     assert (found.family, found.style) == ("efficientnet", "efficientnet-pytorch")
     assert "EfficientNet-Lite of 16 layers, stem 32" in found.description
     cfg = Config.fromfile(ROOT / "configs/imagenet/efficientnet-lite0_in1k.py")
-    model = build(cfg.model, "mmpretrain")
-    report = load_into(model, convert_state_dict(state))
-    assert not report.missing
-    assert not report.unexpected
-    model = model.double().eval()
+    model = filled_by(build(cfg.model, "mmpretrain"), convert_state_dict(state)).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     logits = model(ours)

@@ -18,6 +18,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmrla.checkpoints import load_file, state_dict_of
 from mmrla.checkpoints.files import CheckpointError
 from tests.helpers import refusal
+from tests.test_safety import Reduced
 
 STATE = {"conv1.weight": torch.arange(4096.0), "bn1.bias": torch.zeros(3)}
 
@@ -26,11 +27,6 @@ def saved(value, **kwargs) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, **kwargs)
     return buffer.getvalue()
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("code ran",))
 
 
 GOOD = saved(STATE)
@@ -42,7 +38,10 @@ BAD = {
     "text": (b"hello, I am no checkpoint at all, but long enough", "not a torch checkpoint"),
     "json": (b'{"state_dict": {}}', "not a torch checkpoint"),
     "pickle": (pickle.dumps({"a": 1}), None),
-    "code": (saved({"state_dict": STATE, "x": Evil()}), "MMRLA_UNSAFE_LOAD=1"),
+    "code": (
+        saved({"state_dict": STATE, "x": Reduced(print, ("code ran",))}),
+        "MMRLA_UNSAFE_LOAD=1",
+    ),
 }
 
 

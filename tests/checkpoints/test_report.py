@@ -6,19 +6,19 @@ from torch import nn
 
 from mmrla.checkpoints import load_into
 from mmrla.checkpoints.files import CheckpointError
-from tests.helpers import build, same
+from mmrla.models import MRLAResNet
+from tests import helpers
+from tests.helpers import same
 from tests.networks import LIGHT, TINY, Detector
 
 
 def backbone(attention: dict | None = LIGHT) -> nn.Module:
-    return build(dict(type="mmrla.MRLAResNet", layer_attention=attention, **TINY), "mmpretrain")
+    return MRLAResNet(**TINY, layer_attention=attention)
 
 
 def classifier(classes: int) -> nn.Module:
     host = dict(type="mmrla.MRLAResNet", layer_attention=LIGHT, **TINY)
-    neck = dict(type="GlobalAveragePooling")
-    head = dict(type="LinearClsHead", num_classes=classes, in_channels=64)
-    return build(dict(type="ImageClassifier", backbone=host, neck=neck, head=head), "mmpretrain")
+    return helpers.classifier(host, 64, classes=classes)
 
 
 def test_with_and_without_prefix():

@@ -17,7 +17,7 @@ from pycocotools.mask import decode
 from mmrla.cli import main
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT
-from tests.helpers import DEMO, build, refusal, save_weights
+from tests.helpers import DEMO, build, cfg_options, refusal, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,7 @@ def test_a_classifier(images, tmp_path, monkeypatch):
     names = [f"animal {number}" for number in range(1000)]
     checkpoint = save_weights(cfg, tmp_path / "weights.pth", dataset_meta=dict(classes=names))
     image = next((images / "val2017").iterdir())
-    words = [f"{key}={value}" for key, value in options.items()]
-    (found,) = predict(config, checkpoint, image, "--cfg-options", *words)
+    (found,) = predict(config, checkpoint, image, *cfg_options(options))
     (expected,) = ImageClassificationInferencer(cfg, checkpoint, device="cpu")(str(image))
     best = np.argsort(expected["pred_scores"])[::-1][:5]
     assert [one["name"] for one in found["classes"]] == [names[label] for label in best]
@@ -94,7 +93,7 @@ def test_a_classifier(images, tmp_path, monkeypatch):
     assert (cv2.imread(str(picture)) != plain).mean() > 0.01
 
 
-def test_arrays_of_cifar_are_rgb(images, tmp_path, monkeypatch):
+def test_arrays_of_cifar_are_rgb(tmp_path, monkeypatch):
     """CIFAR's pipeline reads no file; the data set gives RGB, so a file must be turned."""
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs/cifar/resnet20_mrla-base_cifar10.py"
@@ -153,10 +152,9 @@ def predictions(mirrored, tmp_path, *words: str):
     cfg = Config.fromfile(DEMO)
     cfg.merge_from_dict(BOXES)
     weights = save_weights(cfg, tmp_path / "w.pth")
-    options = [f"{key}={value}" for key, value in BOXES.items()]
     out = tmp_path / "out.pkl"
     main(["test", str(DEMO), weights, "--data-root", str(mirrored), "--work-dir",
-          str(tmp_path), "--out", str(out), *words, "--cfg-options", *options,
+          str(tmp_path), "--out", str(out), *words, *cfg_options(BOXES),
           "test_dataloader.num_workers=0"])  # fmt: skip
     found = pickle.loads(out.read_bytes())
     return [one["pred_instances"] for one in sorted(found, key=lambda one: one["img_path"])]
@@ -198,13 +196,13 @@ def test_a_mirrored_classifier(tmp_path, monkeypatch):
         cv2.imwrite(str(tmp_path / f"data/{split}/b/1.png"), image[:, ::-1])
     config = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
     cfg = Config.fromfile(config)
-    options = {"model.backbone.depth": 18, "model.head.in_channels": 512,
-               "model.head.num_classes": 2}  # fmt: skip
+    options = {
+        "model.backbone.depth": 18, "model.head.in_channels": 512, "model.head.num_classes": 2,
+        "test_dataloader.dataset.metainfo.classes": "[a,b]", "test_dataloader.num_workers": 0,
+    }  # fmt: skip
     cfg.merge_from_dict(options)
     save_weights(cfg, tmp_path / "w.pth")
-    words = [f"{key}={value}" for key, value in options.items()]
-    words += ["test_dataloader.dataset.metainfo.classes=[a,b]", "test_dataloader.num_workers=0"]
     main(["test", str(config), "w.pth", "--data-root", "data", "--out", "out.pkl", "--work-dir",
-          "run", "--tta", "--cfg-options", *words])  # fmt: skip
+          "run", "--tta", *cfg_options(options)])  # fmt: skip
     one, two = (found["pred_score"] for found in pickle.loads((tmp_path / "out.pkl").read_bytes()))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

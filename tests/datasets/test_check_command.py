@@ -8,7 +8,8 @@ import pytest
 
 from mmrla.cli import main
 from tests.datasets.bad_sets import CASES, CLASSES, HEIGHT, WIDTH, Coco, cut, write_image
-from tests.helpers import refusal
+from tests.datasets.test_voc import write_voc
+from tests.helpers import files_in, refusal
 
 
 @pytest.fixture
@@ -21,10 +22,6 @@ def run(capsys):
         return status, capsys.readouterr().out
 
     return command
-
-
-def files_in(root) -> dict:
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_command(tmp_path, run):
@@ -82,22 +79,14 @@ def test_a_config_of_many_kinds_of_sets(tmp_path, run, capsys):
     """What is not checked is named, with its type and why; what reads COCO or VOC is checked."""
     coco = Coco(tmp_path / "set").write()
     voc = tmp_path / "voc"
-    write_image(voc / "JPEGImages/a.jpg", HEIGHT, WIDTH)
-    for name, text in {
-        "Annotations/a.xml":
-            f"<a><size><width>{WIDTH + 1}</width><height>{HEIGHT}</height></size><object>"
-            "<name>a</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax>"
-            "</bndbox></object></a>",
-        "ImageSets/Main/train.txt": "a\n",
-        "mine.txt": "a\n",
-    }.items():  # fmt: skip
-        (voc / name).parent.mkdir(parents=True, exist_ok=True)
-        (voc / name).write_text(text)
+    write_voc(voc, "a", [("RBC", (2, 2, 9, 9), None)], (WIDTH, HEIGHT), said=(WIDTH + 1, HEIGHT))
+    for name in ("ImageSets/Main/train.txt", "mine.txt"):
+        (voc / name).write_text("a\n")
     config = tmp_path / "config.py"
     config.write_text(
         f"coco = dict(data_root={str(coco.root)!r}, data_prefix=dict(img='train/'),\n"
         f"    ann_file={str(coco.ann_file)!r}, metainfo=dict(classes={CLASSES}))\n"
-        f"voc = dict(type='XMLDataset', data_root={str(voc)!r}, metainfo=dict(classes=('a',)),\n"
+        f"voc = dict(type='XMLDataset', data_root={str(voc)!r}, metainfo=dict(classes=('RBC',)),\n"
         "    data_prefix=dict(sub_data_root=''))\n"
         "sets = [dict(coco, type='CityscapesDataset'), dict(coco, type='LVISV1Dataset'),\n"
         "    dict(voc, ann_file='ImageSets/Main/train.txt'), dict(voc, ann_file='mine.txt'),\n"

@@ -8,25 +8,22 @@ import pytest
 from pycocotools.coco import COCO
 
 from mmrla.datasets import CLASSES, generate_shapes
-
-
-def tree(root):
-    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+from tests.helpers import files_in
 
 
 def test_deterministic_and_growing(tmp_path):
     """The same again; more are the same and others; another seed changes all; nothing twice."""
     first = generate_shapes(tmp_path / "first", 3, 4, seed=3)
-    before = tree(first)
-    assert tree(generate_shapes(tmp_path / "again", 3, 4, seed=3)) == before
-    images = {k: v for k, v in before.items() if k.suffix == ".png"}
-    other = tree(generate_shapes(tmp_path / "other", 3, 4, seed=4))
+    before = files_in(first)
+    assert files_in(generate_shapes(tmp_path / "again", 3, 4, seed=3)) == before
+    images = {k: v for k, v in before.items() if k.endswith(".png")}
+    other = files_in(generate_shapes(tmp_path / "other", 3, 4, seed=4))
     assert not any(other[k] == v for k, v in images.items())
     written = (first / "val2017/000000000000.png").stat().st_mtime_ns
     generate_shapes(first, 3, 4, seed=3)
     assert (first / "val2017/000000000000.png").stat().st_mtime_ns == written
     generate_shapes(first, 5, 4, seed=3)
-    assert images.items() <= tree(first).items()
+    assert images.items() <= files_in(first).items()
     annotations = json.loads((first / "annotations/instances_train2017.json").read_text())
     assert len(annotations["images"]) == 5
 

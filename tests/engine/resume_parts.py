@@ -73,15 +73,20 @@ class FailingHook(Hook):
         raise RuntimeError("a wire came loose")
 
 
+def digest(state: dict[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for _, value in sorted(state.items()):
+        found.update(value.numpy().tobytes())
+    return found.hexdigest()
+
+
 @HOOKS.register_module()
 class DigestHook(Hook):
     """Each process writes a digest of its weights at the end."""
 
     def after_train(self, runner):
-        digest = hashlib.sha256()
-        for _, value in sorted(runner.model.module.state_dict().items()):
-            digest.update(value.numpy().tobytes())
-        Path(runner.work_dir, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
+        found = digest(runner.model.module.state_dict())
+        Path(runner.work_dir, f"rank{os.environ['RANK']}").write_text(found)
 
 
 @HOOKS.register_module()

@@ -14,6 +14,7 @@ from mmrla.cli import main
 from mmrla.engine.detection_graph import DetectorGraph, boxes_in_file, detection_errors, fit_image
 from mmrla.engine.network import build_network
 from tests.conftest import ROOT
+from tests.helpers import cfg_options
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -74,7 +75,7 @@ def test_boxes_are_those_of_predict(name, coco_mini, tmp_path, monkeypatch, caps
     network = detector(name, files[0])
     torch.save(dict(state_dict=network.model.state_dict()), "weights.pth")
     words = [str(ROOT / f"configs/{name}.py"), "weights.pth"]
-    changed = ["--cfg-options", *(f"{key}={value}" for key, value in options(name).items())]
+    changed = cfg_options(options(name))
     main(["export-onnx", *words, "--size", *map(str, SIZE), "--out", "onnx", *changed,
           "--images", *map(str, files)])  # fmt: skip
     assert capsys.readouterr().out.count("0 without a partner") == len(files)

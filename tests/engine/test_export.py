@@ -14,7 +14,7 @@ from mmrla.cli import main
 from mmrla.engine.export import Flat, _pad_same, export_onnx, exportable, onnx_error
 from mmrla.engine.network import build_network
 from tests.conftest import ROOT
-from tests.helpers import refusal
+from tests.helpers import cfg_options, refusal
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -36,10 +36,6 @@ DETECTOR = {**R18, "model.neck.in_channels": [64, 128, 256, 512]}
 
 def network(config: str, **kwargs):
     return build_network(str(ROOT / config), **kwargs)
-
-
-def words(options: dict) -> list[str]:
-    return ["--cfg-options", *(f"{key}={value}" for key, value in options.items())]
 
 
 def test_a_classifier_at_any_size(tmp_path):
@@ -116,7 +112,7 @@ def test_transformers_refuse_open_sizes(name, host, tmp_path, capfd):
 def test_a_single_stage_detector_by_the_command(tmp_path, capsys):
     config = str(ROOT / "configs/retinanet_r50_mrla_1x.py")
     main(["export-onnx", config, "--part", "model", "--size", "128", "160", "--out",
-          str(tmp_path), *words(DETECTOR)])  # fmt: skip
+          str(tmp_path), *cfg_options(DETECTOR)])  # fmt: skip
     assert (tmp_path / "retinanet_r50_mrla_1x_model.onnx").stat().st_size > 10**6
     printed = capsys.readouterr().out
     for size in ("128x160", "160x160", "128x224"):
@@ -125,7 +121,7 @@ def test_a_single_stage_detector_by_the_command(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_classifier_in_int8(coco_mini, tmp_path, capsys):
-    options = words({**R18, "model.head.in_channels": 512})
+    options = cfg_options({**R18, "model.head.in_channels": 512})
     command = ["export-onnx", str(ROOT / "configs/imagenet/resnet50_mrla_in1k.py"), "--static",
                "--int8", "--size", "64", "64", "--out", str(tmp_path)]  # fmt: skip
     photos = sorted(map(str, (coco_mini / "val2017").glob("*.jpg")))[:24]

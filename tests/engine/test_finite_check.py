@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import tests.networks
 from mmrla.engine import NonFiniteError, NonFiniteGuardHook, init_cpu_distributed
 from tests.conftest import ROOT
-from tests.networks import noise
+from tests.networks import samples
 from tests.zygote import run_ranks
 
 NAN, INF = float("nan"), float("inf")
@@ -42,13 +42,10 @@ class Classifier(tests.networks.Classifier):
 
 
 def images(bad: int | None = None, value: float = NAN):
-    found = noise()
+    found = samples()
     if bad is not None:
-        found[bad][1, 4, 5] = value
-    return [
-        dict(inputs=image, data_samples=SimpleNamespace(label=i % 4, img_path=f"images/{i}.jpg"))
-        for i, image in enumerate(found)
-    ]
+        found[bad]["inputs"][1, 4, 5] = value
+    return found
 
 
 def run(folder, model, dataset, guard=True, launcher="none", **wrapper):

@@ -28,7 +28,7 @@ from mmrla.engine import (
 )  # fmt: skip
 from mmrla.models import MRLAResNet
 from tests.helpers import same
-from tests.networks import LIGHT, TINY, Classifier, Detector, noise
+from tests.networks import LIGHT, TINY, Classifier, Detector, samples
 from tests.reliability.test_long_run import resident
 
 # --- CheckLoadHook ---
@@ -137,12 +137,10 @@ def train(tmp_path, layer_attention, hooks, name, **kwargs):
     torch.manual_seed(0)
     PicturesInMemory.pictures = []
     model = Classifier(layer_attention, **kwargs)
-    data = [dict(inputs=image, data_samples=SimpleNamespace(label=i % 4))
-            for i, image in enumerate(noise())]  # fmt: skip
     backends = [dict(type="LocalVisBackend"), dict(type="PicturesInMemory")]
     Runner(
         model, str(tmp_path / name),
-        train_dataloader=DataLoader(data, batch_size=4, collate_fn=pseudo_collate),
+        train_dataloader=DataLoader(samples(), batch_size=4, collate_fn=pseudo_collate),
         train_cfg=dict(by_epoch=True, max_epochs=3), randomness=dict(seed=0),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)), custom_hooks=hooks,
         visualizer=dict(type="Visualizer", vis_backends=backends),

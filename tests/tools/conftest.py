@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmrla.commands import cost, figure
+from mmrla.cli import main
+from tests.helpers import refusal
 
 
 @pytest.fixture
@@ -23,13 +24,10 @@ def tool(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("logging.raiseExceptions", False)
 
     def command(name, *args, fails=None):
-        main = {"resolution": cost, "memory": cost}.get(name, figure).main
-        argv = [name, *map(str, args), "--out", str(tmp_path), "--device", "cpu"]
+        group = "cost" if name in ("resolution", "memory") else "figure"
+        argv = [group, name, *map(str, args), "--out", str(tmp_path), "--device", "cpu"]
         if fails is not None:
-            with pytest.raises(SystemExit) as caught:
-                main(argv)
-            assert caught.value.code == 2
-            error = capsys.readouterr().err
+            error = refusal(capsys, *argv)
             assert "Traceback" not in error
             assert fails in error, error
             return None

@@ -9,9 +9,9 @@ import pytest
 
 from mmrla.datasets import generate_shapes
 from tests.conftest import ROOT
+from tests.helpers import DEMO
 from tests.tools.test_tools import losses, one_error, run
 
-DEMO = ROOT / "configs/demo_mask_rcnn_r18_mrla_shapes.py"
 SHORT = ["train_cfg.max_epochs=1", "train_cfg.val_interval=2", "default_hooks.logger.interval=1"]
 
 

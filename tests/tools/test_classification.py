@@ -14,12 +14,15 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmpretrain.datasets import CIFAR10
 
 import mmrla.registry  # noqa: F401
 from mmrla.cli import load_script
 from mmrla.engine import check_data, set_data_root
 from mmrla.engine.cifar import Trainer, crop_and_flip, load_split, table
+from mmrla.engine.report import newest, read_scalars
 from tests.conftest import ROOT
+from tests.datasets.bad_sets import write_image
 from tests.tools.test_tools import losses, one_error, run
 
 IMAGENET = sorted((ROOT / "configs/imagenet").glob("*.py"))
@@ -71,10 +74,7 @@ def test_trains_an_epoch_and_evaluates(path, imagenet, tmp_path):
         loader.batch_size, loader.num_workers, loader.persistent_workers = 4, 0, False
     runner = Runner.from_cfg(cfg)
     runner.train()
-    lines = [
-        json.loads(line)
-        for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()
-    ]
+    lines = read_scalars(newest(tmp_path, "*/vis_data/scalars.json"))
     assert {"accuracy/top1", "accuracy/top5"} <= lines[-1].keys()
     assert runner.iter == 4
     # Every parameter had a gradient, so the optimizer remembers something of it.
@@ -113,13 +113,10 @@ def test_the_commands(imagenet, tmp_path):
 @pytest.mark.slow
 def test_classes_of_ones_own(tmp_path):
     """What README says, with a recipe that mixes images, on three folders whose names repeat."""
-    rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("ant", "bee", "cat"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
             for index in range(2):
-                image = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
-                cv2.imwrite(str(tmp_path / "data" / split / name / f"{index}.jpg"), image)
+                write_image(tmp_path / "data" / split / name / f"{index}.jpg")
     config = ROOT / "configs/imagenet/deit-tiny_mrla_in1k.py"
     options = [
         "--data-root", tmp_path / "data", "--cfg-options", "model.head.num_classes=3",
@@ -160,8 +157,6 @@ def cifar(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("cifar")
     rng = np.random.default_rng(0)
     base = 40 + 40 * np.stack(np.unravel_index(np.arange(10), (3, 2, 2)), 1)
-    from mmpretrain.datasets import CIFAR10
-
     for split, count in (("train", 512), ("test", 64)):
         labels = np.arange(count) % 10
         images = base[labels][:, None, None] + rng.integers(-30, 30, (count, 32, 32, 3))
@@ -180,15 +175,10 @@ def cifar(request, tmp_path_factory):
                 data = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
                 with (root / CIFAR10.base_folder / name).open("wb") as file:
                     pickle.dump(dict(data=data, labels=y.tolist()), file)
-    return root, request.param, base
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """The generated official files have other checksums than the real ones."""
-    from mmpretrain.datasets import CIFAR10
-
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    with pytest.MonkeyPatch.context() as patch:
+        # The generated official files have other checksums than the real ones.
+        patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+        yield root, request.param, base
 
 
 def cifar_config(kind: str, root, depth: int = 20) -> Config:
@@ -198,7 +188,7 @@ def cifar_config(kind: str, root, depth: int = 20) -> Config:
     return cfg
 
 
-def test_cifar_is_read_in_rgb(cifar, unchecked):
+def test_cifar_is_read_in_rgb(cifar):
     root, _, base = cifar
     data = load_split(cifar_config("plain", root).test_dataloader.dataset, torch.device("cpu"))
     assert data.images.shape == (64, 3, 32, 32)
@@ -207,7 +197,7 @@ def test_cifar_is_read_in_rgb(cifar, unchecked):
 
 
 @pytest.mark.parametrize("kind", ["plain", "mrla", "mrla-base"])
-def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
+def test_cifar_trainer_learns_and_repeats(kind, cifar, tmp_path):
     """Colours are learned in three epochs; the same seed gives the same weights."""
     from mmrla.engine.cifar import run as run_cifar
 
@@ -243,7 +233,7 @@ def test_cifar_trainer_learns_and_repeats(kind, cifar, unchecked, tmp_path):
         run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
 
 
-def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkeypatch):
+def test_results_are_trained_once_and_written(cifar, tmp_path, monkeypatch):
     root, layout, _ = cifar
     if layout == "official":
         pytest.skip("the other layout is enough")
@@ -293,7 +283,7 @@ def test_results_are_trained_once_and_written(cifar, unchecked, tmp_path, monkey
     assert go("--seeds", "0", "1") == page
 
 
-def test_all_networks_of_a_seed_see_the_same_batches(cifar, unchecked):
+def test_all_networks_of_a_seed_see_the_same_batches(cifar):
     root, _, _ = cifar
     device = torch.device("cpu")
     seen = []
@@ -306,7 +296,7 @@ def test_all_networks_of_a_seed_see_the_same_batches(cifar, unchecked):
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def test_cifar_layouts_compute_the_same(cifar, unchecked):
+def test_cifar_layouts_compute_the_same(cifar):
     cfg = cifar_config("mrla", cifar[0])
     data = load_split(cfg.train_dataloader.dataset, torch.device("cpu"))
     found = []
@@ -322,7 +312,7 @@ def test_cifar_layouts_compute_the_same(cifar, unchecked):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_warm_up_and_cosine_move_in_proportion(cifar, unchecked):
+def test_warm_up_and_cosine_move_in_proportion():
     """Of 200 epochs, 10 of them warm-up, 20 are left, 1 of them warm-up, iteration by iteration."""
     cfg = Config.fromfile(ROOT / "configs/cifar/vit_attnres_cifar10.py")
     trainer = Trainer(cfg, 0, torch.device("cpu"), epochs=20, steps=4)
@@ -371,18 +361,13 @@ def test_cifar_command_and_runner(cifar, tmp_path):
     )  # fmt: skip
     assert "accuracy/top1" in done.stdout + done.stderr
     other = ROOT / "configs/imagenet/resnet50_mrla_in1k.py"
-    done = run(sys.executable, ROOT / "tools/train_cifar.py", other, "--data-root", root, ok=False)
-    assert "not a config of CIFAR" in one_error(done)
-    done = run(sys.executable, ROOT / "tools/train_cifar.py", "resnet20_mrla_cifar1.py", ok=False)
-    assert "did you mean" in one_error(done)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    done = run(
-        sys.executable, ROOT / "tools/train_cifar.py", config, "--data-root", empty, ok=False
-    )
-    assert "neither cifar-10-batches-py/" in one_error(done)
-    (empty / "train/airplane").mkdir(parents=True)
-    done = run(
-        sys.executable, ROOT / "tools/train_cifar.py", config, "--data-root", empty, ok=False
-    )
-    assert "has no images of class 'airplane'" in one_error(done)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow/train/airplane").mkdir(parents=True)
+    for words, message in (
+        ([other, "--data-root", root], "not a config of CIFAR"),
+        (["resnet20_mrla_cifar1.py"], "did you mean"),
+        ([config, "--data-root", tmp_path / "empty"], "neither cifar-10-batches-py/"),
+        ([config, "--data-root", tmp_path / "hollow"], "has no images of class 'airplane'"),
+    ):
+        done = run(*command[:2], *words, ok=False)
+        assert message in one_error(done)

@@ -10,15 +10,16 @@ from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT
-from tests.tools.test_figures import DEIT, LIGHT, SMALL_LIGHT, options
+from tests.helpers import cfg_options
+from tests.tools.test_figures import DEIT, LIGHT, SMALL_LIGHT
 
 
 def test_flops_vs_resolution(tool):
-    found = tool("resolution", LIGHT, "--sizes", 96, 64, "--cfg-options", *SMALL_LIGHT)
+    found = tool("resolution", LIGHT, "--sizes", 96, 64, *cfg_options(SMALL_LIGHT))
     rows = found["csv"]
     assert [int(row["size"]) for row in rows] == [64, 96]
-    network = build_network(str(LIGHT), options=options(SMALL_LIGHT))
-    plain = build_network(str(LIGHT), options=options(SMALL_LIGHT), plain=True)
+    network = build_network(str(LIGHT), options=SMALL_LIGHT)
+    plain = build_network(str(LIGHT), options=SMALL_LIGHT, plain=True)
     image = torch.rand(1, 3, 96, 96)
     whole, host = complexity(network.backbone, image), complexity(plain.backbone, image)
     assert float(rows[1]["whole_gflops"]) == pytest.approx(whole.macs / 1e9)
@@ -32,37 +33,21 @@ def test_flops_vs_resolution(tool):
     tool("resolution", plain_config, fails="no layer attention to count")
 
 
-def test_memory_vs_depth(tool):
-    @LAYER_ATTENTIONS.register_module(name="Keeps", force=True)
+def test_memory_vs_depth(tool, monkeypatch):
     class Keeps(LayerAttention):
         def forward(self, x, shortcut, state):
             return x.sigmoid(), None
 
-    try:
-        found = tool(
-            "memory",
-            LIGHT,
-            "--depths",
-            34,
-            18,
-            "--size",
-            64,
-            "--types",
-            "Keeps",
-            "MRLALight",
-            "--cfg-options",
-            "model.backbone.layer_attention.head_channels=8",
-        )
-    finally:
-        LAYER_ATTENTIONS._module_dict.pop("Keeps")
+    monkeypatch.setitem(LAYER_ATTENTIONS._module_dict, "Keeps", Keeps)
+    args = ["--depths", 34, 18, "--size", 64, "--types", "Keeps", "MRLALight"]
+    heads = cfg_options({"model.backbone.layer_attention.head_channels": 8})
+    found = tool("memory", LIGHT, *args, *heads)
     rows = found["csv"]
     assert [(int(row["depth"]), row["layer_attention"]) for row in rows] == [
         (depth, name) for depth in (18, 34) for name in ("plain", "Keeps", "MRLALight")
     ]
-    network = build_network(
-        str(LIGHT),
-        options={"model.backbone.depth": 34, "model.head.in_channels": 512},
-    )
+    deeper = {"model.backbone.depth": 34, "model.head.in_channels": 512}
+    network = build_network(str(LIGHT), options=deeper)
     expected = activation_memory(network.backbone, torch.rand(2, 3, 64, 64)) / 2**20
     assert float(rows[5]["kept_mib_per_image"]) == pytest.approx(expected, abs=0.01)
     assert float(rows[5]["params_m"]) == pytest.approx(

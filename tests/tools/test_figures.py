@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import re
@@ -22,31 +21,25 @@ from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT, relative_error
+from tests.helpers import cfg_options
 from tests.tools.test_tools import run
 
 IMAGENET = ROOT / "configs/imagenet"
 BASE = IMAGENET / "resnet50_mrla-base_in1k.py"
 LIGHT = IMAGENET / "resnet50_mrla_in1k.py"
 DEIT = IMAGENET / "deit-tiny_mrla_in1k.py"
-SMALL = ["model.backbone.depth=18", "model.backbone.stem_channels=16",
-         "model.backbone.base_channels=16", "model.head.in_channels=128",
-         "model.backbone.layer_attention.type=MRLABase",
-         "model.backbone.layer_attention.head_channels=16"]  # fmt: skip
-SMALL_LIGHT = [o.replace("MRLABase", "MRLALight") for o in SMALL]
-
-
-def options(listed):
-    """As the command line's parser reads them."""
-    found = {}
-    for option in listed:
-        key, value = option.split("=")
-        found[key] = int(value) if value.isdigit() else value
-    return found
+SMALL = {
+    "model.backbone.depth": 18, "model.backbone.stem_channels": 16,
+    "model.backbone.base_channels": 16, "model.head.in_channels": 128,
+    "model.backbone.layer_attention.type": "MRLABase",
+    "model.backbone.layer_attention.head_channels": 16,
+}  # fmt: skip
+SMALL_LIGHT = {**SMALL, "model.backbone.layer_attention.type": "MRLALight"}
 
 
 def test_images_reach_the_network_as_in_evaluation(images):
     """Against OpenCV and the config's mean and std by hand."""
-    network = build_network(str(BASE), options=options(SMALL), size=64)
+    network = build_network(str(BASE), options=SMALL, size=64)
     inputs, shown = network.read(images[0])
     image = cv2.imread(str(images[0]))
     height, width = image.shape[:2]
@@ -74,7 +67,7 @@ def test_images_of_cifar_are_rgb(images):
 def test_attention_maps_of_base(tool, images):
     """As many heads as there are; the numbers are the softmax of the network's own features."""
     found = tool("maps", BASE, "--images", *images, "--size", 64, "--all-heads",
-                 "--cfg-options", *SMALL)  # fmt: skip
+                 *cfg_options(SMALL))  # fmt: skip
     assert found["png"] == 5
     numbers = found["npz"]
     scores = numbers["layer3/scores"]
@@ -82,7 +75,7 @@ def test_attention_maps_of_base(tool, images):
     assert np.isnan(scores[:, :, 0, 1]).all()
     assert np.allclose(np.nansum(scores, -1), 1, atol=1e-5)
     assert "random weights (seed 0)" in str(numbers["title"])
-    network = build_network(str(BASE), options=options(SMALL), size=64)
+    network = build_network(str(BASE), options=SMALL, size=64)
     maps = []
     blocks = list(network.backbone.layer3)
     handles = [b.mrla.register_forward_pre_hook(lambda m, a: maps.append(a[0])) for b in blocks]
@@ -102,15 +95,12 @@ def test_attention_maps_of_base(tool, images):
 def test_attention_maps_of_light_in_a_detector(tool, images):
     """A detector with its own test pipeline; the weights are products of gates and lambdas."""
     config = ROOT / "configs/mask_rcnn_r50_mrla_1x.py"
-    small = ["model.backbone.depth=18", "model.neck.in_channels=[64,128,256,512]"]
+    small = {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]}
     found = tool("maps", config, "--images", images[0].parent, "--max-images", 2,
-                 "--size", 96, "--heads", 0, 1, "--cfg-options", *small)  # fmt: skip
+                 "--size", 96, "--heads", 0, 1, *cfg_options(small))  # fmt: skip
     numbers = found["npz"]
     assert "shortcut" in str(numbers["scores_are"])
-    network = build_network(
-        str(config),
-        options={"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]},
-    )
+    network = build_network(str(config), options=small)
     mrla = network.backbone.layer2[1].mrla
     scores = numbers["layer2/scores"]
     assert scores.shape == (2, 4, 2, 2)
@@ -120,10 +110,10 @@ def test_attention_maps_of_light_in_a_detector(tool, images):
 
 def test_checkpoints(tool, images, tmp_path):
     """A checkpoint is what is drawn; one of the plain network is none of MRLA's."""
-    network = build_network(str(BASE), options=options(SMALL), size=64, seed=3)
+    network = build_network(str(BASE), options=SMALL, size=64, seed=3)
     path = tmp_path / "trained.pth"
     torch.save(dict(state_dict=network.model.state_dict()), path)
-    args = ["--images", images[0], "--size", 64, "--cfg-options", *SMALL]
+    args = ["--images", images[0], "--size", 64, *cfg_options(SMALL)]
     found = tool("maps", BASE, path, *args)["npz"]
     assert str(found["title"]).split(", ")[1] == "trained.pth"
     with record_layer_attention(network.model) as rec:
@@ -135,18 +125,18 @@ def test_checkpoints(tool, images, tmp_path):
     assert np.array_equal(
         seeded["layer1/scores"], found["layer1/scores"], equal_nan=True
     )  # the same weights again
-    plain = build_network(str(BASE), options=options(SMALL), plain=True)
+    plain = build_network(str(BASE), options=SMALL, plain=True)
     torch.save(plain.model.state_dict(), tmp_path / "plain.pth")
     tool("maps", BASE, tmp_path / "plain.pth", *args, fails="would stay random")
 
 
 def test_query_similarity(tool, images):
-    args = [BASE, "--images", *images, "--size", 64, "--cfg-options", *SMALL]
+    args = [BASE, "--images", *images, "--size", 64, *cfg_options(SMALL)]
     tool("similarity", *args, fails="--include-first takes it too")
     found = tool("similarity", *args, "--include-first", "--bins", 10)
     numbers = found["npz"]
     assert numbers["layer4"].shape == (2, 1, 8)
-    network = build_network(str(BASE), options=options(SMALL), size=64)
+    network = build_network(str(BASE), options=SMALL, size=64)
     with record_layer_attention(network.model) as rec:
         network.features(network.read(images[1])[0])
     q = rec.groups[3].queries[0].double().numpy()
@@ -159,9 +149,9 @@ def test_query_similarity(tool, images):
 
 
 def test_query_similarity_with_a_deeper_network(tool, images):
-    deeper = ["model.backbone.depth=34" if "depth" in o else o for o in SMALL]
+    deeper = cfg_options({**SMALL, "model.backbone.depth": 34})
     found = tool("similarity", BASE, "--images", images[0], "--size", 64,
-                 "--cfg-options", *deeper)["npz"]  # fmt: skip
+                 *deeper)["npz"]  # fmt: skip
     pairs = {f"layer{i}": found[f"layer{i}"].shape[1] for i in (1, 2, 3, 4)}
     assert pairs == {"layer1": 1, "layer2": 2, "layer3": 4, "layer4": 1}
 
@@ -187,13 +177,13 @@ def by_hand(network, layer, inputs, target):
 
 def test_score_cam(tool, images):
     pytest.importorskip("pytorch_grad_cam")
-    args = ["--images", images[0], "--size", 64, "--target", 7, "--cfg-options", *SMALL_LIGHT]
+    args = ["--images", images[0], "--size", 64, "--target", 7, *cfg_options(SMALL_LIGHT)]
     numbers = tool("cam", LIGHT, *args)["npz"]
     assert numbers["columns"].tolist() == [
         "plain layer3", "plain layer4", "MRLALight layer3", "MRLALight layer4"
     ]  # fmt: skip
     assert numbers["targets"].tolist() == [[7] * 4]
-    network = build_network(str(LIGHT), options=options(SMALL_LIGHT), size=64)
+    network = build_network(str(LIGHT), options=SMALL_LIGHT, size=64)
     assert network.dataset_meta["classes"][7] == "cock"  # for the notes, without a checkpoint
     inputs = network.read(images[0])[0]
     for index, layer in ((2, network.backbone.layer3), (3, network.backbone.layer4)):
@@ -260,7 +250,7 @@ def test_class_attention(tool, images):
     tool("class-token", DEIT, *args, "--query", 6, 0, fails="no patch at row 6, column 0")
     tool("class-token", DEIT, *args, "--layer", 12, fails="no block 12")
     tool("class-token", DEIT, *args, "--heads", 3, fails="no head 3 in plain, which has 3: 0 to 2")
-    tool("class-token", LIGHT, "--images", images[0], "--cfg-options", *SMALL_LIGHT,
+    tool("class-token", LIGHT, "--images", images[0], *cfg_options(SMALL_LIGHT),
          fails="MRLAResNet is no vision transformer")  # fmt: skip
 
 
@@ -280,7 +270,7 @@ def test_class_attention_in_a_detector(tool, images):
         ((BASE, "--images", __file__), "not an image that OpenCV can read"),
         ((BASE, "--images", ROOT / "requirements"), "--images: no image (.jpg"),
         ((BASE, "missing.pth", "--images", "IMAGE"), "no such checkpoint"),
-        ((BASE, "--images", "IMAGE", "--size", 64, "--heads", 5, "--cfg-options", *SMALL),
+        ((BASE, "--images", "IMAGE", "--size", 64, "--heads", 5, *cfg_options(SMALL)),
          "no head 5 in layer1, which has 1: 0 to 0"),
         ((IMAGENET / "resnet51.py", "--images", "IMAGE"), "did you mean"),
         ((ROOT / "configs/cifar/resnet20_plain_cifar10.py", "--images", "IMAGE"),
@@ -300,8 +290,7 @@ def test_devices():
             choose_device(name)
 
 
-def test_a_layer_attention_that_does_not_tell(tool, images):
-    @LAYER_ATTENTIONS.register_module(name="Silent", force=True)
+def test_a_layer_attention_that_does_not_tell(tool, images, monkeypatch):
     class Silent(LayerAttention):
         def __init__(self, channels, head_channels):
             super().__init__(channels)
@@ -309,18 +298,16 @@ def test_a_layer_attention_that_does_not_tell(tool, images):
         def forward(self, x, shortcut, state):
             return x, None
 
-    try:
-        silent = [o.replace("MRLABase", "Silent") for o in SMALL]
-        tool("maps", BASE, "--images", images[0], "--size", 64, "--cfg-options", *silent,
-             fails="Silent (backbone.layer1.0.mrla) does not tell what it attends to")  # fmt: skip
-    finally:
-        LAYER_ATTENTIONS._module_dict.pop("Silent")
+    monkeypatch.setitem(LAYER_ATTENTIONS._module_dict, "Silent", Silent)
+    silent = cfg_options({**SMALL, "model.backbone.layer_attention.type": "Silent"})
+    tool("maps", BASE, "--images", images[0], "--size", 64, *silent,
+         fails="Silent (backbone.layer1.0.mrla) does not tell what it attends to")  # fmt: skip
 
 
 def test_as_a_command(images, tmp_path):
     """From an empty folder, with a progress bar, the files named at the end."""
     done = run(ROOT / "tools/analysis/attention_maps.py", LIGHT, "--images", *images, "--size", 64,
-               "--cfg-options", *SMALL_LIGHT, cwd=tmp_path)  # fmt: skip
+               *cfg_options(SMALL_LIGHT), cwd=tmp_path)  # fmt: skip
     assert "2/2" in done.stderr
     assert "Traceback" not in done.stderr
     for line in done.stdout.splitlines()[-2:]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 
 import pytest
 import torch
 
 import mmrla.ops
-from tests.conftest import ROOT
+from mmrla.cli import load_script
 from tests.ops.kernel_guards import jit_functions, triton_modules
 
 triton = pytest.importorskip("triton", reason="no Triton")
@@ -19,16 +18,7 @@ if triton.knobs.runtime.interpret:
 tl = triton.language
 
 
-@pytest.fixture(scope="module")
-def kernel_report():
-    sys.path.insert(0, str(ROOT / "tools/benchmark"))
-    try:
-        import kernel_report
-
-        yield kernel_report
-    finally:
-        sys.path.remove(str(ROOT / "tools/benchmark"))
-        sys.modules.pop("kernel_report", None)
+kernel_report = load_script("benchmark/kernel_report.py")
 
 
 @triton.jit
@@ -40,7 +30,7 @@ def adds(x, y, out, B, C, HW, programs, BP: tl.constexpr, BC: tl.constexpr):
         tl.store(out + p * C + c, tl.load(x + p * C + c, ok) + tl.load(y + p * C + c, ok), ok)
 
 
-def test_a_known_kernel(kernel_report):
+def test_a_known_kernel():
     maps = torch.empty(8, 64, 16, 16, device="meta", dtype=torch.bfloat16)
     with kernel_report.recorded() as launches:
         adds[(4, 1)](maps, maps, maps, 8, 64, 256, 4, BP=16, BC=64, num_warps=4)
@@ -52,7 +42,7 @@ def test_a_known_kernel(kernel_report):
     assert row["bytes_ms"] == pytest.approx(1e3 * 3 * 2 * maps.numel() / 4.3e12, abs=1e-3)
 
 
-def test_loops_count_as_often_as_they_run(kernel_report):
+def test_loops_count_as_often_as_they_run():
     branches = {4: 2, 6: 1, 9: 8}  # two loops inside each other, then one more
     code = [(16 * k, "FADD R0, R0, R1") for k in range(12)]
     for at, to in branches.items():
@@ -62,7 +52,7 @@ def test_loops_count_as_often_as_they_run(kernel_report):
     assert kernel_report.main_loop(code[:2]).cost([5]) == 2
 
 
-def test_compiled_loops_carry_their_names(kernel_report):
+def test_compiled_loops_carry_their_names():
     """Every kernel is launched by some block, and TTIR's loops carry each name they rebind."""
     functions = {
         fn.fn for module in triton_modules(mmrla.ops) for fn in jit_functions(module).values()
@@ -84,7 +74,7 @@ def test_compiled_loops_carry_their_names(kernel_report):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--nchw"]], ids=["channels_last", "nchw"])
 @pytest.mark.parametrize("kind", ["light", "base"])
-def test_kernels_spill_a_few_registers_at_most(kind, layout, kernel_report, capsys):
+def test_kernels_spill_a_few_registers_at_most(kind, layout, capsys):
     """Before and after their loops; what spilled inside one took 2,000 bytes and all the speed."""
     kernel_report.main([kind, "--heights", "14", *layout])
     out = capsys.readouterr().out

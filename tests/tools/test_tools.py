@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.engine.resume_parts import digest
 from tests.zygote import run_command
 
 # Image scale, iterations and no pretrained weights; nothing else differs from a real run.
@@ -130,13 +130,13 @@ def test_resume_goes_on(trained, coco_mini, tmp_path):
         "retinanet_r50_mrla_1x",
         "retinanet_pvtv2-b0_mrla_1x",
         "mask_rcnn_vit-t_mrla_sfp_1x",
-        pytest.param("mask_rcnn_pvtv2-b0_mrla_1x", marks=pytest.mark.slow),
-        pytest.param("mask_rcnn_pvtv2-b1_mrla_1x", marks=pytest.mark.slow),
-        pytest.param("retinanet_pvtv2-b1_mrla_1x", marks=pytest.mark.slow),
-        pytest.param("mask_rcnn_r50_mrla-base_1x", marks=pytest.mark.slow),
-        pytest.param("mask_rcnn_r101_mrla_1x", marks=pytest.mark.slow),
-        pytest.param("retinanet_r101_mrla-base_1x", marks=pytest.mark.slow),
-        pytest.param("mask_rcnn_r50_1x", marks=pytest.mark.slow),
+        "mask_rcnn_pvtv2-b0_mrla_1x",
+        "mask_rcnn_pvtv2-b1_mrla_1x",
+        "retinanet_pvtv2-b1_mrla_1x",
+        "mask_rcnn_r50_mrla-base_1x",
+        "mask_rcnn_r101_mrla_1x",
+        "retinanet_r101_mrla-base_1x",
+        "mask_rcnn_r50_1x",
     ],
 )
 def test_the_other_detectors(config, coco_mini, tmp_path):
@@ -154,55 +154,31 @@ def test_the_other_detectors(config, coco_mini, tmp_path):
 @pytest.mark.slow
 def test_two_processes_end_with_identical_weights(coco_mini, tmp_path):
     """gloo on the CPU, chosen by itself; each process writes a digest of its weights at the end."""
-    (tmp_path / "digest_hook.py").write_text(
-        "import hashlib, os\n"
-        "from pathlib import Path\n"
-        "from mmengine.hooks import Hook\n"
-        "from mmengine.registry import HOOKS\n"
-        "@HOOKS.register_module()\n"
-        "class DigestHook(Hook):\n"
-        "    def after_train(self, runner):\n"
-        "        digest = hashlib.sha256()\n"
-        "        for key, value in sorted(runner.model.module.state_dict().items()):\n"
-        "            digest.update(value.numpy().tobytes())\n"
-        "        out = Path(__file__).parent / f'rank{os.environ[\"RANK\"]}'\n"
-        "        out.write_text(digest.hexdigest())\n"
-    )
     config = tmp_path / "with_digest.py"
     config.write_text(
         f"_base_ = {str(ROOT / 'configs/faster_rcnn_r50_mrla_1x.py')!r}\n"
-        "custom_imports = dict(imports=['mmrla', 'digest_hook'], allow_failed_imports=False)\n"
+        "imports = ['mmrla', 'tests.engine.resume_parts']\n"
+        "custom_imports = dict(imports=imports, allow_failed_imports=False)\n"
         "custom_hooks = [dict(type='SyncBuffersHook'), dict(type='DigestHook')]\n"
     )
     done = run(
         ROOT / "tools/dist_train.sh", config, 2,
         "--data-root", coco_mini, "--work-dir", tmp_path / "run", "--cfg-options", *TINY,
-        cwd=tmp_path, PYTHONPATH=str(tmp_path),
+        cwd=tmp_path, PYTHONPATH=str(ROOT),
     )  # fmt: skip
     log = done.stdout + done.stderr
     assert re.search(r"Epoch\(train\)\s+\[1\]\[2/2\]", log)  # 6 images over 2 x 2
-    digests = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
-    assert digests[0] == digests[1]
+    digests = [(tmp_path / f"run/rank{rank}").read_text() for rank in range(2)]
     state = torch.load(tmp_path / "run/epoch_1.pth", weights_only=False)["state_dict"]
-    saved = hashlib.sha256()
-    for _, value in sorted(state.items()):
-        saved.update(value.numpy().tobytes())
-    assert saved.hexdigest() == digests[0]
+    assert digests == [digest(state)] * 2
 
 
 @pytest.mark.slow
 def test_dist_test(trained, coco_mini, tmp_path):
     """Two processes see the same validation set and report what one process reports."""
     config, work_dir, _ = trained
-    arguments = [
-        "--data-root",
-        coco_mini,
-        "--work-dir",
-        tmp_path,
-        "--cfg-options",
-        *TINY,
-        *EVERY_SCORE,
-    ]
+    options = ["--cfg-options", *TINY, *EVERY_SCORE]
+    arguments = ["--data-root", coco_mini, "--work-dir", tmp_path, *options]
     checkpoint = work_dir / "epoch_1.pth"
     one = run(ROOT / "tools/test.py", config, checkpoint, *arguments)
     two = run(ROOT / "tools/dist_test.sh", config, checkpoint, 2, *arguments)
@@ -217,32 +193,33 @@ TRAIN = ROOT / "tools/train.py"
 CONFIG = ROOT / "configs/retinanet_r50_mrla_1x.py"
 
 
-def test_missing_data_root_says_what_to_do(tmp_path):
-    message = one_error(run(TRAIN, CONFIG, cwd=tmp_path, ok=False))
-    assert f"no such folder: {tmp_path}/data/coco" in message
-    assert "--data-root DIR" in message
+@pytest.mark.parametrize(
+    ("words", "missing", "hint"),
+    [
+        ([TRAIN, CONFIG], "no such folder: {}/data/coco", "--data-root DIR"),
+        (
+            [TRAIN, CONFIG, "--data-root", "."],
+            "no such annotation file: {}/annotations/instances_train2017.json", "",
+        ),
+        (
+            [TRAIN, CONFIG, "--data-root", "COCO",
+             "--cfg-options", "model.backbone.init_cfg.checkpoint=r50.pth"],
+            "model.backbone.init_cfg.checkpoint: no such file: {}/r50.pth", "",
+        ),
+        # did you mean
+        ([TRAIN, "retinanet_r50_mrla_2x.py"], "no such config: {}/retinanet_r50_mrla_2x.py",
+         str(CONFIG)),
+        ([ROOT / "tools/test.py", CONFIG, "epoch_12.pth"], "no such checkpoint: {}/epoch_12.pth",
+         ""),
+    ],
+    ids=["data root", "annotations", "initial weights", "config", "checkpoint"],
+)  # fmt: skip
+def test_what_is_not_there_is_named(words, missing, hint, coco_mini, tmp_path):
+    words = [coco_mini if word == "COCO" else word for word in words]
+    message = one_error(run(*words, cwd=tmp_path, ok=False))
+    assert missing.format(tmp_path) in message
+    assert hint in message
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-def test_missing_annotation_file(tmp_path):
-    (tmp_path / "train2017").mkdir()
-    message = one_error(run(TRAIN, CONFIG, "--data-root", tmp_path, ok=False))
-    assert f"no such annotation file: {tmp_path}/annotations/instances_train2017.json" in message
-
-
-def test_initial_weights_that_are_not_there(coco_mini, tmp_path):
-    option = "model.backbone.init_cfg.checkpoint=r50.pth"
-    done = run(
-        TRAIN, CONFIG, "--data-root", coco_mini, "--cfg-options", option, cwd=tmp_path, ok=False
-    )
-    message = one_error(done)
-    assert f"model.backbone.init_cfg.checkpoint: no such file: {tmp_path}/r50.pth" in message
-
-
-def test_config_that_is_not_there(tmp_path):
-    message = one_error(run(TRAIN, "retinanet_r50_mrla_2x.py", cwd=tmp_path, ok=False))
-    assert f"no such config: {tmp_path}/retinanet_r50_mrla_2x.py" in message
-    assert str(CONFIG) in message  # did you mean
 
 
 @pytest.mark.parametrize(
@@ -300,11 +277,6 @@ def test_a_checkpoint_of_another_network_is_refused(coco_mini, tmp_path):
     arguments = [CONFIG, typo, "--data-root", coco_mini, "--work-dir", tmp_path / "run"]
     message = one_error(run(ROOT / "tools/test.py", *arguments, ok=False))
     assert "no key matches the model. The checkpoint's begin with bakcbone.conv1.weight" in message
-
-
-def test_test_py_refuses_a_missing_checkpoint(tmp_path):
-    done = run(ROOT / "tools/test.py", CONFIG, "epoch_12.pth", cwd=tmp_path, ok=False)
-    assert f"no such checkpoint: {tmp_path}/epoch_12.pth" in one_error(done)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is fine with a GPU")
