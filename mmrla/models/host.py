@@ -23,6 +23,8 @@ from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+# Leaves of a backbone's outputs; others, such as a dataclass, may hide tensors.
+_SEARCHABLE = (torch.Tensor, int, float, str, type(None))
 
 
 class LayerAttentionHost:
@@ -163,7 +165,8 @@ def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> Non
 
     Parameters after the last of ``out_indices`` never get a gradient, and DDP, without
     ``find_unused_parameters``, would wait for it and fail. They are found by a small forward and
-    backward.
+    backward in evaluation mode. Outputs that cannot be searched for tensors, such as an object,
+    leave everything as it is.
     """
     asking = [p for p in backbone.parameters() if p.requires_grad]
     if any(p.is_meta for p in asking) or torch.is_inference_mode_enabled():
@@ -177,8 +180,10 @@ def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> Non
         with torch.enable_grad():
             outs, _ = tree_flatten(backbone(asking[0].new_zeros(image_shape)))
             sums = [t.sum() for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
-            if sums:
-                torch.stack(sums).sum().backward()
+            if not sums or not all(isinstance(t, _SEARCHABLE) for t in outs):
+                return
+            # Not torch.autograd.grad, which mmcv's checkpointing (with_cp) refuses.
+            torch.stack(sums).sum().backward()
     finally:
         for module, mode in modes:
             module.training = mode
