@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import pytest
 import torch
@@ -240,6 +242,29 @@ def test_frozen_stages_of_interactions(attention):
         assert parameter.requires_grad is not key.startswith(("conv1", "bn1", "layer1", "layer2"))
     step(model, torch.randn(2, 3, 32, 32))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+FROZEN_LN = dict(norm_cfg=dict(type="LN", eps=1e-6, requires_grad=False))
+CONSTANT = dict(type="Constant", layer="Conv2d", val=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        ("resnet", dict(norm_cfg=dict(type="BN", requires_grad=False)), "^8 norms .*layer1.0.bn"),
+        ("resnet", dict(frozen_stages=1), "^2 norms .*layer1.0.bn.*WarmStart.*zero_init_mrla"),
+        ("pvtv2", dict(FROZEN_LN, init_cfg=CONSTANT), "^12 norms .*layers.0.1.0.mrla.norm"),
+        ("vit", dict(frozen_stages=1), "^2 norms .*layers.0.mrla.norm"),
+        ("resnet", dict(frozen_stages=1, zero_init_mrla=False), None),
+        ("resnet", dict(out_indices=(1,)), None),  # later stages are frozen because unused
+    ],
+)
+def test_warns_of_attention_that_is_off_for_good(name, kwargs, expected, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("mmrla.models.host.print_log", lambda text, **_: said.append(text))
+    build(name, "light", **kwargs).init_weights()
+    assert len(said) == (expected is not None)
+    assert expected is None or re.search(expected, said[0])
 
 
 @pytest.mark.parametrize("attention", [*TYPES, *INTERACTIONS])
