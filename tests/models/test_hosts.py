@@ -369,6 +369,8 @@ def light(d):
         (lambda: build("ceit", None, with_cls_token=False), "no with_cls_token, got .*=False"),
         (lambda: build("ceit", None, pre_norm=True), "CeiT has no pre_norm, got pre_norm=True"),
         (lambda: build("ceit", None, layer_cfgs=[{}]), "CeiT has no layer_cfgs"),
+        (lambda: build("ceit", None, layer_scale_init_value=1e-3), "CeiT has no layer_scale_init"),
+        (lambda: CeiT("tiny", layer_scale_init_value=1e-3), "CeiT has no layer_scale_init_value"),
         (lambda: build("distilled", None, with_cls_token=False), "has a class token, got"),
         (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "frozen_stages must be from -1 to 3, got 4"),
         (lambda: MRLAResNetCIFAR(21), r"\[20, 56, 110\], got 21"),
