@@ -121,3 +121,15 @@ def test_weights_of_classifiers_and_detectors():
     for convert in (to_mmrla, from_mmrla):
         with pytest.raises(CheckpointError, match=r"these begin with features\.0"):
             convert({"features.0.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "key"),
+    [
+        ("deit3_small_patch16_224_mrla_light", {}, r"layers\.0\.ls1\.gamma.* .24 such keys"),
+        ("resnet18_mrla_light", dict(block_args=dict(attn_layer="se")), r"layer1\.0\.se\.fc1"),
+    ],
+)
+def test_weights_that_no_host_takes(name, kwargs, key):
+    with pytest.raises(CheckpointError, match=f"no host of mmrla has backbone.{key}"):
+        to_mmrla(timm.create_model(name, device="meta", **kwargs).state_dict())

@@ -149,16 +149,21 @@ def plain_model(model: ConfigDict) -> ConfigDict:
     Raises:
         ValueError: The backbone takes no layer attention.
     """
-    from mmrla.models.host import LayerAttentionHost
-
-    kind = model.backbone.type
-    cls = MODELS.get(kind) if isinstance(kind, str) else kind
-    if cls is None or not issubclass(cls, LayerAttentionHost):
+    if not _is_host(model.backbone):
         raise ValueError(
-            f"model.backbone {kind!r} has no layer attention to leave out; use a config whose "
-            "backbone is one of mmrla's"
+            f"model.backbone {model.backbone.type!r} has no layer attention to leave out; use a "
+            "config whose backbone is one of mmrla's"
         )
     return without_layer_attention(model)
+
+
+def _is_host(backbone: ConfigDict) -> bool:
+    """Whether a backbone's class is one of mmrla's hosts, or derives from one."""
+    from mmrla.models.host import LayerAttentionHost
+
+    kind = backbone.type
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(cls, type) and issubclass(cls, LayerAttentionHost)
 
 
 def without_layer_attention(model: ConfigDict) -> ConfigDict:
@@ -169,8 +174,7 @@ def without_layer_attention(model: ConfigDict) -> ConfigDict:
     model = copy.deepcopy(model)
     model.backbone.pop("plugins", None)
     attention = model.backbone.get("layer_attention")
-    kind = model.backbone.type
-    if (kind if isinstance(kind, str) else kind.__module__).startswith("mmrla."):
+    if _is_host(model.backbone):
         model.backbone.layer_attention = None  # also in place of the host's default
     if attention is None:
         return model

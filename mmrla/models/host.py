@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -23,6 +25,8 @@ from mmrla.models.plugins.builder import is_plugin_key, plugin_name
 from mmrla.models.warm_start import init_weights_warm
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+# Leaves of a backbone's outputs; others, such as a dataclass, may hide tensors.
+_SEARCHABLE = (torch.Tensor, int, float, str, type(None))
 
 
 class LayerAttentionHost:
@@ -61,6 +65,8 @@ class LayerAttentionHost:
 
     plugins: tuple[dict[str, Any], ...] = ()
     keep_plugins_trainable: bool = False
+    # Names of parameters that no output depends on.
+    _unused: frozenset[str] = frozenset()
 
     def __init__(
         self, *args: Any, layer_attention: Mapping[str, Any] | None = None,
@@ -115,8 +121,11 @@ class LayerAttentionHost:
 
     def init_weights(self) -> None:
         """As the ancestor's, or a warm start; then apply ``zero_init_mrla``."""
-        if init_weights_warm(self):
-            return
+        if not init_weights_warm(self):
+            self._init_weights_cold()
+        self._warn_if_off()
+
+    def _init_weights_cold(self) -> None:
         pretrained = _is_pretrained(self.init_cfg)
         if pretrained:  # what the checkpoint holds comes after
             self._zero_init_mrla()
@@ -127,6 +136,24 @@ class LayerAttentionHost:
             # The ancestor initialises every convolution alike, also what starts at zero.
             for plugin in self._plugin_parts():
                 start_plugin(plugin, zero_residual=getattr(self, "zero_init_residual", False))
+
+    def _warn_if_off(self) -> None:
+        """Log layer attentions that add zero and never learn: their norm is zero and frozen."""
+        off = [
+            name
+            for name, module in self.named_modules()
+            if is_mrla_key(name) and isinstance(module, NORMS) and _stuck_at_zero(module.weight)
+            if f"{name}.weight" not in self._unused
+        ]
+        if off:
+            print_log(
+                f"{len(off)} norms of layer attentions ({off[0]}, ...) are zero and frozen: these "
+                "layer attentions have no effect and learn nothing, unless their weights are loaded"
+                " later. From a plain checkpoint, init_cfg=dict(type='mmrla.WarmStart', ...) keeps "
+                "them trainable; zero_init_mrla=False starts them at full strength",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def _zero_init_mrla(self) -> None:
         if self.zero_init_mrla:
@@ -163,28 +190,38 @@ def freeze_unused_parameters(backbone: Any, image_shape: tuple[int, ...]) -> Non
 
     Parameters after the last of ``out_indices`` never get a gradient, and DDP, without
     ``find_unused_parameters``, would wait for it and fail. They are found by a small forward and
-    backward.
+    backward in evaluation mode. Outputs that cannot be searched for tensors, such as an object,
+    leave everything as it is.
     """
-    asking = [p for p in backbone.parameters() if p.requires_grad]
-    if any(p.is_meta for p in asking) or torch.is_inference_mode_enabled():
+    asking = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    if any(p.is_meta for p in asking.values()) or torch.is_inference_mode_enabled():
         return
     if not asking:
         return
+    some = next(iter(asking.values()))
     modes = [(module, module.training) for module in backbone.modules()]
     try:
         for module, _ in modes:
             module.training = False  # not eval(), which backbones override
         with torch.enable_grad():
-            outs, _ = tree_flatten(backbone(asking[0].new_zeros(image_shape)))
+            outs, _ = tree_flatten(backbone(some.new_zeros(image_shape)))
             sums = [t.sum() for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
-            if sums:
-                torch.stack(sums).sum().backward()
+            if not sums or not all(isinstance(t, _SEARCHABLE) for t in outs):
+                return
+            # Not torch.autograd.grad, which mmcv's checkpointing (with_cp) refuses.
+            torch.stack(sums).sum().backward()
     finally:
         for module, mode in modes:
             module.training = mode
-    for parameter in asking:
+    backbone._unused = frozenset(name for name, p in asking.items() if p.grad is None)
+    for parameter in asking.values():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def _stuck_at_zero(weight: nn.Parameter | None) -> bool:
+    """Whether a weight is zero, and frozen."""
+    return weight is not None and not (weight.requires_grad or weight.is_meta or weight.any())
 
 
 def _is_pretrained(init_cfg: Any) -> bool:

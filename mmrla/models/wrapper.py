@@ -129,9 +129,10 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
     backbone's outputs keep their shapes.
 
     Args:
-        backbone: Config of the backbone, with the prefix of its package: ``mmdet.RegNet``. Or the
+        backbone: Config of the backbone, with the prefix of its package: ``mmdet.RegNet``;
+            parameters that no output depends on in evaluation mode then need no gradient. Or the
             backbone itself, a module of any library, such as ``torchvision.models.resnet18()``: it
-            is extended in place, and keeps its weights.
+            is extended in place, and keeps its weights and their ``requires_grad``.
         layer_attention: Config of the layer attention; None for the plain backbone.
             Default: MRLA-light with 8 channels per head on maps, 16 on tokens.
         layers: Names of the layers, as ``named_modules`` gives them, or patterns of such names in
@@ -241,7 +242,8 @@ class LayerAttentionWrapper(MixedClass, LayerAttentionHost):
         self._free_fresh_norms()
         if hasattr(self.mixed_from[1], "_freeze_stages"):
             self._freeze_stages()
-        freeze_unused_parameters(self, image_shape)
+        if cfg:  # what of a given module is trained is its owner's decision
+            freeze_unused_parameters(self, image_shape)
 
     def init_weights(self) -> None:
         """As the backbone's. A backbone that is not mmengine's keeps its weights."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mmrla.checkpoints.families import PLAIN_VIT_BACK, VIT, rename_all
+from mmrla.checkpoints.families import PLAIN_VIT_BACK, RESNET, VIT, rename_all
+from mmrla.checkpoints.family import Family
 from mmrla.checkpoints.files import CheckpointError, state_dict_of
+from mmrla.checkpoints.report import is_mrla_key
 
 # Deep stems: timm's conv1 is three convolutions with two norms between, mmpretrain's stem three
 # pairs of convolution and norm, whose last norm is timm's bn1.
@@ -26,11 +28,12 @@ def to_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Tensors by ``backbone.*`` and ``head.*``, as mmpretrain's classifiers have them.
 
     Raises:
-        CheckpointError: These are not the names of timm's ResNet or ViT.
+        CheckpointError: These are not the names of timm's ResNet or ViT, or no host has some of
+            them, such as the layer scale of DeiT III.
     """
     state = state_dict_of(state_dict)
     if _is_vit(state, "blocks."):
-        return VIT.to_ours(state)
+        return _checked(VIT.to_ours(state), VIT)
     if "layer1.0.conv1.weight" not in state:
         raise CheckpointError(
             "no weights of timm's ResNet (layer1.0.conv1) or ViT (blocks.0.attn.qkv); these begin "
@@ -46,7 +49,7 @@ def to_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if deep and part in _STEM:
             key = f"{_STEM[part]}.{leaf}"
         renamed[f"backbone.{_shifted(key, -1) if shift else key}"] = value
-    return renamed
+    return _checked(renamed, RESNET)
 
 
 def from_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,6 +88,17 @@ def from_mmrla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         part, _, leaf = key.rpartition(".")
         key = f"{stem[part]}.{leaf}" if part in stem else key
         renamed[_shifted(key, 1) if shift else key] = value
+    return renamed
+
+
+def _checked(renamed: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Weights by names of mmrla's hosts, if all names are."""
+    unknown = [k for k in renamed if not (is_mrla_key(k) or re.fullmatch(family.known, k))]
+    if unknown:
+        raise CheckpointError(
+            f"no host of mmrla has {', '.join(unknown[:4])} ({len(unknown)} such keys), so these "
+            "weights cannot be converted; use the network with timm"
+        )
     return renamed
 
 

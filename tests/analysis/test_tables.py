@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from mmrla.analysis.naming import backbone_name, image_size
 from mmrla.commands import cost_counts as cost
 from mmrla.commands import cost_tables as tables
-from mmrla.engine.network import build_network, without_layer_attention
+from mmrla.engine.network import build_network, plain_model, without_layer_attention
+from mmrla.models import MRLAResNet
 from tests.conftest import ROOT
 from tests.tools.test_tools import run
 
@@ -159,6 +160,8 @@ def test_plain_hosts_beside_layer_interactions():
     assert sum(p.numel() for p in built.parameters()) == 25_557_032  # the plain ResNet-50's
     detector = Config.fromfile(ROOT / "configs/retinanet_r50_rla-g_1x.py").model
     assert without_layer_attention(detector).backbone.layer_attention is None
+    own = ConfigDict(backbone=dict(type=type("MyResNet", (MRLAResNet,), {}), depth=18))
+    assert plain_model(own).backbone.layer_attention is None  # a subclass of another project
     dense = Config.fromfile(imagenet / "densenet161_in1k.py").model
     assert without_layer_attention(dense) == dense
     assert backbone_name(dense.backbone) == "DenseNet-161"

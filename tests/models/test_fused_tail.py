@@ -260,3 +260,18 @@ def test_under_ddp():
         model = network(layer_attention=layer_attention)
         expected = after_step(copy.deepcopy(model), x)
         assert_same(after_step(DistributedDataParallel(model), x), expected, 1e-9)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_recomputing_counts_a_batch_twice_in_all_norms(attention, tails):
+    """As docs/semantics.md writes: from zero, momentum 0.1 gives 0.19 of the mean for 0.1."""
+    found = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = MRLAResNet(18, **SMALL, with_cp=with_cp, layer_attention=attention).train()
+        sum(out.sum() for out in model(torch.randn(2, 3, 64, 64))).backward()
+        block = model.layer2[1]
+        found.append([norm.running_mean for norm in (block.bn1, block.bn2, block.bn_mrla)])
+    assert tails
+    for once, twice in zip(*found, strict=True):
+        torch.testing.assert_close(twice, 1.9 * once, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import pytest
 import torch
@@ -240,6 +242,29 @@ def test_frozen_stages_and_norm_eval_hold_for_the_layer_attention(attention, nor
     assert moved <= (set() if norm_eval else {"layer3", "layer4", "mrla_output"})
 
 
+FROZEN_LN = dict(norm_cfg=dict(type="LN", eps=1e-6, requires_grad=False))
+CONSTANT = dict(type="Constant", layer="Conv2d", val=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        ("resnet", dict(norm_cfg=dict(type="BN", requires_grad=False)), "^8 norms .*layer1.0.bn"),
+        ("resnet", dict(frozen_stages=1), "^2 norms .*layer1.0.bn.*WarmStart.*zero_init_mrla"),
+        ("pvtv2", dict(FROZEN_LN, init_cfg=CONSTANT), "^12 norms .*layers.0.1.0.mrla.norm"),
+        ("vit", dict(frozen_stages=1), "^2 norms .*layers.0.mrla.norm"),
+        ("resnet", dict(frozen_stages=1, zero_init_mrla=False), None),
+        ("resnet", dict(out_indices=(1,)), None),  # later stages are frozen because unused
+    ],
+)
+def test_warns_of_attention_that_is_off_for_good(name, kwargs, expected, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("mmrla.models.host.print_log", lambda text, **_: said.append(text))
+    build(name, "light", **kwargs).init_weights()
+    assert len(said) == (expected is not None)
+    assert expected is None or re.search(expected, said[0])
+
+
 @pytest.mark.parametrize("attention", [*TYPES, *INTERACTIONS])
 def test_half_precision_is_finite_and_close(attention):
     model = build("resnet20", attention).train()
@@ -341,6 +366,8 @@ def light(d):
         (lambda: build("ceit", None, with_cls_token=False), "no with_cls_token, got .*=False"),
         (lambda: build("ceit", None, pre_norm=True), "CeiT has no pre_norm, got pre_norm=True"),
         (lambda: build("ceit", None, layer_cfgs=[{}]), "CeiT has no layer_cfgs"),
+        (lambda: build("ceit", None, layer_scale_init_value=1e-3), "CeiT has no layer_scale_init"),
+        (lambda: CeiT("tiny", layer_scale_init_value=1e-3), "CeiT has no layer_scale_init_value"),
         (lambda: build("distilled", None, with_cls_token=False), "has a class token, got"),
         (lambda: MRLAResNetCIFAR(20, frozen_stages=4), "frozen_stages must be from -1 to 3, got 4"),
         (lambda: MRLAVisionTransformer(**VIT, with_cls_token=False), "with_cls_token must be True"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -134,13 +135,49 @@ def test_takes_a_module():
     assert relative_error(model(image), expected) < 1e-5
     model.train()(image).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    named = Dict(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1])
-    LayerAttentionWrapper(named, LIGHT, layers="layer[12].*", probe_size=64)
+    cfg = dict(type=Dict, block=torchvision.models.resnet.BasicBlock, layers=[1, 2, 1, 1])
+    named = wrapped(cfg, layer_attention=LIGHT, layers="layer[12].*")
     reached = {n.split(".")[0] for n, p in named.named_parameters() if p.requires_grad}
     assert reached == {"conv1", "bn1", "layer1", "layer2"}
     grey = torchvision.models.resnet18()
     grey.conv1 = nn.Conv2d(1, 64, 7, 2, 3)
     assert LayerAttentionWrapper(grey, LIGHT)(torch.rand(1, 1, 64, 64)).shape == (1, 1000)
+
+
+@dataclass
+class Out:
+    x: torch.Tensor
+
+
+class Opaque(torchvision.models.ResNet):
+    """Hides an output from those who search nested lists and dicts."""
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return x.mean(), Out(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+
+class Auxiliary(torchvision.models.ResNet):
+    """Has a head for training alone."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.aux = nn.Linear(1000, 10)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return (y, self.aux(y)) if self.training else y
+
+
+def test_freezes_nothing_that_the_trial_cannot_follow():
+    """Of a module nothing at all, and its gradients stay."""
+    block, layers = torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]
+    built = wrapped(dict(type=Opaque, block=block, layers=layers), layer_attention=LIGHT)
+    given = Auxiliary(block, layers)
+    given.conv1.weight.grad = torch.ones_like(given.conv1.weight)
+    for model in (built, wrapped(given, layer_attention=LIGHT)):
+        assert all(p.requires_grad for p in model.parameters())
+    assert given.conv1.weight.grad.all()
 
 
 def test_a_refused_module_stays_as_it_was():

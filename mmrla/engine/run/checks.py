@@ -39,6 +39,9 @@ from mmrla.layers.checks import check_count
 # What mmengine's runner takes from a config, and what tools read beside it.
 _TOP = {"custom_imports", "runner_type", "model_wrapper_cfg", "allow_missing", "strategy",
         "find_unused_parameters", *inspect.signature(Runner).parameters} - {"cfg"}  # fmt: skip
+# Those of them that are no dicts or lists. A config's own variables are mostly such values too.
+_SCALARS = ("work_dir", "load_from", "resume", "launcher", "log_level", "default_scope",
+            "experiment_name", "runner_type", "find_unused_parameters")  # fmt: skip
 # Of a dataloader, what mmengine takes out before torch's sees the rest.
 _LOADER = frozenset({"type", "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn",
                      "num_batch_per_epoch", "seed"})  # fmt: skip
@@ -52,9 +55,10 @@ _WEIGHTS = ("checkpoint", "pretrained", "teacher_ckpt")
 def check_config(cfg: Config, splits: Iterable[str]) -> None:
     """Raise on misspelt keys and wrong types; builds nothing."""
     splits = tuple(splits)
-    for key in cfg:
-        close = difflib.get_close_matches(key, _TOP, n=1, cutoff=0.85)
-        if key not in _TOP and close and isinstance(cfg[key], (Mapping, list)):
+    for key in sorted(cfg.keys() - _TOP):
+        nested = isinstance(cfg[key], (Mapping, list))
+        close = difflib.get_close_matches(key, _TOP if nested else _SCALARS, n=1, cutoff=0.85)
+        if close:
             raise ValueError(f"unknown key {key!r} of the config; did you mean {close[0]!r}?")
     _mapping(cfg.get("model"), "model")
     for split in splits:

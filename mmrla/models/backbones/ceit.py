@@ -120,7 +120,8 @@ class CeiT(VisionTransformer):
             the layer-wise attention.
         norm_cfg: Of the LayerNorms.
         **kwargs: Arguments of :class:`mmpretrain.models.VisionTransformer`, except
-            ``with_cls_token``, ``pre_norm``, ``patch_cfg`` and ``layer_cfgs``.
+            ``with_cls_token``, ``pre_norm``, ``layer_scale_init_value``, ``patch_cfg`` and
+            ``layer_cfgs``.
 
     Raises:
         ValueError: An unknown ``arch``, or an argument that CeiT does not support.
@@ -141,7 +142,8 @@ class CeiT(VisionTransformer):
 
     # Arguments of the ancestor with the values that CeiT can have, if any.
     _FIXED: dict[str, tuple] = {
-        "with_cls_token": (True,), "pre_norm": (False,), "patch_cfg": (), "layer_cfgs": (),
+        "with_cls_token": (True,), "pre_norm": (False,), "layer_scale_init_value": (0,),
+        "patch_cfg": (), "layer_cfgs": (),
     }  # fmt: skip
 
     def __init__(

@@ -101,11 +101,13 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
             self._zero_init_mrla()
             load_backbone(self, cfg["checkpoint"])
             self.is_init = True
+            self._warn_if_off()
         elif cfg is None or is_warm_start(cfg):
             super().init_weights()
         else:
             BaseModule.init_weights(self)
             self._zero_init_mrla()
+            self._warn_if_off()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""
