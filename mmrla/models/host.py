@@ -147,7 +147,7 @@ class LayerAttentionHost:
         ]
         if off:
             print_log(
-                f"{len(off)} norms of layer attentions ({off[0]}, ...) are zero and frozen: these "
+                f"norms of layer attentions are zero and frozen ({len(off)}: {off[0]}, ...): these "
                 "layer attentions have no effect and learn nothing, unless their weights are loaded"
                 " later. From a plain checkpoint, init_cfg=dict(type='mmrla.WarmStart', ...) keeps "
                 "them trainable; zero_init_mrla=False starts them at full strength",

@@ -249,10 +249,10 @@ CONSTANT = dict(type="Constant", layer="Conv2d", val=0.5)
 @pytest.mark.parametrize(
     ("name", "kwargs", "expected"),
     [
-        ("resnet", dict(norm_cfg=dict(type="BN", requires_grad=False)), "^8 norms .*layer1.0.bn"),
-        ("resnet", dict(frozen_stages=1), "^2 norms .*layer1.0.bn.*WarmStart.*zero_init_mrla"),
-        ("pvtv2", dict(FROZEN_LN, init_cfg=CONSTANT), "^12 norms .*layers.0.1.0.mrla.norm"),
-        ("vit", dict(frozen_stages=1), "^2 norms .*layers.0.mrla.norm"),
+        ("resnet", dict(norm_cfg=dict(type="BN", requires_grad=False)), "[(]8: layer1.0.bn"),
+        ("resnet", dict(frozen_stages=1), "[(]2: layer1.0.bn.*WarmStart.*zero_init_mrla"),
+        ("pvtv2", dict(FROZEN_LN, init_cfg=CONSTANT), "[(]12: layers.0.1.0.mrla.norm"),
+        ("vit", dict(frozen_stages=1), "[(]2: layers.0.mrla.norm"),
         ("resnet", dict(frozen_stages=1, zero_init_mrla=False), None),
         ("resnet", dict(out_indices=(1,)), None),  # later stages are frozen because unused
     ],
