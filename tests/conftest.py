@@ -101,6 +101,7 @@ def kept_for_backward(run: Callable[[], object]) -> dict[int, int]:
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # a node that held its own output would never be freed
         saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 

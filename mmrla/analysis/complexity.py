@@ -214,7 +214,7 @@ def _kept(
         if counts(tensor):
             alive.append(storage)
             kept[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that held its own output would never be freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()

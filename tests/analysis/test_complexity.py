@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from mmdet.models import PyramidVisionTransformerV2
@@ -10,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
+from mmrla.analysis.complexity import kept_for_backward
 from mmrla.layers import LayerAttention
 from mmrla.models import MRLAResNet
 from mmrla.ops import eca_kernel_size
@@ -219,7 +223,7 @@ def really_kept(model, x):
     def pack(tensor):
         alive.append(tensor.untyped_storage())
         kept[alive[-1].data_ptr()] = alive[-1].nbytes()
-        return tensor
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(x)
@@ -253,6 +257,15 @@ def test_activation_memory_is_that_of_a_real_forward(model):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert got == int(really_kept(model, x))
+
+
+def test_what_was_counted_is_freed():
+    model, x = MRLAResNet(18, **HALF, layer_attention=LIGHT), torch.rand(2, 3, 64, 64)
+    parameter = weakref.ref(next(model.parameters()))
+    assert kept_for_backward(model, lambda: model(x)) > 0
+    del model
+    gc.collect()
+    assert parameter() is None
 
 
 def test_activation_memory_of_resnet50():
