@@ -263,7 +263,7 @@ def test_what_was_counted_is_freed():
     model, x = MRLAResNet(18, **HALF, layer_attention=LIGHT), torch.rand(2, 3, 64, 64)
     parameter = weakref.ref(next(model.parameters()))
     assert kept_for_backward(model, lambda: model(x)) > 0
-    del model
+    model = None
     gc.collect()
     assert parameter() is None
 
