@@ -296,7 +296,8 @@ def summary(record: Mapping[str, Any]) -> Iterator[str]:
             of_row = record[name].get(row, {})
             seeds.append(len(of_row))
             values = list(last_values(of_row).values())
-            cells.append(spread(values) if values else "not run")
+            missing = "not run" if any(row == r.name for r in experiment.rows) else ""
+            cells.append(spread(values) if values else missing)
         yield f"| {' | '.join(cells)} | {max(seeds)} |"
 
 
