@@ -46,18 +46,21 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
     data = _data(root) or {}
     base = root / str(data.get("path") or ".")
     base = base if base.is_dir() else root  # often a path of another machine
+    named = {split_of(key) for key in FOLDERS if data.get(key)}
     for key in FOLDERS:
         name = split_of(key) or key
         given = data.get(key) or ()
         for text in [given] if isinstance(given, str) else given:
-            # Roboflow writes ../train/images for train/images.
-            for folder in (base / text, root / text.removeprefix("../")):
+            places = [base / text, root / text.removeprefix("../")]
+            if text.startswith("../"):
+                places.reverse()  # Roboflow writes ../train/images for train/images.
+            for folder in places:
                 if folder.exists():
                     yield name, folder
                     break
             else:
                 raise DataError(f"{root}: its YAML file has {key}: {text}, which does not exist")
-        if not given:
+        if name not in named:
             for folder in (root / "images" / key, root / key / "images"):
                 if folder.is_dir():
                     yield name, folder

@@ -131,6 +131,20 @@ def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
         assert (tmp_path / "out/train2017" / image["file_name"]).stat().st_size > 100
 
 
+def test_roboflows_splits_are_read_once_and_from_the_folder_itself(tmp_path):
+    yolo(tmp_path / "in")
+    for split in ("train", "valid"):
+        for kind in ("images", "labels"):
+            shutil.copytree(tmp_path / f"in/{kind}/train", tmp_path / f"robo/{split}/{kind}")
+    photos(tmp_path / "train/images/foreign")  # what ../train/images leads to
+    (tmp_path / "robo/data.yaml").write_text(
+        "train: ../train/images\nval: ../valid/images\nnames: [bolt, nut]\n"
+    )
+    done = convert_data(tmp_path / "robo", tmp_path / "out")
+    assert done.counts == {"train": (3, 2), "val": (3, 2)}
+    assert written(tmp_path / "out")["images"][0]["file_name"] == "empty.jpg"
+
+
 def test_real_voc_keeps_every_box(tmp_path, capsys):
     """Against the XML files, by another reader; BCCD is recognised by the check as well."""
     source = SHARED / "data/bccd"
