@@ -66,11 +66,13 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
                     yield name, folder
 
 
-def _labels_of(image: Path) -> Path:
-    parts = list(image.parts)
+def _labels_of(image: Path, root: Path) -> Path:
+    # A folder called images above the dataset is not the dataset's.
+    parts = list((image.relative_to(root) if image.is_relative_to(root) else image).parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    labels = root.joinpath(*parts).with_suffix(".txt")
+    return labels if labels.is_file() else image.with_suffix(".txt")
 
 
 def read_yolo(root: Path) -> Reading:
@@ -97,7 +99,7 @@ def read_yolo(root: Path) -> Reading:
             width, height = shown_size(path)
             file_name = path.relative_to(folder).as_posix()
             image = reading.image(name, path, file_name, (width, height))
-            labels = _labels_of(path)
+            labels = _labels_of(path, root)
             lines_of = labels.read_text().splitlines() if labels.is_file() else []
             for number, line in enumerate(lines_of, 1):
                 if line.strip():

@@ -145,6 +145,17 @@ def test_roboflows_splits_are_read_once_and_from_the_folder_itself(tmp_path):
     assert written(tmp_path / "out")["images"][0]["file_name"] == "empty.jpg"
 
 
+def test_yolo_labels_beside_the_images_below_a_folder_called_images(tmp_path):
+    yolo(tmp_path / "in")
+    flat = tmp_path / "images/mine"
+    shutil.copytree(tmp_path / "in/images/train", flat)
+    shutil.copytree(tmp_path / "in/labels/train", flat, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "in/labels/train", tmp_path / "labels/mine")
+    (tmp_path / "labels/mine/empty.txt").write_text("0 0.5 0.5 0.5 0.5\n")  # of another dataset
+    (flat / "classes.txt").write_text("bolt\nnut\n")
+    assert convert_data(flat, tmp_path / "out").counts == {"train": (3, 2)}
+
+
 def test_real_voc_keeps_every_box(tmp_path, capsys):
     """Against the XML files, by another reader; BCCD is recognised by the check as well."""
     source = SHARED / "data/bccd"
