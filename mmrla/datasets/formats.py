@@ -85,14 +85,22 @@ def _root_tag(path: Path) -> str | None:
 def _read_coco(root: Path) -> Reading:
     """Read Roboflow's layout, a JSON in each image folder, or COCO's own layout."""
     reading = Reading()
-    for path in coco_files(root):
+    paths = [
+        path
+        for path in coco_files(root)
+        if path.name.startswith(("instances_", "_annotations"))  # not captions, keypoints
+    ]
+    for path in paths:
         beside = path.name == "_annotations.coco.json"
-        if not beside and not path.name.startswith("instances_"):
-            continue  # captions, keypoints
         name = path.parent.name if beside else path.stem.removeprefix("instances_")
         folder = path.parent if beside else _images_of(root, name)
-        split = re.sub(r"\d{4}$", "", name)
-        split = split_of(split) or "train"
+        split = split_of(re.sub(r"\d{4}$", "", name.rpartition("_")[2]))
+        if split is None and len(paths) > 1:
+            raise DataError(
+                f"{path}: {name!r} is none of {', '.join(SPLITS)}, and it is one of {len(paths)} "
+                "annotation files; rename it or take it out"
+            )
+        split = split or "train"
         try:
             content = json.loads(path.read_text())
             _add_coco(reading, split, content, folder)
@@ -169,7 +177,12 @@ def _read_voc(root: Path) -> Reading:
     ]
     # One order of the classes for all splits, whichever occur in each.
     reading.classes = sorted({c["name"] for content in contents for c in content["categories"]})
-    for (split, folder, _, _, images), content in zip(jobs, contents, strict=True):
+    for (split, folder, chosen, _, images), content in zip(jobs, contents, strict=True):
+        if chosen and chosen.stem == "trainval" and "val" in reading.splits:
+            held = {record["file_name"] for record in reading.splits["val"]["images"]}
+            content["images"] = [r for r in content["images"] if r["file_name"] not in held]
+            ids = {record["id"] for record in content["images"]}
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
         labels = {category["id"]: category["name"] for category in content["categories"]}
         for record in content["annotations"]:
             label = labels[record["category_id"]]

@@ -24,7 +24,8 @@ FOLDERS = (*SPLITS, *_ALIASES)
 
 
 def split_of(name: str) -> str | None:
-    """The split of a folder with this name, or None."""
+    """The split of a folder with this name in any case, or None."""
+    name = name.lower()
     return _ALIASES.get(name, name) if name in FOLDERS else None
 
 

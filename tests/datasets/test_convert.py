@@ -17,6 +17,7 @@ from mmrla.datasets import DataError
 from mmrla.datasets.convert import convert_data
 from mmrla.datasets.formats import recognise
 from tests.conftest import SHARED
+from tests.datasets.test_voc import write_voc
 from tests.helpers import refusal
 
 # One set in every format: shown 64 x 48, but "turned", which is stored so and shown 48 x 64.
@@ -154,6 +155,35 @@ def test_yolo_labels_beside_the_images_below_a_folder_called_images(tmp_path):
     (tmp_path / "labels/mine/empty.txt").write_text("0 0.5 0.5 0.5 0.5\n")  # of another dataset
     (flat / "classes.txt").write_text("bolt\nnut\n")
     assert convert_data(flat, tmp_path / "out").counts == {"train": (3, 2)}
+
+
+def test_coco_splits_in_any_case_and_other_names(tmp_path):
+    roboflow_coco(tmp_path / "in")
+    root = tmp_path / "coco"
+    for split in ("Train", "Validation", "mine_test2017"):
+        shutil.copytree(tmp_path / "in/train", root / "images" / split)
+        file = root / f"images/{split}/_annotations.coco.json"
+        (root / "annotations").mkdir(exist_ok=True)
+        file.rename(root / f"annotations/instances_{split}.json")
+    counts = convert_data(root, tmp_path / "out").counts
+    assert counts == dict.fromkeys(("train", "val", "test"), (3, 2))
+    (root / "annotations/instances_Train.json").rename(root / "annotations/instances_minival.json")
+    with pytest.raises(DataError, match="instances_minival.json: 'minival' is none of train, val"):
+        convert_data(root, tmp_path / "new")
+    for split in ("Validation", "mine_test2017"):
+        (root / f"annotations/instances_{split}.json").unlink()
+    (root / "images/Train").rename(root / "minival")
+    assert convert_data(root, tmp_path / "new").counts == {"train": (3, 2)}
+
+
+def test_voc_trainval_without_the_images_of_val(tmp_path):
+    for name in ("a", "b"):
+        write_voc(tmp_path / "in", name, [("RBC", (5, 6, 50, 40), 0)])
+    (tmp_path / "in/ImageSets/Main/trainval.txt").write_text("a\nb\n")
+    (tmp_path / "in/ImageSets/Main/val.txt").write_text("a\n")
+    counts = convert_data(tmp_path / "in", tmp_path / "out").counts
+    assert counts == {"val": (1, 1), "train": (1, 1)}
+    assert [image["file_name"] for image in written(tmp_path / "out")["images"]] == ["b.jpg"]
 
 
 def test_real_voc_keeps_every_box(tmp_path, capsys):
