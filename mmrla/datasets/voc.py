@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -119,8 +120,18 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
         listed = folder / LISTS / "Main" / f"{split}.txt"
     if not listed.is_file():
         raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} does not exist")
-    # Lists of one class have 1 or -1 after each name.
-    return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    marks = folder / annotations
+    return [_stem(line.strip(), marks) for line in listed.read_text().splitlines() if line.strip()]
+
+
+def _stem(line: str, annotations: Path) -> str:
+    # Lists of one class have 1 or -1 after each name, others more numbers; names may have spaces.
+    while not (annotations / f"{line}.xml").is_file():
+        shorter = re.sub(r"\s+-?\d+$", "", line)
+        if shorter == line:
+            break
+        line = shorter
+    return line
 
 
 def _parse(path: Path) -> ElementTree.Element:
