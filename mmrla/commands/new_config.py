@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_at_least(args, epochs=1)
         text, said = new_config(Path(args.data), args.detector, args.cpu, args.epochs)
         args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+        args.out.write_bytes(text.encode())
     print(f"{args.out}: {said}")
 
 

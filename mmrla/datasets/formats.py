@@ -102,7 +102,7 @@ def _read_coco(root: Path) -> Reading:
             )
         split = split or "train"
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             _add_coco(reading, split, content, folder)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}: not in COCO's format ({error!r})") from error

@@ -87,6 +87,19 @@ def area_of(polygon: Sequence[float]) -> float:
     return abs(sum(a * d - b * c for (a, b), (c, d) in turned)) / 2
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark, stripped.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It is in another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not in UTF-8, save it in that encoding ({error})") from error
+    return [line.strip() for line in text.splitlines()]
+
+
 def shown_size(path: Path) -> tuple[int, int]:
     """Width and height of an image, rotated by its EXIF data.
 

@@ -13,6 +13,7 @@ from PIL import Image
 from mmrla.datasets.coco_check import read_annotations
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.images import IMAGE_SUFFIXES
+from mmrla.datasets.reading import lines_of
 
 ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
@@ -121,7 +122,7 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
     if not listed.is_file():
         raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} does not exist")
     marks = folder / annotations
-    return [_stem(line.strip(), marks) for line in listed.read_text().splitlines() if line.strip()]
+    return [_stem(line, marks) for line in lines_of(listed) if line]
 
 
 def _stem(line: str, annotations: Path) -> str:

@@ -11,13 +11,13 @@ import yaml
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.images import images_in
-from mmrla.datasets.reading import FOLDERS, Reading, shown_size, split_of
+from mmrla.datasets.reading import FOLDERS, Reading, lines_of, shown_size, split_of
 
 
 def _data(root: Path) -> Mapping[str, Any] | None:
     for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
-            data = yaml.safe_load(path.read_text())
+            data = yaml.safe_load(path.read_bytes())
         except yaml.YAMLError as error:
             text = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: not YAML ({text})") from error
@@ -32,7 +32,7 @@ def yolo_names(root: Path) -> list[str] | None:
     if data is None:
         for path in (root / "classes.txt", root / "labels/classes.txt"):
             if path.is_file():
-                return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+                return [line for line in lines_of(path) if line]
         return None
     names = data["names"]
     if isinstance(names, Mapping):
@@ -91,8 +91,7 @@ def read_yolo(root: Path) -> Reading:
     ]
     for name, folder in splits:
         if folder.is_file():
-            lines = folder.read_text().splitlines()
-            folder, paths = root, [root / line.strip() for line in lines if line.strip()]
+            folder, paths = root, [root / line for line in lines_of(folder) if line]
         else:
             paths = images_in(folder)
         for path in paths:
@@ -100,9 +99,8 @@ def read_yolo(root: Path) -> Reading:
             file_name = path.relative_to(folder).as_posix()
             image = reading.image(name, path, file_name, (width, height))
             labels = _labels_of(path, root)
-            lines_of = labels.read_text().splitlines() if labels.is_file() else []
-            for number, line in enumerate(lines_of, 1):
-                if line.strip():
+            for number, line in enumerate(lines_of(labels) if labels.is_file() else (), 1):
+                if line:
                     _add_line(reading, name, image, line, f"{labels}:{number}", (width, height))
     return reading
 

@@ -18,7 +18,7 @@ from mmrla.datasets.convert import convert_data
 from mmrla.datasets.formats import recognise
 from tests.conftest import SHARED
 from tests.datasets.test_voc import write_voc
-from tests.helpers import refusal
+from tests.helpers import python, refusal
 
 # One set in every format: shown 64 x 48, but "turned", which is stored so and shown 48 x 64.
 BOLT, NUT = [10.0, 10.0, 30.0, 40.0], [5.0, 5.0, 30.0, 6.0, 20.0, 40.0]
@@ -184,6 +184,26 @@ def test_voc_trainval_without_the_images_of_val(tmp_path):
     counts = convert_data(tmp_path / "in", tmp_path / "out").counts
     assert counts == {"val": (1, 1), "train": (1, 1)}
     assert [image["file_name"] for image in written(tmp_path / "out")["images"]] == ["b.jpg"]
+
+
+def test_text_files_are_in_utf8(tmp_path, monkeypatch):
+    yolo(tmp_path / "in")
+    (tmp_path / "in/data.yaml").unlink()
+    classes, label = tmp_path / "in/classes.txt", tmp_path / "in/labels/train/plain.txt"
+    for path, text in ((classes, "größe\r\nnut\r\n"), (label, label.read_text())):
+        path.write_text(text, encoding="utf-8-sig")
+    done = convert_data(tmp_path / "in", tmp_path / "val", val=0.34)
+    assert done.classes == ["größe", "nut"]
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    code = "from mmrla.cli import main; main(['convert-data', 'in', 'out', '--val', '0.34']); " \
+           "main(['new-config', 'out', 'new.py'])"  # fmt: skip
+    assert "classes: ['gr\\xf6\\xdfe', 'nut']" in python("-X", "utf8=0", "-c", code, cwd=tmp_path)
+    assert written(tmp_path / "out") == written(tmp_path / "val")
+    assert "classes=('größe', 'nut')" in (tmp_path / "new.py").read_text(encoding="utf-8")
+    classes.write_text("größe\n", encoding="latin1")
+    with pytest.raises(DataError, match=r"in/classes.txt: not in UTF-8"):
+        convert_data(tmp_path / "in", tmp_path / "new")
 
 
 def test_real_voc_keeps_every_box(tmp_path, capsys):
