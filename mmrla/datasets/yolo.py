@@ -66,6 +66,11 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
                     yield name, folder
 
 
+def _listed(name: str, beside: Path, root: Path) -> Path:
+    """An image of a list: its name is relative to the list's folder, or to the dataset's."""
+    return beside / name if (beside / name).is_file() else root / name
+
+
 def _labels_of(image: Path, root: Path) -> Path:
     # A folder called images above the dataset is not the dataset's.
     parts = list((image.relative_to(root) if image.is_relative_to(root) else image).parts)
@@ -82,6 +87,7 @@ def read_yolo(root: Path) -> Reading:
         mmrla.datasets.findings.DataError: Something cannot be read; the message gives file and
             line.
     """
+    root = root.absolute()  # as the paths in some lists
     names = yolo_names(root)
     if names is None:
         raise DataError(f"{root}: no names of classes: neither data.yaml nor classes.txt is there")
@@ -91,12 +97,15 @@ def read_yolo(root: Path) -> Reading:
     ]
     for name, folder in splits:
         if folder.is_file():
-            folder, paths = root, [root / line for line in lines_of(folder) if line]
+            names = [line for line in lines_of(folder) if line]
+            paths = [_listed(name, folder.parent, root) for name in names]
+            folder = root
         else:
             paths = images_in(folder)
         for path in paths:
             width, height = shown_size(path)
-            file_name = path.relative_to(folder).as_posix()
+            inside = path.is_relative_to(folder)
+            file_name = path.relative_to(folder).as_posix() if inside else path.name
             image = reading.image(name, path, file_name, (width, height))
             labels = _labels_of(path, root)
             for number, line in enumerate(lines_of(labels) if labels.is_file() else (), 1):

@@ -206,6 +206,17 @@ def test_text_files_are_in_utf8(tmp_path, monkeypatch):
         convert_data(tmp_path / "in", tmp_path / "new")
 
 
+def test_yolo_lists_of_images_in_any_folder(tmp_path):
+    yolo(tmp_path / "in/data")
+    shutil.copytree(tmp_path / "in/data", tmp_path / "far")
+    (tmp_path / "in/data.yaml").write_text("path: data\ntrain: train.txt\nnames: [bolt, nut]\n")
+    far = tmp_path / "far/images/train/turned.jpg"
+    (tmp_path / "in/data/train.txt").write_text(f"./images/train/plain.jpg\n{far}\n")
+    assert convert_data(tmp_path / "in", tmp_path / "out").counts == {"train": (2, 2)}
+    names = [image["file_name"] for image in written(tmp_path / "out")["images"]]
+    assert names == ["data/images/train/plain.jpg", "turned.jpg"]
+
+
 def test_real_voc_keeps_every_box(tmp_path, capsys):
     """Against the XML files, by another reader; BCCD is recognised by the check as well."""
     source = SHARED / "data/bccd"
