@@ -217,6 +217,20 @@ def test_yolo_lists_of_images_in_any_folder(tmp_path):
     assert names == ["data/images/train/plain.jpg", "turned.jpg"]
 
 
+def test_what_is_missing_or_damaged_is_found_before_anything_is_written(tmp_path, capsys):
+    cvat(tmp_path / "in")
+    (tmp_path / "in/images/empty.jpg").unlink()
+    damaged = Path(shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "in"))
+    content = bytearray(damaged.read_bytes())
+    content[content.index(b"turned.jpg") + 1000] ^= 255
+    damaged.write_bytes(content)
+    for source, message in (
+        (tmp_path / "in", "no such image: "), (damaged, "mine.zip: damaged, or no zip"),
+    ):  # fmt: skip
+        assert message in refusal(capsys, "convert-data", source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_real_voc_keeps_every_box(tmp_path, capsys):
     """Against the XML files, by another reader; BCCD is recognised by the check as well."""
     source = SHARED / "data/bccd"
