@@ -102,7 +102,9 @@ def _unpacked(source: Path, link: bool) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(source) as packed:
-                packed.extractall(folder)  # names that lead out of the folder are kept in it
+                # macOS puts a file ._NAME beside or below __MACOSX/ for each.
+                names = [name for name in packed.namelist() if "/._" not in f"/{name}"]
+                packed.extractall(folder, names)  # those that lead out of the folder stay in it
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise DataError(f"{source}: damaged, or no zip that can be read ({error})") from error
         root = Path(folder)

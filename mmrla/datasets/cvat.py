@@ -16,7 +16,7 @@ def read_cvat(root: Path) -> Reading:
     Raises:
         mmrla.datasets.findings.DataError: A file cannot be read.
     """
-    files = [root] if root.is_file() else sorted(root.glob("*.xml"))
+    files = [root] if root.is_file() else sorted(root.glob("[!.]*.xml"))
     folder = root.parent if root.is_file() else root
     reading = Reading()
     for path in files:

@@ -30,14 +30,14 @@ def recognise(root: str | Path) -> str | None:
         return None
     if _voc_folders(root):
         return "voc"
-    if any(_root_tag(path) == "annotations" for path in sorted(root.glob("*.xml"))[:3]):
+    if any(_root_tag(path) == "annotations" for path in sorted(root.glob("[!.]*.xml"))[:3]):
         return "cvat"
     if coco_files(root):
         return "coco"
     if yolo_names(root) is not None or next((root / "labels").rglob("*.txt"), None):
         return "yolo"
     for folder in (root, *(root / name for name in FOLDERS)):
-        first = next(folder.glob("*.json"), None)
+        first = next(folder.glob("[!.]*.json"), None)
         if first is not None and '"shapes"' in first.read_text(errors="replace"):
             return "labelme"
     return None
@@ -45,7 +45,7 @@ def recognise(root: str | Path) -> str | None:
 
 def coco_files(root: Path) -> list[Path]:
     """Annotation files as COCO and Roboflow place them."""
-    return sorted([*root.glob("annotations/*.json"), *root.glob("*/_annotations.coco.json"),
+    return sorted([*root.glob("annotations/[!.]*.json"), *root.glob("*/_annotations.coco.json"),
                    *root.glob("_annotations.coco.json")])  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _voc_folders(root: Path) -> list[tuple[str, Path, str, str]]:
             return [("", root, marks, images if (root / images).is_dir() else ".")]
     found = []
     for folder in (root, *(root / name for name in FOLDERS)):
-        first = next(folder.glob("*.xml"), None) if folder.is_dir() else None
+        first = next(folder.glob("[!.]*.xml"), None) if folder.is_dir() else None
         if first is not None and _root_tag(first) == "annotation":
             name = None if folder == root else split_of(folder.name)
             found.append((name or "", folder, ".", "."))

@@ -18,7 +18,7 @@ def read_labelme(root: Path) -> Reading:
         mmrla.datasets.findings.DataError: A file cannot be read.
     """
     reading = Reading()
-    for path in sorted(root.rglob("*.json")):
+    for path in sorted(root.rglob("[!.]*.json")):
         try:
             content = json.loads(path.read_bytes())
             shapes, image_path = content["shapes"], content["imagePath"].replace("\\", "/")

@@ -110,7 +110,7 @@ def voc_to_coco(
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
+    return sorted(p for p in found if p.suffix.lower() in suffixes and not p.name.startswith("._"))
 
 
 def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str]:

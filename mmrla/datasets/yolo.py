@@ -15,7 +15,7 @@ from mmrla.datasets.reading import FOLDERS, Reading, lines_of, shown_size, split
 
 
 def _data(root: Path) -> Mapping[str, Any] | None:
-    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+    for path in sorted([*root.glob("[!.]*.yaml"), *root.glob("[!.]*.yml")]):
         try:
             data = yaml.safe_load(path.read_bytes())
         except yaml.YAMLError as error:

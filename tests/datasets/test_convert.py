@@ -109,6 +109,8 @@ def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
     source = tmp_path / "in/mine"
     source.mkdir(parents=True)
     make(source)
+    for path in [path for path in source.rglob("*.*") if path.is_file()]:  # as macOS does
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     if zipped:
         source = shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "in")
     assert main(["convert-data", str(source), str(tmp_path / "out")]) == 0

@@ -89,7 +89,7 @@ def sets_in(root: str | Path) -> list[DataSet]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root.absolute()}")
-    files = sorted((root / "annotations").glob("*.json"))
+    files = sorted((root / "annotations").glob("[!.]*.json"))
     instances = [path for path in files if path.name.startswith("instances_")]
     found = []
     for path in instances or files:
