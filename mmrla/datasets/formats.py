@@ -85,15 +85,13 @@ def _root_tag(path: Path) -> str | None:
 def _read_coco(root: Path) -> Reading:
     """Read Roboflow's layout, a JSON in each image folder, or COCO's own layout."""
     reading = Reading()
-    paths = [
-        path
-        for path in coco_files(root)
-        if path.name.startswith(("instances_", "_annotations"))  # not captions, keypoints
-    ]
+    paths = coco_files(root)
+    # Without captions and keypoints, if there are any.
+    paths = [p for p in paths if p.name.startswith(("instances_", "_annotations"))] or paths
     for path in paths:
         beside = path.name == "_annotations.coco.json"
         name = path.parent.name if beside else path.stem.removeprefix("instances_")
-        folder = path.parent if beside else _images_of(root, name)
+        folder = path.parent if beside else images_beside(root, path) or root
         split = split_of(re.sub(r"\d{4}$", "", name.rpartition("_")[2]))
         if split is None and len(paths) > 1:
             raise DataError(
@@ -109,9 +107,16 @@ def _read_coco(root: Path) -> Reading:
     return reading
 
 
-def _images_of(root: Path, name: str) -> Path:
-    places = [root / name, root / "images" / name, root / "images"]
-    return next((place for place in places if place.is_dir()), root)
+def images_beside(root: Path, ann_file: Path) -> Path | None:
+    """The folder of images of an annotation file in ``annotations/``, or None."""
+    name = re.sub(r"^instances?_", "", ann_file.stem)
+    names = [name, *(name.rpartition("_")[2:]), re.sub(r"\d{4}$", "", name)]
+    for folder in (root, root / "images"):
+        for candidate in names:
+            if candidate and (folder / candidate).is_dir():
+                return folder / candidate
+    images = root / "images"
+    return images if images.is_dir() else None
 
 
 def _add_coco(reading: Reading, split: str, content: dict, folder: Path) -> None:

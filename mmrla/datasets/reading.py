@@ -51,8 +51,8 @@ class Reading:
         self.sources.setdefault(split, []).append(source)
         return number
 
-    def add(self, name: str, image: int, label: str, box: Sequence[float], **more: Any) -> None:
-        """Add an object, its box as x, y, width and height."""
+    def add(self, name: str, image: int, label: str, box: Sequence[float], /, **more: Any) -> None:
+        """Add an object, its box as x, y, width and height, with further keys of its record."""
         if label not in self.classes:
             self.classes.append(label)
         box = [round(value, 3) for value in box]

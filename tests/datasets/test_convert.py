@@ -178,6 +178,20 @@ def test_coco_splits_in_any_case_and_other_names(tmp_path):
     assert convert_data(root, tmp_path / "new").counts == {"train": (3, 2)}
 
 
+def test_coco_files_by_the_names_of_their_folders_alone(tmp_path):
+    roboflow_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    content = json.loads((tmp_path / "train/_annotations.coco.json").read_text())
+    (tmp_path / "train/_annotations.coco.json").unlink()
+    for record in content["annotations"]:
+        record.update(name="mine", image=3)  # keys of other tools
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    for split in ("train", "val"):
+        (tmp_path / f"annotations/cells_{split}.json").write_text(json.dumps(content))
+    assert convert_data(tmp_path, tmp_path / "out").counts == {"train": (3, 2), "val": (3, 2)}
+    assert all(one["name"] == "mine" for one in written(tmp_path / "out")["annotations"])
+
+
 def test_voc_trainval_without_the_images_of_val(tmp_path):
     for name in ("a", "b"):
         write_voc(tmp_path / "in", name, [("RBC", (5, 6, 50, 40), 0)])
