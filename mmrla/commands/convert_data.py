@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, (images, objects) in done.counts.items():
             print(f"{name}: {images} images, {objects} objects")
         for kind, count in done.left_out.items():
-            print(f"left out: {count} of kind {kind!r}, which COCO's format cannot hold")
+            print(f"left out: {count} of kind {kind!r}, which this reader does not convert")
         if "val" not in done.counts:
             print("no validation set: --val 0.2 splits one off the training images")
         sets = sets_in(args.out)

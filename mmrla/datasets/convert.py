@@ -32,7 +32,7 @@ class Converted(NamedTuple):
     boxes: int
     """Objects without a polygon or mask."""
     left_out: Counter[str]
-    """Shapes that COCO's format cannot represent, by kind."""
+    """Shapes that the reader does not convert, by kind."""
 
 
 def convert_data(

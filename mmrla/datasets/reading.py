@@ -1,8 +1,8 @@
 """A dataset in another format, read as COCO's.
 
-Readers keep everything that COCO's format can represent, polygons with subpixel precision, and
-count the rest. Sizes are of images as displayed, rotated by their EXIF data, because YOLO's and
-labelme's tools annotate those.
+Readers keep boxes, and polygons with subpixel precision, and count the shapes that they do not
+convert. Sizes are of images as displayed, rotated by their EXIF data, because YOLO's and labelme's
+tools annotate those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Reading:
         self.sources: dict[str, list[Path]] = {}
         """The file of each image of a split."""
         self.left_out: Counter[str] = Counter()
-        """Shapes that COCO's format cannot hold, by kind."""
+        """Shapes that the reader does not convert, by kind."""
 
     def image(self, split: str, source: Path, file_name: str, size: Sequence[int]) -> int:
         """Add an image, which will be ``file_name`` in its split's folder; returns its id."""
