@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,13 +36,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert and check; returns 1 if the check finds errors, else 0."""
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     with exit_with_message():
         done = convert_data(args.source, args.out, args.val, args.seed, args.link)
         print(f"{args.source}: {done.format}, {len(done.classes)} classes: {done.classes}")
         for name, (images, objects) in done.counts.items():
             print(f"{name}: {images} images, {objects} objects")
         for kind, count in done.left_out.items():
-            print(f"left out: {count} of kind {kind!r}, which COCO's format cannot hold")
+            print(f"left out: {count} of kind {kind!r}, which this reader does not convert")
         if "val" not in done.counts:
             print("no validation set: --val 0.2 splits one off the training images")
         sets = sets_in(args.out)

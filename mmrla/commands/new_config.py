@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_at_least(args, epochs=1)
         text, said = new_config(Path(args.data), args.detector, args.cpu, args.epochs)
         args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+        args.out.write_bytes(text.encode())
     print(f"{args.out}: {said}")
 
 
@@ -158,7 +158,13 @@ def new_config(data: Path, detector: str, cpu: bool, epochs: int | None) -> tupl
         val_loader="num_workers=0, " if cpu else "",
     )  # fmt: skip
     if cpu:
-        facts |= _sizes(content)
+        try:
+            facts |= _sizes(content)
+        except (LookupError, TypeError, ZeroDivisionError) as error:
+            raise DataError(
+                f"{sets['train'].ann_file}: a box, or the size of its image, cannot be read "
+                f"({error!r}); run mmrla check-data {data}"
+            ) from error
         facts["base"] = f'[{facts["base"]}, "mmrla::_base_/cpu.py"]'
         text = (HEAD + CPU_MODEL + DATA + CPU).format(**facts)
     else:

@@ -7,11 +7,12 @@ import random
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.formats import read, recognise
@@ -31,7 +32,7 @@ class Converted(NamedTuple):
     boxes: int
     """Objects without a polygon or mask."""
     left_out: Counter[str]
-    """Shapes that COCO's format cannot represent, by kind."""
+    """Shapes that the reader does not convert, by kind."""
 
 
 def convert_data(
@@ -72,8 +73,12 @@ def convert_data(
             _split_off(reading, val, seed)
         if not any(split["images"] for split in reading.splits.values()):
             raise DataError(f"{source}: no image is in it")
-        for name, files in reading.sources.items():
-            _place(files, reading.splits[name]["images"], out / f"{name}2017", link)
+        for target, file in _places(reading, out).items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if link:
+                target.symlink_to(file.absolute())
+            else:
+                shutil.copyfile(file, target)
         (out / "annotations").mkdir()
         counts, boxes = {}, 0
         for name, content in reading.contents().items():
@@ -95,8 +100,13 @@ def _unpacked(source: Path, link: bool) -> Iterator[Path]:
     if link:
         raise ValueError(f"the images of a zip cannot be linked to: {source}")
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(source) as packed:
-            packed.extractall(folder)  # names that lead out of the folder are kept in it
+        try:
+            with zipfile.ZipFile(source) as packed:
+                # macOS puts a file ._NAME beside or below __MACOSX/ for each.
+                names = [name for name in packed.namelist() if "/._" not in f"/{name}"]
+                packed.extractall(folder, names)  # those that lead out of the folder stay in it
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise DataError(f"{source}: damaged, or no zip that can be read ({error})") from error
         root = Path(folder)
         inside = [path for path in root.iterdir() if path.name != "__MACOSX"]
         if len(inside) == 1 and inside[0].is_dir() and recognise(root) is None:
@@ -120,20 +130,20 @@ def _split_off(reading: Reading, fraction: float, seed: int) -> None:
         reading.sources[name] = [sources[i] for i in kept]
 
 
-def _place(files: list[Path], records: list[dict[str, Any]], folder: Path, link: bool) -> None:
-    taken: dict[Path, Path] = {}
-    for file, record in zip(files, records, strict=True):
-        if not file.is_file():
-            raise DataError(f"no such image: {file.absolute()}")
-        target = folder / record["file_name"]
-        if not target.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"an image's name leads out of its folder: {record['file_name']!r}")
-        if taken.setdefault(target, file) != file:
-            raise DataError(f"two images have the name {target.name}: {taken[target]} and {file}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            continue  # one file with two records
-        if link:
-            target.symlink_to(file.absolute())
-        else:
-            shutil.copyfile(file, target)
+def _places(reading: Reading, out: Path) -> dict[Path, Path]:
+    """Where images go, and their files; all are checked before the first is copied."""
+    places: dict[Path, Path] = {}
+    for name, files in reading.sources.items():
+        folder = out / f"{name}2017"
+        for file, record in zip(files, reading.splits[name]["images"], strict=True):
+            if not file.is_file():
+                raise DataError(f"no such image: {file.absolute()}")
+            target = folder / record["file_name"]
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"an image's name leads out of its folder: {record['file_name']!r}")
+            # One file may have two records.
+            if places.setdefault(target, file) != file:
+                raise DataError(
+                    f"two images have the name {target.name}: {places[target]} and {file}"
+                )
+    return places

@@ -16,7 +16,7 @@ def read_cvat(root: Path) -> Reading:
     Raises:
         mmrla.datasets.findings.DataError: A file cannot be read.
     """
-    files = [root] if root.is_file() else sorted(root.glob("*.xml"))
+    files = [root] if root.is_file() else sorted(root.glob("[!.]*.xml"))
     folder = root.parent if root.is_file() else root
     reading = Reading()
     for path in files:
@@ -39,7 +39,7 @@ def read_cvat(root: Path) -> Reading:
 
 
 def _cvat_image(reading: Reading, element: ElementTree.Element, root: Path) -> None:
-    split = split_of((element.get("subset") or "").lower()) or "train"
+    split = split_of(element.get("subset") or "") or "train"
     name = element.attrib["name"]
     places = [root / "images" / (element.get("subset") or ""), root / "images", root]
     folder = next((place for place in places if (place / name).is_file()), root)

@@ -30,14 +30,14 @@ def recognise(root: str | Path) -> str | None:
         return None
     if _voc_folders(root):
         return "voc"
-    if any(_root_tag(path) == "annotations" for path in sorted(root.glob("*.xml"))[:3]):
+    if any(_root_tag(path) == "annotations" for path in sorted(root.glob("[!.]*.xml"))[:3]):
         return "cvat"
     if coco_files(root):
         return "coco"
     if yolo_names(root) is not None or next((root / "labels").rglob("*.txt"), None):
         return "yolo"
     for folder in (root, *(root / name for name in FOLDERS)):
-        first = next(folder.glob("*.json"), None)
+        first = next(folder.glob("[!.]*.json"), None)
         if first is not None and '"shapes"' in first.read_text(errors="replace"):
             return "labelme"
     return None
@@ -45,7 +45,7 @@ def recognise(root: str | Path) -> str | None:
 
 def coco_files(root: Path) -> list[Path]:
     """Annotation files as COCO and Roboflow place them."""
-    return sorted([*root.glob("annotations/*.json"), *root.glob("*/_annotations.coco.json"),
+    return sorted([*root.glob("annotations/[!.]*.json"), *root.glob("*/_annotations.coco.json"),
                    *root.glob("_annotations.coco.json")])  # fmt: skip
 
 
@@ -85,25 +85,38 @@ def _root_tag(path: Path) -> str | None:
 def _read_coco(root: Path) -> Reading:
     """Read Roboflow's layout, a JSON in each image folder, or COCO's own layout."""
     reading = Reading()
-    for path in coco_files(root):
+    paths = coco_files(root)
+    # Without captions and keypoints, if there are any.
+    paths = [p for p in paths if p.name.startswith(("instances_", "_annotations"))] or paths
+    for path in paths:
         beside = path.name == "_annotations.coco.json"
-        if not beside and not path.name.startswith("instances_"):
-            continue  # captions, keypoints
         name = path.parent.name if beside else path.stem.removeprefix("instances_")
-        folder = path.parent if beside else _images_of(root, name)
-        split = re.sub(r"\d{4}$", "", name)
-        split = split_of(split) or "train"
+        folder = path.parent if beside else images_beside(root, path) or root
+        split = split_of(re.sub(r"\d{4}$", "", name.rpartition("_")[2]))
+        if split is None and len(paths) > 1:
+            raise DataError(
+                f"{path}: {name!r} is none of {', '.join(SPLITS)}, and it is one of {len(paths)} "
+                "annotation files; rename it or take it out"
+            )
+        split = split or "train"
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             _add_coco(reading, split, content, folder)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}: not in COCO's format ({error!r})") from error
     return reading
 
 
-def _images_of(root: Path, name: str) -> Path:
-    places = [root / name, root / "images" / name, root / "images"]
-    return next((place for place in places if place.is_dir()), root)
+def images_beside(root: Path, ann_file: Path) -> Path | None:
+    """The folder of images of an annotation file in ``annotations/``, or None."""
+    name = re.sub(r"^instances?_", "", ann_file.stem)
+    names = [name, *(name.rpartition("_")[2:]), re.sub(r"\d{4}$", "", name)]
+    for folder in (root, root / "images"):
+        for candidate in names:
+            if candidate and (folder / candidate).is_dir():
+                return folder / candidate
+    images = root / "images"
+    return images if images.is_dir() else None
 
 
 def _add_coco(reading: Reading, split: str, content: dict, folder: Path) -> None:
@@ -135,7 +148,7 @@ def _voc_folders(root: Path) -> list[tuple[str, Path, str, str]]:
             return [("", root, marks, images if (root / images).is_dir() else ".")]
     found = []
     for folder in (root, *(root / name for name in FOLDERS)):
-        first = next(folder.glob("*.xml"), None) if folder.is_dir() else None
+        first = next(folder.glob("[!.]*.xml"), None) if folder.is_dir() else None
         if first is not None and _root_tag(first) == "annotation":
             name = None if folder == root else split_of(folder.name)
             found.append((name or "", folder, ".", "."))
@@ -169,7 +182,12 @@ def _read_voc(root: Path) -> Reading:
     ]
     # One order of the classes for all splits, whichever occur in each.
     reading.classes = sorted({c["name"] for content in contents for c in content["categories"]})
-    for (split, folder, _, _, images), content in zip(jobs, contents, strict=True):
+    for (split, folder, chosen, _, images), content in zip(jobs, contents, strict=True):
+        if chosen and chosen.stem == "trainval" and "val" in reading.splits:
+            held = {record["file_name"] for record in reading.splits["val"]["images"]}
+            content["images"] = [r for r in content["images"] if r["file_name"] not in held]
+            ids = {record["id"] for record in content["images"]}
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
         labels = {category["id"]: category["name"] for category in content["categories"]}
         for record in content["annotations"]:
             label = labels[record["category_id"]]

@@ -87,8 +87,12 @@ def turned(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files below a folder, sorted, without macOS's ``._`` files."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+    )
 
 
 def _bits(image: Image.Image, head: bytes) -> int:

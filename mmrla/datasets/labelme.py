@@ -18,9 +18,9 @@ def read_labelme(root: Path) -> Reading:
         mmrla.datasets.findings.DataError: A file cannot be read.
     """
     reading = Reading()
-    for path in sorted(root.rglob("*.json")):
+    for path in sorted(root.rglob("[!.]*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             shapes, image_path = content["shapes"], content["imagePath"].replace("\\", "/")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}: not labelme's JSON ({error!r})") from error

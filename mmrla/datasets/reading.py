@@ -1,8 +1,8 @@
 """A dataset in another format, read as COCO's.
 
-Readers keep everything that COCO's format can represent, polygons with subpixel precision, and
-count the rest. Sizes are of images as displayed, rotated by their EXIF data, because YOLO's and
-labelme's tools annotate those.
+Readers keep boxes, and polygons with subpixel precision, and count the shapes that they do not
+convert. Sizes are of images as displayed, rotated by their EXIF data, because YOLO's and labelme's
+tools annotate those.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ FOLDERS = (*SPLITS, *_ALIASES)
 
 
 def split_of(name: str) -> str | None:
-    """The split of a folder with this name, or None."""
+    """The split of a folder with this name in any case, or None."""
+    name = name.lower()
     return _ALIASES.get(name, name) if name in FOLDERS else None
 
 
@@ -40,7 +41,7 @@ class Reading:
         self.sources: dict[str, list[Path]] = {}
         """The file of each image of a split."""
         self.left_out: Counter[str] = Counter()
-        """Shapes that COCO's format cannot hold, by kind."""
+        """Shapes that the reader does not convert, by kind."""
 
     def image(self, split: str, source: Path, file_name: str, size: Sequence[int]) -> int:
         """Add an image, which will be ``file_name`` in its split's folder; returns its id."""
@@ -50,8 +51,8 @@ class Reading:
         self.sources.setdefault(split, []).append(source)
         return number
 
-    def add(self, name: str, image: int, label: str, box: Sequence[float], **more: Any) -> None:
-        """Add an object, its box as x, y, width and height."""
+    def add(self, name: str, image: int, label: str, box: Sequence[float], /, **more: Any) -> None:
+        """Add an object, its box as x, y, width and height, with further keys of its record."""
         if label not in self.classes:
             self.classes.append(label)
         box = [round(value, 3) for value in box]
@@ -84,6 +85,19 @@ def area_of(polygon: Sequence[float]) -> float:
     points = list(zip(polygon[::2], polygon[1::2], strict=True))
     turned = zip(points, points[1:] + points[:1], strict=True)
     return abs(sum(a * d - b * c for (a, b), (c, d) in turned)) / 2
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark, stripped.
+
+    Raises:
+        mmrla.datasets.findings.DataError: It is in another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not in UTF-8, save it in that encoding ({error})") from error
+    return [line.strip() for line in text.splitlines()]
 
 
 def shown_size(path: Path) -> tuple[int, int]:

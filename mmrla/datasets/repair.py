@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.reading import area_of, shown_size
-from mmrla.datasets.segmentations import are_numbers
+from mmrla.datasets.segmentations import are_numbers, segmentation_fault, uncompressed
 
 
 def repair(content: Any, images: str | Path) -> tuple[Any, Counter[str]]:
@@ -94,12 +94,18 @@ def _repair_annotation(record: dict[str, Any], done: Counter[str]) -> None:
         done["iscrowd: 0 filled in"] += 1
     box = record.get("bbox")
     if record.get("area") is None and _are_numbers(box) and len(box) == 4:
-        polygons: list[Any] = shape if isinstance(shape, list) else []
-        even = all(_are_numbers(one) and len(one) % 2 == 0 for one in polygons)
-        record["area"] = (
-            sum(area_of(one) for one in polygons) if polygons and even else box[2] * box[3]
-        )
+        record["area"] = _area(shape, box)
         done["area computed"] += 1
+
+
+def _area(shape: Any, box: list[Any]) -> float:
+    if not shape or segmentation_fault(shape, None):
+        return box[2] * box[3]
+    if isinstance(shape, list):
+        return sum(area_of(polygon) for polygon in shape)
+    counts = shape["counts"]
+    # Counts of an RLE are in turn of pixels outside and inside.
+    return sum((uncompressed(counts) or () if isinstance(counts, str) else counts)[1::2])
 
 
 def _are_numbers(values: Any) -> TypeGuard[list[Any]]:

@@ -50,7 +50,7 @@ def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> st
     if image is not None and size != [image["height"], image["width"]]:
         return f"an RLE of {size}, the image has [{image['height']}, {image['width']}]"
     if isinstance(counts, str):
-        counts = _uncompressed(counts)
+        counts = uncompressed(counts)
     if (
         not isinstance(counts, list)
         or any(type(count) is not int or count < 0 for count in counts)
@@ -60,7 +60,7 @@ def segmentation_fault(segmentation: Any, image: Mapping[str, Any] | None) -> st
     return None
 
 
-def _uncompressed(text: str) -> list[int] | None:
+def uncompressed(text: str) -> list[int] | None:
     """Counts of a compressed RLE, None if it is invalid.
 
     Each number is cut in groups of 5 bits, the lowest first, one character of value 48 + group,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from mmrla.datasets.coco_check import read_annotations
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.images import IMAGE_SUFFIXES
+from mmrla.datasets.reading import lines_of
 
 ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets"
 
@@ -108,7 +110,7 @@ def voc_to_coco(
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
+    return sorted(p for p in found if p.suffix.lower() in suffixes and not p.name.startswith("._"))
 
 
 def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str]:
@@ -119,8 +121,18 @@ def _stems(folder: Path, split: str | Path | None, annotations: str) -> list[str
         listed = folder / LISTS / "Main" / f"{split}.txt"
     if not listed.is_file():
         raise FileNotFoundError(f"no list of images {split!r}: {listed.absolute()} does not exist")
-    # Lists of one class have 1 or -1 after each name.
-    return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    marks = folder / annotations
+    return [_stem(line, marks) for line in lines_of(listed) if line]
+
+
+def _stem(line: str, annotations: Path) -> str:
+    # Lists of one class have 1 or -1 after each name, others more numbers; names may have spaces.
+    while not (annotations / f"{line}.xml").is_file():
+        shorter = re.sub(r"\s+-?\d+$", "", line)
+        if shorter == line:
+            break
+        line = shorter
+    return line
 
 
 def _parse(path: Path) -> ElementTree.Element:

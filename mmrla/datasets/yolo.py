@@ -11,13 +11,13 @@ import yaml
 
 from mmrla.datasets.findings import DataError
 from mmrla.datasets.images import images_in
-from mmrla.datasets.reading import FOLDERS, Reading, shown_size, split_of
+from mmrla.datasets.reading import FOLDERS, Reading, lines_of, shown_size, split_of
 
 
 def _data(root: Path) -> Mapping[str, Any] | None:
-    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+    for path in sorted([*root.glob("[!.]*.yaml"), *root.glob("[!.]*.yml")]):
         try:
-            data = yaml.safe_load(path.read_text())
+            data = yaml.safe_load(path.read_bytes())
         except yaml.YAMLError as error:
             text = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: not YAML ({text})") from error
@@ -32,7 +32,7 @@ def yolo_names(root: Path) -> list[str] | None:
     if data is None:
         for path in (root / "classes.txt", root / "labels/classes.txt"):
             if path.is_file():
-                return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+                return [line for line in lines_of(path) if line]
         return None
     names = data["names"]
     if isinstance(names, Mapping):
@@ -46,28 +46,38 @@ def _splits(root: Path) -> Iterator[tuple[str, Path]]:
     data = _data(root) or {}
     base = root / str(data.get("path") or ".")
     base = base if base.is_dir() else root  # often a path of another machine
+    named = {split_of(key) for key in FOLDERS if data.get(key)}
     for key in FOLDERS:
         name = split_of(key) or key
         given = data.get(key) or ()
         for text in [given] if isinstance(given, str) else given:
-            # Roboflow writes ../train/images for train/images.
-            for folder in (base / text, root / text.removeprefix("../")):
+            places = [base / text, root / text.removeprefix("../")]
+            if text.startswith("../"):
+                places.reverse()  # Roboflow writes ../train/images for train/images.
+            for folder in places:
                 if folder.exists():
                     yield name, folder
                     break
             else:
                 raise DataError(f"{root}: its YAML file has {key}: {text}, which does not exist")
-        if not given:
+        if name not in named:
             for folder in (root / "images" / key, root / key / "images"):
                 if folder.is_dir():
                     yield name, folder
 
 
-def _labels_of(image: Path) -> Path:
-    parts = list(image.parts)
+def _listed(name: str, beside: Path, root: Path) -> Path:
+    """An image of a list: its name is relative to the list's folder, or to the dataset's."""
+    return beside / name if (beside / name).is_file() else root / name
+
+
+def _labels_of(image: Path, root: Path) -> Path:
+    # A folder called images above the dataset is not the dataset's.
+    parts = list((image.relative_to(root) if image.is_relative_to(root) else image).parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    labels = root.joinpath(*parts).with_suffix(".txt")
+    return labels if labels.is_file() else image.with_suffix(".txt")
 
 
 def read_yolo(root: Path) -> Reading:
@@ -77,6 +87,7 @@ def read_yolo(root: Path) -> Reading:
         mmrla.datasets.findings.DataError: Something cannot be read; the message gives file and
             line.
     """
+    root = root.absolute()  # as the paths in some lists
     names = yolo_names(root)
     if names is None:
         raise DataError(f"{root}: no names of classes: neither data.yaml nor classes.txt is there")
@@ -86,18 +97,19 @@ def read_yolo(root: Path) -> Reading:
     ]
     for name, folder in splits:
         if folder.is_file():
-            lines = folder.read_text().splitlines()
-            folder, paths = root, [root / line.strip() for line in lines if line.strip()]
+            names = [line for line in lines_of(folder) if line]
+            paths = [_listed(name, folder.parent, root) for name in names]
+            folder = root
         else:
             paths = images_in(folder)
         for path in paths:
             width, height = shown_size(path)
-            file_name = path.relative_to(folder).as_posix()
+            inside = path.is_relative_to(folder)
+            file_name = path.relative_to(folder).as_posix() if inside else path.name
             image = reading.image(name, path, file_name, (width, height))
-            labels = _labels_of(path)
-            lines_of = labels.read_text().splitlines() if labels.is_file() else []
-            for number, line in enumerate(lines_of, 1):
-                if line.strip():
+            labels = _labels_of(path, root)
+            for number, line in enumerate(lines_of(labels) if labels.is_file() else (), 1):
+                if line:
                     _add_line(reading, name, image, line, f"{labels}:{number}", (width, height))
     return reading
 

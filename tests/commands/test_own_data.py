@@ -64,6 +64,9 @@ def test_new_config_says_what_is_wrong(shapes, tmp_path, capsys):
     content = json.loads(path.read_text())
     del content["annotations"][0]["segmentation"]
     path.write_text(json.dumps(content))
+    shutil.copytree("mine", "unknown")
+    content["annotations"][0]["image_id"] = 99
+    (tmp_path / "unknown/annotations/instances_train2017.json").write_text(json.dumps(content))
     for argv, message in (
         (["mine", "there.py"], "already exists"),
         (["mine", "new.txt"], "must end in .py"),
@@ -71,6 +74,7 @@ def test_new_config_says_what_is_wrong(shapes, tmp_path, capsys):
         (["no_val", "new.py"], "has no val set"),
         (["mine", "new.py", "--detector", "mask_rcnn"], "not every object has a mask"),
         (["mine", "new.py", "--detector", "mask_rcnn", "--cpu"], "--cpu is a RetinaNet"),
+        (["unknown", "new.py", "--cpu"], "(KeyError(99)); run mmrla check-data unknown"),
         (["mine", "new.py", "--epochs", "0"], "--epochs must be at least 1"),
     ):
         assert message in refusal(capsys, "new-config", *argv)

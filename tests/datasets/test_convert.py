@@ -17,7 +17,8 @@ from mmrla.datasets import DataError
 from mmrla.datasets.convert import convert_data
 from mmrla.datasets.formats import recognise
 from tests.conftest import SHARED
-from tests.helpers import refusal
+from tests.datasets.test_voc import write_voc
+from tests.helpers import python, refusal
 
 # One set in every format: shown 64 x 48, but "turned", which is stored so and shown 48 x 64.
 BOLT, NUT = [10.0, 10.0, 30.0, 40.0], [5.0, 5.0, 30.0, 6.0, 20.0, 40.0]
@@ -108,6 +109,8 @@ def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
     source = tmp_path / "in/mine"
     source.mkdir(parents=True)
     make(source)
+    for path in [path for path in source.rglob("*.*") if path.is_file()]:  # as macOS does
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     if zipped:
         source = shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "in")
     assert main(["convert-data", str(source), str(tmp_path / "out")]) == 0
@@ -116,7 +119,7 @@ def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
     assert "train: 3 images, 2 objects" in said
     assert "1 of 2 objects have a box and no polygon" in said
     assert ": 0 errors, 1 warnings" in said  # the empty image
-    assert ("left out: 1" in said) == (make in (labelme, cvat))
+    assert ("which this reader does not convert" in said) == (make in (labelme, cvat))
     content = written(tmp_path / "out")
     images = {image["id"]: image for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
@@ -129,6 +132,119 @@ def test_one_set_in_each_format(make, zipped, tmp_path, capsys):
     assert found["nut"]["area"] == pytest.approx(430, abs=0.2)  # half of 25 * 35 - 15 * 1
     for image in images.values():
         assert (tmp_path / "out/train2017" / image["file_name"]).stat().st_size > 100
+
+
+def test_roboflows_splits_are_read_once_and_from_the_folder_itself(tmp_path):
+    yolo(tmp_path / "in")
+    for split in ("train", "valid"):
+        for kind in ("images", "labels"):
+            shutil.copytree(tmp_path / f"in/{kind}/train", tmp_path / f"robo/{split}/{kind}")
+    photos(tmp_path / "train/images/foreign")  # what ../train/images leads to
+    (tmp_path / "robo/data.yaml").write_text(
+        "train: ../train/images\nval: ../valid/images\nnames: [bolt, nut]\n"
+    )
+    done = convert_data(tmp_path / "robo", tmp_path / "out")
+    assert done.counts == {"train": (3, 2), "val": (3, 2)}
+    assert written(tmp_path / "out")["images"][0]["file_name"] == "empty.jpg"
+
+
+def test_yolo_labels_beside_the_images_below_a_folder_called_images(tmp_path):
+    yolo(tmp_path / "in")
+    flat = tmp_path / "images/mine"
+    shutil.copytree(tmp_path / "in/images/train", flat)
+    shutil.copytree(tmp_path / "in/labels/train", flat, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "in/labels/train", tmp_path / "labels/mine")
+    (tmp_path / "labels/mine/empty.txt").write_text("0 0.5 0.5 0.5 0.5\n")  # of another dataset
+    (flat / "classes.txt").write_text("bolt\nnut\n")
+    assert convert_data(flat, tmp_path / "out").counts == {"train": (3, 2)}
+
+
+def test_coco_splits_in_any_case_and_other_names(tmp_path):
+    roboflow_coco(tmp_path / "in")
+    root = tmp_path / "coco"
+    for split in ("Train", "Validation", "mine_test2017"):
+        shutil.copytree(tmp_path / "in/train", root / "images" / split)
+        file = root / f"images/{split}/_annotations.coco.json"
+        (root / "annotations").mkdir(exist_ok=True)
+        file.rename(root / f"annotations/instances_{split}.json")
+    counts = convert_data(root, tmp_path / "out").counts
+    assert counts == dict.fromkeys(("train", "val", "test"), (3, 2))
+    (root / "annotations/instances_Train.json").rename(root / "annotations/instances_minival.json")
+    with pytest.raises(DataError, match="instances_minival.json: 'minival' is none of train, val"):
+        convert_data(root, tmp_path / "new")
+    for split in ("Validation", "mine_test2017"):
+        (root / f"annotations/instances_{split}.json").unlink()
+    (root / "images/Train").rename(root / "minival")
+    assert convert_data(root, tmp_path / "new").counts == {"train": (3, 2)}
+
+
+def test_coco_files_by_the_names_of_their_folders_alone(tmp_path):
+    roboflow_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    content = json.loads((tmp_path / "train/_annotations.coco.json").read_text())
+    (tmp_path / "train/_annotations.coco.json").unlink()
+    for record in content["annotations"]:
+        record.update(name="mine", image=3)  # keys of other tools
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    for split in ("train", "val"):
+        (tmp_path / f"annotations/cells_{split}.json").write_text(json.dumps(content))
+    assert convert_data(tmp_path, tmp_path / "out").counts == {"train": (3, 2), "val": (3, 2)}
+    assert all(one["name"] == "mine" for one in written(tmp_path / "out")["annotations"])
+
+
+def test_voc_trainval_without_the_images_of_val(tmp_path):
+    for name in ("a", "b"):
+        write_voc(tmp_path / "in", name, [("RBC", (5, 6, 50, 40), 0)])
+    (tmp_path / "in/ImageSets/Main/trainval.txt").write_text("a\nb\n")
+    (tmp_path / "in/ImageSets/Main/val.txt").write_text("a\n")
+    counts = convert_data(tmp_path / "in", tmp_path / "out").counts
+    assert counts == {"val": (1, 1), "train": (1, 1)}
+    assert [image["file_name"] for image in written(tmp_path / "out")["images"]] == ["b.jpg"]
+
+
+def test_text_files_are_in_utf8(tmp_path, monkeypatch):
+    yolo(tmp_path / "in")
+    (tmp_path / "in/data.yaml").unlink()
+    classes, label = tmp_path / "in/classes.txt", tmp_path / "in/labels/train/plain.txt"
+    for path, text in ((classes, "größe\r\nnut\r\n"), (label, label.read_text())):
+        path.write_text(text, encoding="utf-8-sig")
+    done = convert_data(tmp_path / "in", tmp_path / "val", val=0.34)
+    assert done.classes == ["größe", "nut"]
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    code = "from mmrla.cli import main; main(['convert-data', 'in', 'out', '--val', '0.34']); " \
+           "main(['new-config', 'out', 'new.py'])"  # fmt: skip
+    assert "classes: ['gr\\xf6\\xdfe', 'nut']" in python("-X", "utf8=0", "-c", code, cwd=tmp_path)
+    assert written(tmp_path / "out") == written(tmp_path / "val")
+    assert "classes=('größe', 'nut')" in (tmp_path / "new.py").read_text(encoding="utf-8")
+    classes.write_text("größe\n", encoding="latin1")
+    with pytest.raises(DataError, match=r"in/classes.txt: not in UTF-8"):
+        convert_data(tmp_path / "in", tmp_path / "new")
+
+
+def test_yolo_lists_of_images_in_any_folder(tmp_path):
+    yolo(tmp_path / "in/data")
+    shutil.copytree(tmp_path / "in/data", tmp_path / "far")
+    (tmp_path / "in/data.yaml").write_text("path: data\ntrain: train.txt\nnames: [bolt, nut]\n")
+    far = tmp_path / "far/images/train/turned.jpg"
+    (tmp_path / "in/data/train.txt").write_text(f"./images/train/plain.jpg\n{far}\n")
+    assert convert_data(tmp_path / "in", tmp_path / "out").counts == {"train": (2, 2)}
+    names = [image["file_name"] for image in written(tmp_path / "out")["images"]]
+    assert names == ["data/images/train/plain.jpg", "turned.jpg"]
+
+
+def test_what_is_missing_or_damaged_is_found_before_anything_is_written(tmp_path, capsys):
+    cvat(tmp_path / "in")
+    (tmp_path / "in/images/empty.jpg").unlink()
+    damaged = Path(shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "in"))
+    content = bytearray(damaged.read_bytes())
+    content[content.index(b"turned.jpg") + 1000] ^= 255
+    damaged.write_bytes(content)
+    for source, message in (
+        (tmp_path / "in", "no such image: "), (damaged, "mine.zip: damaged, or no zip"),
+    ):  # fmt: skip
+        assert message in refusal(capsys, "convert-data", source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_real_voc_keeps_every_box(tmp_path, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
+from pycocotools import mask as masks
 
 from mmrla.cli import main
 from mmrla.datasets import DataError, generate_shapes
@@ -64,6 +66,23 @@ def test_faults_without_a_guess(fault, whole, tmp_path, capsys):
         assert got | dict(area=0, id=0) == expected | dict(area=0, id=0)
     ids = [a["id"] for a in mended["annotations"]]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_missing_area_is_that_of_the_rle(compressed, whole):
+    _, images, content = whole
+    mask = np.zeros((128, 128), np.uint8, order="F")
+    mask[3:40, 7:20] = mask[60, 50:90] = 1
+    rle = masks.encode(mask)
+    rle = dict(size=rle["size"], counts=rle["counts"].decode())
+    if not compressed:
+        edges = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0, append=0)).tolist()
+        rle["counts"] = np.diff([0, *edges, mask.size]).tolist()
+    record = content["annotations"][0]
+    record.update(segmentation=rle, bbox=[7, 3, 83, 58])
+    del record["area"]
+    (mended, *_) = repair(content, images)[0]["annotations"]
+    assert mended["area"] == mask.sum() == 521
 
 
 def test_what_is_right_or_a_guess_stays_and_what_fix_refuses(whole, tmp_path, capsys):

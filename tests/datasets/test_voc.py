@@ -81,6 +81,14 @@ def test_what_is_read(voc):
     json.dumps(whole)
 
 
+def test_names_with_spaces_and_numbers(voc):
+    for name in ("my cat", "my cat 1"):
+        write_voc(voc, name, [("RBC", (5, 6, 50, 40), 0)])
+    (voc / "ImageSets/Main/train.txt").write_text("my cat\nmy cat 1\nmy cat 1 -1\nb  2  1\n")
+    names = [image["file_name"] for image in voc_to_coco(voc, "train")["images"]]
+    assert names == ["my cat.jpg", "my cat 1.jpg", "my cat 1.jpg", "b.jpg"]
+
+
 def test_the_dataset_holds_what_mmdets_reads(voc):
     """But for the last column and row of a box, which mmdet leaves out."""
     from mmdet.datasets import XMLDataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from mmengine.registry import DATASETS
 
 from mmrla.datasets.coco_check import check_coco
 from mmrla.datasets.findings import DataError, Finding, count_kinds
-from mmrla.datasets.formats import NAMES, recognise, voc_lists
+from mmrla.datasets.formats import NAMES, images_beside, recognise, voc_lists
 from mmrla.datasets.images import IMAGE_SUFFIXES, check_class_folders
 from mmrla.datasets.repair import repair
 from mmrla.datasets.voc import ANNOTATIONS, IMAGES, LISTS, read_set
@@ -89,11 +88,11 @@ def sets_in(root: str | Path) -> list[DataSet]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root.absolute()}")
-    files = sorted((root / "annotations").glob("*.json"))
+    files = sorted((root / "annotations").glob("[!.]*.json"))
     instances = [path for path in files if path.name.startswith("instances_")]
     found = []
     for path in instances or files:
-        images = _images_beside(root, path)
+        images = images_beside(root, path)
         if images is None:
             raise ValueError(
                 f"{path}: no folder of images of that name in {root.absolute()}; name both with "
@@ -119,17 +118,6 @@ def sets_in(root: str | Path) -> list[DataSet]:
             "elsewhere with --ann FILE --images DIR"
         )
     return [DataSet(folder) for folder in folders]
-
-
-def _images_beside(root: Path, ann_file: Path) -> Path | None:
-    name = re.sub(r"^instances?_", "", ann_file.stem)
-    names = [name, *(name.rpartition("_")[2:]), re.sub(r"\d{4}$", "", name)]
-    for folder in (root, root / "images"):
-        for candidate in names:
-            if candidate and (folder / candidate).is_dir():
-                return folder / candidate
-    images = root / "images"
-    return images if images.is_dir() else None
 
 
 def _has_class_folders(folder: Path) -> bool:
