@@ -97,8 +97,7 @@ def read_yolo(root: Path) -> Reading:
     ]
     for name, folder in splits:
         if folder.is_file():
-            names = [line for line in lines_of(folder) if line]
-            paths = [_listed(name, folder.parent, root) for name in names]
+            paths = [_listed(line, folder.parent, root) for line in lines_of(folder) if line]
             folder = root
         else:
             paths = images_in(folder)
