@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mmrla.analysis.modules import layer_attentions
+from mmrla.analysis.pages import columns_of
 from mmrla.datasets.images import IMAGE_SUFFIXES, images_in
 from mmrla.engine.network import Network, build_network, share_weights
 from mmrla.engine.run.config import OptionAction
@@ -203,11 +204,14 @@ def save_numbers(path: str | Path, **arrays: Any) -> Path:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows, whose keys are the columns, folders made as needed; returns the path."""
+    """Write rows, whose keys are the columns, folders made as needed; returns the path.
+
+    A cell is empty if its row lacks the key.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns_of(rows))
         writer.writeheader()
         writer.writerows(rows)
     return path
