@@ -7,6 +7,7 @@ import csv
 import glob
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,16 @@ def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
     return network, images
 
 
-def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, Network]:
-    """The networks of a command that compares several, by a short name, in the order of columns.
+def networks_of(
+    args: argparse.Namespace, need_head: bool = False
+) -> tuple[Network, dict[str, Network]]:
+    """The networks of a command that compares several.
 
     The plain host comes first: with the same random weights if there is no checkpoint, else with
     ``--plain-checkpoint``, else not at all, with a message.
+
+    Returns:
+        The command's own network; and all networks by a short name, in the order of columns.
 
     Raises:
         FileNotFoundError: No such config or checkpoint.
@@ -182,15 +188,15 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
             raise ValueError(f"--beside takes a config and a checkpoint, got {' '.join(files)}")
         others.append(build_network(*files, options=args.cfg_options, **common))
     for network in (own, *others):
-        label = network.label
-        found[label if label not in found else f"{label} ({network.name})"] = network
-    return found
+        named = f"{network.label} ({network.name}"
+        labels = chain([network.label, f"{named})"], (f"{named}, {number})" for number in count(2)))
+        found[next(label for label in labels if label not in found)] = network
+    return own, found
 
 
-def describe(networks: Mapping[str, Network]) -> str:
+def describe(own: Network, networks: Mapping[str, Network]) -> str:
     """Text about these networks for a figure's title: a line each, or one if weights are equal."""
-    own = next((n for label, n in networks.items() if label != "plain"), None)
-    if own is not None and len({network.weights for network in networks.values()}) == 1:
+    if len({network.weights for network in networks.values()}) == 1:
         return own.title
     return "\n".join(f"{label}: {network.title}" for label, network in networks.items())
 

@@ -243,6 +243,11 @@ def test_class_attention(tool, images):
     assert not np.allclose(numbers["plain/1"], numbers["MRLALight/1"])
     first = tool("class-token", DEIT, *args[:-4], "--layer", 0, "--size", 96)["npz"]
     assert np.allclose(first["plain/1"], first["MRLALight/1"], atol=1e-6)
+    others = ["--beside", DEIT] * 3  # of one class and name
+    numbers = tool("class-token", DEIT, "--images", images[0], "--size", 64, *others)["npz"]
+    label = f"MRLALight ({DEIT.stem}"
+    labels = ["plain", "MRLALight", f"{label})", f"{label}, 2)", f"{label}, 3)"]
+    assert [key[:-2] for key in numbers if key.endswith("/0")] == labels
     patch = tool("class-token", DEIT, *args, "--query", 5, 2, "--heads", 1)["npz"]
     query, key = (seen[0][:, part * 192 + 64 :][:, :64].detach() for part in (0, 1))
     expected = torch.softmax(query[1 + 5 * 6 + 2] @ key.t() / 8, -1)[1:].view(6, 6)
