@@ -38,20 +38,23 @@ def add_subcommand(commands: Any, run: Callable[[argparse.Namespace], Any]) -> A
     return parser
 
 
-def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+def add_network_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Config, checkpoint, and how the network is built and where it runs."""
     parser.add_argument("config", help="config of a classifier or a detector")
     parser.add_argument("checkpoint", nargs="?", help="its weights; default: random weights")
-    add_run_arguments(parser)
+    add_run_arguments(parser, device)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a network is built, where it runs, and where results go."""
+def add_run_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """How a network is built, where it runs unless it always does on the CPU, where results go."""
     parser.add_argument(
         "--cfg-options", nargs="+", action=OptionAction, metavar="KEY=VALUE",
         help="override settings of the config, such as model.backbone.depth=18",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: a GPU if any")
+    if device:
+        parser.add_argument(
+            "--device", default="auto", help="cpu, cuda, ...; default: a GPU if any"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of random weights; default 0")
     parser.add_argument(
         "--out", type=Path, default=Path("work_dirs/analysis"), help="folder for what is written"

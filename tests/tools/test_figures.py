@@ -21,7 +21,7 @@ from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT, relative_error
-from tests.helpers import cfg_options
+from tests.helpers import cfg_options, refusal
 from tests.tools.test_tools import run
 
 IMAGENET = ROOT / "configs/imagenet"
@@ -287,12 +287,13 @@ def test_errors(tool, images, args, message):
     tool("maps", *(images[0] if a == "IMAGE" else a for a in args), fails=message)
 
 
-def test_devices():
+def test_devices(capsys):
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device().type in ("cpu", "cuda")
     for name in ("cuda:99", "toaster"):
         with pytest.raises(ValueError, match=f"--device {name}: no such device"):
             choose_device(name)
+    assert "--device" in refusal(capsys, "export-onnx", LIGHT, "--device", "cpu")  # has none
 
 
 def test_a_layer_attention_that_does_not_tell(tool, images, monkeypatch):
