@@ -3,6 +3,8 @@
 import sys
 
 from mmrla.commands.check_data import main
+from mmrla.commands.pipes import ends_with_its_reader
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_with_its_reader():
+        sys.exit(main())

@@ -53,8 +53,10 @@ def main() -> None:
 
     step("1/4 generate the demo set")
     from mmrla.datasets import generate_shapes
+    from mmrla.engine.errors import exit_with_message
 
-    generate_shapes(data, args.num_train, args.num_val, seed=args.seed)
+    with exit_with_message():
+        generate_shapes(data, args.num_train, args.num_val, seed=args.seed)
     print(f"{args.num_train} + {args.num_val} images of circles, squares and triangles in {data}")
 
     step("2/4 train")

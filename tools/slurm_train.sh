@@ -20,7 +20,13 @@ if [[ $gpus -lt $gpus_per_node ]]; then
 fi
 export PYTHONPATH="$(dirname "$tools")${PYTHONPATH:+:$PYTHONPATH}"
 # One clear error instead of one from every task. Data and GPUs may be visible on the nodes alone.
-"${PYTHON:-python}" -c 'import sys, mmengine, mmrla; mmengine.Config.fromfile(sys.argv[1])' "$config"
+"${PYTHON:-python}" -c '
+import sys
+from mmrla.engine.errors import exit_with_message
+from mmrla.engine.run.config import read_config
+with exit_with_message():
+    read_config(sys.argv[1])
+' "$config"
 
 # SRUN_ARGS holds several words.
 # shellcheck disable=SC2086

@@ -9,6 +9,11 @@ from statistics import mean, stdev
 from typing import Any
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows, in the order in which they appear."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
 def markdown(rows: Sequence[Any], titles: Sequence[str] = ()) -> str:
     """A table; None is an empty cell.
 
@@ -16,8 +21,10 @@ def markdown(rows: Sequence[Any], titles: Sequence[str] = ()) -> str:
         rows: Mappings, whose keys are the titles, or sequences of cells.
         titles: Those of sequences.
     """
-    titles = titles or list(rows[0])
-    cells = [row.values() if isinstance(row, Mapping) else row for row in rows]
+    titles = titles or columns_of(rows)
+    cells = [
+        [row.get(title) for title in titles] if isinstance(row, Mapping) else row for row in rows
+    ]
     lines = [
         f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |"
         for line in (titles, *cells)

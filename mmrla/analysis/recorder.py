@@ -277,4 +277,4 @@ def query_similarity(group: GroupRecord, include_first: bool = False) -> Tensor:
         the last layers. There may be none.
     """
     queries = group.queries if include_first else group.queries[:, 1:]
-    return torch.cosine_similarity(queries[:, :-1], queries[:, 1:], dim=-1).abs()
+    return torch.cosine_similarity(queries[:, :-1], queries[:, 1:], dim=-1).abs().clamp(max=1)

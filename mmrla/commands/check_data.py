@@ -63,6 +63,8 @@ def sets_to_check(args: argparse.Namespace) -> tuple[list[DataSet], dict[str, st
         raise ValueError("--ann FILE and --images DIR go together")
     if sum([args.ann is not None, args.config is not None or args.dir is not None]) != 1:
         raise ValueError("name DIR, --config CONFIG, or --ann FILE --images DIR")
+    if args.cfg_options and args.config is None:
+        raise ValueError("--cfg-options overrides settings of a config: name it with --config")
     if args.ann is not None:
         for path, there in ((args.ann, args.ann.is_file()), (args.images, args.images.is_dir())):
             if not there:

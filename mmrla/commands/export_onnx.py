@@ -27,7 +27,7 @@ SCORE = 1e-3
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser("mmrla export-onnx", description=__doc__.splitlines()[0])
-    add_network_arguments(parser)
+    add_network_arguments(parser, device=False)
     parser.set_defaults(out=Path("work_dirs/onnx"))
     parser.add_argument(
         "--part", choices=PARTS,

@@ -120,7 +120,7 @@ def similarity(args: argparse.Namespace) -> Iterator[Path]:
         {"group": name, "from": round(low, 6), "to": round(high, 6), "pairs": int(pairs)}
         for name, values in found.items()
         for low, high, pairs in zip(
-            edges[:-1], edges[1:], np.histogram(values.clip(0, 1), edges)[0], strict=True
+            edges[:-1], edges[1:], np.histogram(values, edges)[0], strict=True
         )
     ]
     yield inspection.write_csv(f"{stem}.csv", rows)
@@ -151,7 +151,7 @@ def cam(args: argparse.Namespace) -> Iterator[Path]:
     """
     require_at_least(args, batch_size=1)
     images = inspection.find_images(args.images, args.max_images)
-    networks = inspection.networks_of(args, need_head=True)
+    own, networks = inspection.networks_of(args, need_head=True)
     for network in networks.values():
         classes = getattr(getattr(network.model, "head", None), "num_classes", None)
         if classes is None or not hasattr(network.model, "extract_feat"):
@@ -181,9 +181,9 @@ def cam(args: argparse.Namespace) -> Iterator[Path]:
 
     rows, notes = _overlays(images, networks, draw)
     columns = [(label, name) for label, names in layers.items() for name in names]
-    title = f"ScoreCAM\n{inspection.describe(networks)}"
+    title = f"ScoreCAM\n{inspection.describe(own, networks)}"
     figure = figures.overlay_figure(rows, columns, "contribution (1: most)", title, notes)
-    stem = f"{args.out}/score_cam_{_own(args, networks).stem}"
+    stem = f"{args.out}/score_cam_{own.stem}"
     yield figures.save(figure, f"{stem}.png")
     yield inspection.save_numbers(
         f"{stem}.npz",
@@ -202,7 +202,7 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
     patch, which a red box marks, as in that figure.
     """
     images = inspection.find_images(args.images, args.max_images)
-    networks = inspection.networks_of(args)
+    own, networks = inspection.networks_of(args)
     for network in networks.values():
         with record_token_attention(network.backbone, args.layer):
             pass  # refuses what it cannot record
@@ -229,10 +229,9 @@ def class_token(args: argparse.Namespace) -> Iterator[Path]:
 
     rows, _ = _overlays(images, networks, draw)
     columns = [(label, f"head {head}") for label, chosen in heads.items() for head in chosen]
-    own: Any = _own(args, networks)
     what = f"patch {tuple(args.query)}" if args.query else "the class token"
-    title = f"What {what} attends to in layers.{args.layer % len(own.backbone.layers)}"
-    title += f"\n{inspection.describe(networks)}"
+    title = f"What {what} attends to in layers.{args.layer % len(own.model.backbone.layers)}"
+    title += f"\n{inspection.describe(own, networks)}"
     marks = [boxes.get(index) for index in range(len(rows))]
     figure = figures.overlay_figure(rows, columns, "attention (1: most)", title, boxes=marks)
     stem = f"{args.out}/class_attention_{own.stem}"
@@ -265,11 +264,6 @@ def _overlays(
         rows.append((path.name, next(iter(read.values()))[1], [values for values, _ in found]))
         notes.append([note for _, note in found])
     return rows, notes
-
-
-def _own(args: argparse.Namespace, networks: dict[str, Network]) -> Network:
-    """The command's own network, between the plain one and those beside it."""
-    return list(networks.values())[-1 - len(args.beside)]
 
 
 def _last_stages(network: Network) -> list[str]:

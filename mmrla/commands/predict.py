@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pictures(images: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each image; equal names are prefixed by the folder's name, then get a number."""
-    chosen: dict[Path, None] = {}
+    """A PNG for each image, which is none of the images.
+
+    Names that are taken are prefixed by the folder's name, then get a number.
+    """
+    taken = {path.resolve() for path in images}
+    chosen = []
     for path in images:
-        names = [path.stem, f"{path.absolute().parent.name}_{path.stem}"]
-        names += [f"{names[1]}_{number}" for number in range(2, len(images) + 2)]
+        prefixed = f"{path.absolute().parent.name}_{path.stem}"
+        names = chain([path.stem, prefixed], (f"{prefixed}_{number}" for number in count(2)))
         free = (folder / f"{name}.png" for name in names)
-        chosen[next(picture for picture in free if picture not in chosen)] = None
-    return list(chosen)
+        chosen.append(next(picture for picture in free if picture.resolve() not in taken))
+        taken.add(chosen[-1].resolve())
+    return chosen
 
 
 def in_words(found: dict[str, Any]) -> str:

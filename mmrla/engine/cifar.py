@@ -208,11 +208,15 @@ def run(
         compiled=compiled, channels_last=channels_last,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(), torch=torch.__version__, mmrla=mmrla.__version__,
+        config_and_data=_digest(cfg),
     )  # fmt: skip
     if log.exists():
         lines = read_log(log)
-        # What earlier logs do not tell had one value.
-        earlier = {"channels_last": True, "images": None, "compiled": False}
+        # What earlier logs do not tell had one value, or cannot be known.
+        earlier = dict(
+            channels_last=True, images=None, compiled=False,
+            config_and_data=settings["config_and_data"],
+        )  # fmt: skip
         if lines and earlier | lines[0] != settings:
             raise ValueError(f"{log} has other settings, {lines[0]}; these are {settings}")
         if len(lines) == 1 + epochs:
@@ -239,6 +243,21 @@ def run(
             if (epoch + 1) % eval_interval == 0 or epoch + 1 == epochs:
                 line["top1"] = round(trainer.accuracy(test), 2)
             print(json.dumps(line), file=file, flush=True)
+
+
+def _digest(cfg: Config) -> str:
+    """Of what a config says about training, and of where its data is."""
+    keys = ("model", "data_preprocessor", "optim_wrapper", "param_scheduler")
+    told = [
+        *map(cfg.get, keys),
+        cfg.train_cfg.max_epochs,  # a schedule is scaled from this length
+        cfg.train_dataloader.batch_size,
+    ]
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        root = Path(loader.dataset.get("data_root") or "").resolve()
+        told.append({**loader.dataset, "data_root": root})
+    text = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _attention() -> AbstractContextManager:

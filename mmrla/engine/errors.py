@@ -34,6 +34,8 @@ def exit_with_message(*kinds: type[Exception]) -> Iterator[None]:
     caught = kinds or INPUT_ERRORS
     try:
         yield
+    except BrokenPipeError:  # an OSError, but of the output: see mmrla.commands.pipes
+        raise
     except caught as error:
         if os.environ.get(TRACEBACK_ENV_VAR):
             raise

@@ -7,6 +7,7 @@ import csv
 import glob
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from mmrla.analysis.modules import layer_attentions
+from mmrla.analysis.pages import columns_of
 from mmrla.datasets.images import IMAGE_SUFFIXES, images_in
 from mmrla.engine.network import Network, build_network, share_weights
 from mmrla.engine.run.config import OptionAction
@@ -36,20 +38,23 @@ def add_subcommand(commands: Any, run: Callable[[argparse.Namespace], Any]) -> A
     return parser
 
 
-def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+def add_network_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Config, checkpoint, and how the network is built and where it runs."""
     parser.add_argument("config", help="config of a classifier or a detector")
     parser.add_argument("checkpoint", nargs="?", help="its weights; default: random weights")
-    add_run_arguments(parser)
+    add_run_arguments(parser, device)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a network is built, where it runs, and where results go."""
+def add_run_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """How a network is built, where it runs unless it always does on the CPU, where results go."""
     parser.add_argument(
         "--cfg-options", nargs="+", action=OptionAction, metavar="KEY=VALUE",
         help="override settings of the config, such as model.backbone.depth=18",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: a GPU if any")
+    if device:
+        parser.add_argument(
+            "--device", default="auto", help="cpu, cuda, ...; default: a GPU if any"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of random weights; default 0")
     parser.add_argument(
         "--out", type=Path, default=Path("work_dirs/analysis"), help="folder for what is written"
@@ -147,11 +152,16 @@ def network_of(args: argparse.Namespace) -> tuple[Network, list[Path]]:
     return network, images
 
 
-def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, Network]:
-    """The networks of a command that compares several, by a short name, in the order of columns.
+def networks_of(
+    args: argparse.Namespace, need_head: bool = False
+) -> tuple[Network, dict[str, Network]]:
+    """The networks of a command that compares several.
 
     The plain host comes first: with the same random weights if there is no checkpoint, else with
     ``--plain-checkpoint``, else not at all, with a message.
+
+    Returns:
+        The command's own network; and all networks by a short name, in the order of columns.
 
     Raises:
         FileNotFoundError: No such config or checkpoint.
@@ -181,15 +191,15 @@ def networks_of(args: argparse.Namespace, need_head: bool = False) -> dict[str, 
             raise ValueError(f"--beside takes a config and a checkpoint, got {' '.join(files)}")
         others.append(build_network(*files, options=args.cfg_options, **common))
     for network in (own, *others):
-        label = network.label
-        found[label if label not in found else f"{label} ({network.name})"] = network
-    return found
+        named = f"{network.label} ({network.name}"
+        labels = chain([network.label, f"{named})"], (f"{named}, {number})" for number in count(2)))
+        found[next(label for label in labels if label not in found)] = network
+    return own, found
 
 
-def describe(networks: Mapping[str, Network]) -> str:
+def describe(own: Network, networks: Mapping[str, Network]) -> str:
     """Text about these networks for a figure's title: a line each, or one if weights are equal."""
-    own = next((n for label, n in networks.items() if label != "plain"), None)
-    if own is not None and len({network.weights for network in networks.values()}) == 1:
+    if len({network.weights for network in networks.values()}) == 1:
         return own.title
     return "\n".join(f"{label}: {network.title}" for label, network in networks.items())
 
@@ -203,11 +213,14 @@ def save_numbers(path: str | Path, **arrays: Any) -> Path:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows, whose keys are the columns, folders made as needed; returns the path."""
+    """Write rows, whose keys are the columns, folders made as needed; returns the path.
+
+    A cell is empty if its row lacks the key.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns_of(rows))
         writer.writeheader()
         writer.writerows(rows)
     return path

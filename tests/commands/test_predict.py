@@ -101,7 +101,9 @@ def test_arrays_of_cifar_are_rgb(tmp_path, monkeypatch):
     checkpoint = save_weights(cfg, tmp_path / "weights.pth")
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), image)
-    (found,) = predict(config, checkpoint, "image.png")
+    (found,) = predict(config, checkpoint, "image.png", "--out-dir", ".")
+    np.testing.assert_array_equal(cv2.imread("image.png"), image)  # the picture is another file
+    assert min(cv2.imread(f"{tmp_path.name}_image.png").shape[:2]) >= 480
     model = build(cfg.model, "mmpretrain").eval()
     model.load_state_dict(torch.load(checkpoint)["state_dict"])
     mean, std = (torch.tensor(cfg.data_preprocessor[key]) for key in ("mean", "std"))

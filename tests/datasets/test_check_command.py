@@ -133,6 +133,7 @@ def test_usage(tmp_path, monkeypatch, capsys):
         (["."], "no set in "),
         (["--ann", "a.json"], "--ann FILE and --images DIR go together"),
         (["--config", "mask_rcnn_r50_mrla_2x"], "no such config: "),
+        ([".", "--cfg-options", "a=b"], "name it with --config"),
         ([".", "--workers", "0"], "--workers must be at least 1, got 0"),
         ([".", "--json", "no/where.json"], "--json: no such folder: "),
     ):

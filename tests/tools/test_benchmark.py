@@ -13,13 +13,14 @@ import torch
 
 from mmrla import ops
 from mmrla.analysis.complexity import kept_for_backward
-from mmrla.analysis.pages import replace_part
+from mmrla.analysis.pages import markdown, replace_part
 from mmrla.analysis.published import PUBLISHED
 from mmrla.commands import cost
 from mmrla.commands import cost_speed as speed
 from mmrla.commands import cost_tables as tables
 from mmrla.commands import cost_targets as targets
 from mmrla.commands.timing import ratio, side_by_side
+from mmrla.engine.inspection import write_csv
 from mmrla.ops.dispatch import ENV_VAR, Op
 from tests.conftest import ROOT
 
@@ -181,6 +182,14 @@ def test_targets_say_the_worst_and_what_was_not_measured(tmp_path):
     assert path.name.startswith("models_cpu")
     assert f"torch{torch.__version__.split('+')[0]}" in path.name
     assert path.read_text().splitlines()[0] == ",".join(rows[0])
+
+
+def test_rows_with_other_keys(tmp_path):
+    rows = [dict(a=1, c=2), dict(a=3, b=4, c=5)]
+    titles, _, first, second = markdown(rows).splitlines()
+    assert (titles, first, second) == ("| a | c | b |", "| 1 | 2 |  |", "| 3 | 5 | 4 |")
+    path = write_csv(tmp_path / "rows.csv", rows)
+    assert path.read_text().split() == ["a,c,b", "1,2,", "3,5,4"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import pickle
@@ -231,6 +232,20 @@ def test_cifar_trainer_learns_and_repeats(kind, cifar, tmp_path):
         table(tmp_path / "b")
     with pytest.raises(ValueError, match="has other settings"):
         run_cifar(cfg, tmp_path / "a/x.jsonl", 4, device, epochs=3)
+    settings, rest = log.read_text().split("\n", 1)
+    settings = json.loads(settings)
+    del settings["config_and_data"]  # which earlier versions did not write
+    (tmp_path / "b/old.jsonl").write_text(f"{json.dumps(settings)}\n{rest}")
+    for key, value in (
+        ("model.backbone.stem_channels", 9),
+        ("optim_wrapper.optimizer.lr", 0.2),
+        ("train_dataloader.dataset.data_root", str(tmp_path)),
+    ):
+        other = copy.deepcopy(cfg)
+        other.merge_from_dict({key: value})
+        run_cifar(other, tmp_path / "b/old.jsonl", 3, device, epochs=3)  # is finished
+        with pytest.raises(ValueError, match="has other settings"):
+            run_cifar(other, log, 3, device, epochs=3)
 
 
 def test_results_are_trained_once_and_written(cifar, tmp_path, monkeypatch):

@@ -10,6 +10,13 @@ import pytest
 from mmrla.engine.report import newest, read_scalars
 from tests.conftest import ROOT
 from tests.helpers import python
+from tests.tools.test_tools import one_error, run
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    assert "num_train" in one_error(
+        run(ROOT / "tools/demo.py", "--num-train", 0, cwd=tmp_path, ok=False)
+    )
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from mmrla.engine.network import build_network
 from mmrla.layers import LayerAttention
 from mmrla.registry import LAYER_ATTENTIONS
 from tests.conftest import ROOT, relative_error
-from tests.helpers import cfg_options
+from tests.helpers import cfg_options, refusal
 from tests.tools.test_tools import run
 
 IMAGENET = ROOT / "configs/imagenet"
@@ -243,6 +243,11 @@ def test_class_attention(tool, images):
     assert not np.allclose(numbers["plain/1"], numbers["MRLALight/1"])
     first = tool("class-token", DEIT, *args[:-4], "--layer", 0, "--size", 96)["npz"]
     assert np.allclose(first["plain/1"], first["MRLALight/1"], atol=1e-6)
+    others = ["--beside", DEIT] * 3  # of one class and name
+    numbers = tool("class-token", DEIT, "--images", images[0], "--size", 64, *others)["npz"]
+    label = f"MRLALight ({DEIT.stem}"
+    labels = ["plain", "MRLALight", f"{label})", f"{label}, 2)", f"{label}, 3)"]
+    assert [key[:-2] for key in numbers if key.endswith("/0")] == labels
     patch = tool("class-token", DEIT, *args, "--query", 5, 2, "--heads", 1)["npz"]
     query, key = (seen[0][:, part * 192 + 64 :][:, :64].detach() for part in (0, 1))
     expected = torch.softmax(query[1 + 5 * 6 + 2] @ key.t() / 8, -1)[1:].view(6, 6)
@@ -282,12 +287,13 @@ def test_errors(tool, images, args, message):
     tool("maps", *(images[0] if a == "IMAGE" else a for a in args), fails=message)
 
 
-def test_devices():
+def test_devices(capsys):
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device().type in ("cpu", "cuda")
     for name in ("cuda:99", "toaster"):
         with pytest.raises(ValueError, match=f"--device {name}: no such device"):
             choose_device(name)
+    assert "--device" in refusal(capsys, "export-onnx", LIGHT, "--device", "cpu")  # has none
 
 
 def test_a_layer_attention_that_does_not_tell(tool, images, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmrla.engine.errors import exit_with_message
 from tests.conftest import ROOT
 from tests.engine.resume_parts import digest
 from tests.zygote import run_command
@@ -269,6 +270,21 @@ def test_dist_scripts_refuse_once(tmp_path):
     done = run(ROOT / "tools/dist_test.sh", CONFIG, ok=False)
     assert done.returncode == 2
     assert "tools/dist_test.sh CONFIG CHECKPOINT NPROC" in done.stderr
+
+
+def test_slurm_takes_a_name(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    script, path = ROOT / "tools/slurm_train.sh", f"{tmp_path}:{os.environ['PATH']}"
+    done = run(script, "part", "job", CONFIG.stem, cwd=tmp_path, PATH=path)
+    assert f"tools/train.py {CONFIG.stem} --launcher slurm" in done.stdout
+    done = run(script, "part", "job", "retinanet_r50_mrla_2x", cwd=tmp_path, ok=False, PATH=path)
+    assert str(CONFIG) in one_error(done)
+
+
+def test_a_broken_pipe_is_no_bad_input():
+    with pytest.raises(BrokenPipeError), exit_with_message():
+        raise BrokenPipeError
 
 
 def test_a_checkpoint_of_another_network_is_refused(coco_mini, tmp_path):
