@@ -73,6 +73,23 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int =
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def _schedules_of(cfg: Config) -> list[Any]:
+    """The schedules of a config of CIFAR.
+
+    Raises:
+        ValueError: The dataset is not CIFAR, or one of them is not by epochs.
+    """
+    dataset, schedules = cfg.train_dataloader.dataset, cfg.param_scheduler
+    schedules = schedules if isinstance(schedules, list) else [schedules]
+    by_epochs = all(s.get("by_epoch", True) for s in schedules)
+    if "CIFAR" not in str(dataset.get("type")) or not by_epochs:
+        raise ValueError(
+            f"{cfg.filename}: not a config of CIFAR whose learning rate follows epochs, got "
+            f"dataset {dataset.get('type')!r} and param_scheduler {cfg.param_scheduler!r}"
+        )
+    return schedules
+
+
 class Trainer:
     """One network of a CIFAR config on one device.
 
@@ -96,16 +113,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.cfg, self.seed, self.device, self.amp = cfg, seed, device, amp
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        dataset = cfg.train_dataloader.dataset
-        schedules = cfg.param_scheduler
-        schedules = schedules if isinstance(schedules, list) else [schedules]
-        if "CIFAR" not in str(dataset.get("type")) or not all(
-            s.get("by_epoch", True) for s in schedules
-        ):
-            raise ValueError(
-                f"{cfg.filename}: not a config of CIFAR whose learning rate follows epochs, got "
-                f"dataset {dataset.get('type')!r} and param_scheduler {cfg.param_scheduler!r}"
-            )
+        schedules = _schedules_of(cfg)
         full = cfg.train_cfg.max_epochs
         self.epochs = epochs or full
         torch.manual_seed(seed)
@@ -202,6 +210,7 @@ def run(
     Raises:
         ValueError: The log is of other settings.
     """
+    _schedules_of(cfg)  # before any data are read
     epochs = epochs or cfg.train_cfg.max_epochs
     settings = dict(
         config=name or Path(cfg.filename).stem, images=images, seed=seed, epochs=epochs, amp=amp,
