@@ -78,8 +78,10 @@ class LookHook(Hook):
         for name, parameter in model.named_parameters():
             grads = self.seen["grads"].setdefault(name, [])
             parameter.register_hook(lambda grad, to=grads: to.append(grad.clone()))
-        for module in model.backbone.modules():
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or hasattr(module, "drop_path"):
+        for name, module in model.backbone.named_modules():
+            # A layer attention of tokens sees them as a map in channels_last in any case.
+            maps = isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) and "mrla" not in name
+            if maps or hasattr(module, "drop_path"):
                 module.register_forward_hook(self._look)
 
     def _look(self, module: nn.Module, inputs: tuple, output: Any) -> None:
