@@ -1,8 +1,8 @@
-"""Converts ``nn.BatchNorm2d`` to the fused operations' argument."""
+"""Converts the modules around a layer attention to the fused operations' arguments."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmrla.ops import Norm
 
@@ -30,3 +30,13 @@ def norm_of(norm: nn.BatchNorm2d) -> Norm:
         norm.weight, norm.bias, running_mean, running_var, momentum, norm.eps,
         norm.training or running_mean is None,
     )  # fmt: skip
+
+
+def drop_path_scale(drop_path: nn.Module, z: Tensor) -> Tensor | None:
+    """Factors ``[B]`` of drop path for a map ``z``; None if it drops nothing.
+
+    Its own mode counts: with frozen stages, a block in eval may have attention that trains.
+    """
+    if isinstance(drop_path, nn.Identity) or not drop_path.training:
+        return None
+    return drop_path(z.new_ones(z.shape[0]))

@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from mmrla.layers.layer_attention import Carried
-from mmrla.layers.norm import is_plain
+from mmrla.layers.norm import drop_path_scale, is_plain
 from mmrla.timm.common import Config, LayerAttentionNetwork, build_attention, drop_path_of
 
 
@@ -56,9 +56,7 @@ class _LayerAttentionBlock:
         norm, act = getattr(self, f"bn{self._last}"), getattr(self, f"act{self._last}")
         shortcut = x if self.downsample is None else self.downsample(x)
         if self._fuses_tail(z, shortcut, norm, act):
-            scale = None
-            if not isinstance(self.mrla_drop_path, nn.Identity) and self.mrla_drop_path.training:
-                scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
+            scale = drop_path_scale(self.mrla_drop_path, z)
             out, state = self.mrla.tail(z, shortcut, state, norm, self.bn_mrla, scale)
         else:
             out = norm(z)

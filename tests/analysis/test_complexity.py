@@ -9,7 +9,6 @@ from mmdet.models import PyramidVisionTransformerV2
 from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmpretrain.models import EfficientNet
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrla.analysis import activation_memory, complexity
@@ -17,6 +16,7 @@ from mmrla.analysis.complexity import kept_for_backward
 from mmrla.layers import LayerAttention
 from mmrla.models import MRLAResNet
 from mmrla.ops import eca_kernel_size
+from tests import conftest
 from tests.helpers import classifier
 
 LIGHT = dict(type="MRLALight", head_channels=32)
@@ -218,15 +218,7 @@ def test_what_is_skipped_is_named():
 
 def really_kept(model, x):
     """As :func:`activation_memory`, with a real forward."""
-    kept, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor.untyped_storage())
-        kept[alive[-1].data_ptr()] = alive[-1].nbytes()
-        return tensor.detach()
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(x)
+    kept = conftest.kept_for_backward(lambda: model.train()(x))
     for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values()) / len(x)

@@ -14,7 +14,6 @@ from mmdet.models.layers import nlc_to_nchw
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmrla.checkpoints.plan import is_warm_start
 from mmrla.layers.checks import check_count
 from mmrla.models.arguments import check_arguments, check_token_norm
 from mmrla.models.branches import LayerAttentionOnTokens
@@ -91,23 +90,19 @@ class MRLAPyramidVisionTransformerV2(LayerAttentionHost, PyramidVisionTransforme
         self._free_fresh_norms()
         self._freeze_unused_parameters()
 
-    def init_weights(self) -> None:
-        """As the ancestor's; ``Pretrained`` takes any checkpoint that the converter knows.
-
-        The ancestor's reads only the authors' key names and silently ignores all others.
-        """
+    def _init_weights_cold(self) -> None:
+        # The ancestor's reads only the authors' key names, and silently ignores all others; here
+        # Pretrained takes any checkpoint that the converter knows.
         cfg = self.init_cfg
         if isinstance(cfg, Mapping) and cfg.get("type", "Pretrained") == "Pretrained":
             self._zero_init_mrla()
             load_backbone(self, cfg["checkpoint"])
             self.is_init = True
-            self._warn_if_off()
-        elif cfg is None or is_warm_start(cfg):
-            super().init_weights()
+        elif cfg is None:
+            super()._init_weights_cold()
         else:
             BaseModule.init_weights(self)
             self._zero_init_mrla()
-            self._warn_if_off()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map ``[B, 3, H, W]`` to one feature map for each of ``out_indices``."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmrla.layers.checks import check_count
 from mmrla.layers.layer_attention import OpenReLU
-from mmrla.layers.norm import is_plain
+from mmrla.layers.norm import drop_path_scale, is_plain
 from mmrla.models.arguments import check_arguments, name_arguments_in_errors
 from mmrla.models.branches import build_drop_path
 from mmrla.models.builder import build_layer_attention
@@ -126,10 +126,7 @@ class LayerAttentionBlock(PluginBlock):
             # Not in place: the layer attention may need the branch in its backward pass.
             return self.relu(self.drop_path(branch) + shortcut), state
         if not watched and self._fuses_tail(z, shortcut):
-            scale = None
-            # Its own mode: with frozen stages, a block in eval may have attention that trains.
-            if not isinstance(self.mrla_drop_path, nn.Identity) and self.mrla_drop_path.training:
-                scale = self.mrla_drop_path(z.new_ones(z.shape[0]))
+            scale = drop_path_scale(self.mrla_drop_path, z)
             assert self.mrla is not None
             return self.mrla.tail(z, shortcut, state, self.last_norm, self.mrla_norm, scale)
         out = self.drop_path(self._branch(z, features))
